@@ -1,0 +1,1 @@
+"""Compress trained checkpoints by product quantization, and get the same checkpoint back."""
