@@ -1,0 +1,61 @@
+"""The one hot primitive: for each vector `x_i`, the `j` that maximises `x_i . c_j + b_j`.
+
+Shapes: vectors (n, d), codebook (k, d), bias (k,), weights (n,), assignments (n,), sums (k, d), counts (k,).
+
+With `b_j = -|c_j|^2 / 2` the winner is the nearest centroid; with `b_j = -|c_j|^2 / 2 + (lambda / 2) log2 p_j` it is the
+entropy-constrained choice (Chou, Lookabaugh, Gray 1989). So one primitive per kind of hardware serves every kind of EM.
+One `sweep` is the E-step over all vectors and, because each vector is in cache at that moment, the sums of the M-step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pqcli.errors import UsageError
+
+Backend = Literal["auto", "reference", "cpu", "cuda"]
+
+DEFAULT_BUDGET_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one sweep over the vectors found.
+
+    assignments: (n,) int32, ties go to the smallest j.
+    sums: (k, d) float64, the sum of `w_i x_i` per centroid; None unless asked for.
+    counts: (k,) float64, the sum of `w_i` per centroid (plain counts without weights); None unless asked for.
+    score: the sum over i of `w_i max_j (x_i . c_j + b_j)`, added up in float64.
+    """
+
+    assignments: torch.Tensor
+    sums: torch.Tensor | None
+    counts: torch.Tensor | None
+    score: float
+
+
+def sweep(
+    vectors: torch.Tensor,
+    codebook: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    weights: torch.Tensor | None = None,
+    accumulate: bool = True,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    backend: Backend = "auto",
+) -> Pass:
+    """Assign every vector to its best centroid, and (if `accumulate`) add up the vectors of each centroid.
+
+    vectors: (n, d) float32, float16 or bfloat16, rows contiguous (`stride(1) == 1`) but possibly apart; computed in float32.
+    codebook, bias, weights: float32, on the device of vectors; weights None means all ones.
+    budget_bytes: the most memory for scores; only the reference holds any.
+    backend: "auto" goes by the device and the size of the job, never by its values or by the number of threads.
+    """
+    from pqcli.core.kernels import reference
+
+    if backend not in ("auto", "reference", "cpu", "cuda"):
+        raise UsageError(f"unknown kernel backend {backend!r}; use auto, reference, cpu or cuda")
+    return reference.sweep(vectors, codebook, bias, weights, accumulate, budget_bytes)
