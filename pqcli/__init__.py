@@ -1,1 +1,56 @@
-"""Compress trained checkpoints by product quantization, and get the same checkpoint back."""
+"""Compress trained checkpoints by product quantization, and get the same checkpoint back.
+
+    import pqcli
+
+    report = pqcli.compress("model.pt")                 # -> model.pq.safetensors
+    pqcli.decode("model.pq.safetensors")                # -> model.decoded.pt
+    state_dict = pqcli.load("model.pq.safetensors")     # dense tensors, nothing written
+    pqcli.save(model.state_dict(), "model.pq.safetensors")
+
+Names are loaded when first used: `import pqcli` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pqcli.errors import PQError
+from pqcli.version import __version__
+
+if TYPE_CHECKING:
+    from pqcli.container import Container
+    from pqcli.container import open_container as open  # noqa: A004 - `pqcli.open(file)` reads best
+    from pqcli.core.pq import PQ
+    from pqcli.pipeline import compress, decode, load, preview, report, save, verify
+    from pqcli.recipe import Recipe, Rule
+    from pqcli.report import Report
+
+_LAZY = {
+    "PQ": ("pqcli.core.pq", "PQ"),
+    "Container": ("pqcli.container", "Container"),
+    "Recipe": ("pqcli.recipe", "Recipe"),
+    "Report": ("pqcli.report", "Report"),
+    "Rule": ("pqcli.recipe", "Rule"),
+    "compress": ("pqcli.pipeline", "compress"),
+    "decode": ("pqcli.pipeline", "decode"),
+    "load": ("pqcli.pipeline", "load"),
+    "open": ("pqcli.container", "open_container"),
+    "preview": ("pqcli.pipeline", "preview"),
+    "report": ("pqcli.pipeline", "report"),
+    "save": ("pqcli.pipeline", "save"),
+    "verify": ("pqcli.pipeline", "verify"),
+}
+
+__all__ = [
+    "PQ", "Container", "PQError", "Recipe", "Report", "Rule", "__version__", "compress", "decode", "load", "open",
+    "preview", "report", "save", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pqcli' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,91 @@
+"""Weight <-> short vectors: how a tensor is cut into blocks, and put together again.
+
+A weight is seen as a matrix of `rows` x `columns`: a row is everything that makes one output (Linear: `in_features`
+values, Conv: `in_channels / groups * kernel` values, Embedding: one entry). Each row is cut into blocks of `block_size`
+neighbouring values. Where `block_size` does not divide `columns`, the last block of every row is short; it is kept apart
+as the *tail*, so that the missing values take part in nothing: not in distances, not in centroids, not in errors.
+
+Shapes
+    matrix (rows, columns) -> body (rows * full_blocks, block_size), tail (rows, columns % block_size) or (0, ...)
+    assignments (rows * blocks_per_row,), row by row: block b of row r is entry `r * blocks_per_row + b`
+    codebook (n_centroids, block_size)
+
+fairseq, kill-the-bits and their `PQLinear` order assignments the other way round (block by block over all rows);
+`to_block_major` and `from_block_major` translate at that border.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The vectors of one weight in float32: full blocks in `body`, short last blocks in `tail`."""
+
+    body: Tensor
+    tail: Tensor
+    rows: int
+    columns: int
+
+    @property
+    def block_size(self) -> int:
+        """Length of a full block."""
+        return self.body.shape[1]
+
+    @property
+    def blocks_per_row(self) -> int:
+        """Blocks in one row, the short one included."""
+        return -(-self.columns // self.block_size)
+
+    @property
+    def n_vectors(self) -> int:
+        """Number of assignments: rows times blocks per row."""
+        return self.rows * self.blocks_per_row
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The non-empty groups of equally long vectors: the body, then the tail."""
+        return tuple(part for part in (self.body, self.tail) if part.numel())
+
+    def join(self, per_part: list[Tensor]) -> Tensor:
+        """One value per vector, given part by part, in the order of `assignments`."""
+        if len(per_part) == 1:
+            return per_part[0]
+        body, tail = per_part
+        return torch.cat([body.view(self.rows, -1), tail.view(self.rows, 1)], dim=1).flatten()
+
+
+def cut(matrix: Tensor, block_size: int) -> Blocks:
+    """The blocks of `matrix` (rows, columns), any floating dtype, in float32.
+
+    Shares memory with a float32 `matrix` whose columns divide; copies otherwise.
+    """
+    rows, columns = matrix.shape
+    matrix = matrix.float()
+    n_full = columns // block_size
+    body = matrix[:, : n_full * block_size].reshape(rows * n_full, block_size)
+    return Blocks(body=body, tail=matrix[:, n_full * block_size :].contiguous(), rows=rows, columns=columns)
+
+
+def join(codebook: Tensor, assignments: Tensor, rows: int, columns: int) -> Tensor:
+    """The matrix (rows, columns) that `assignments` (rows * blocks_per_row,) spell, in the codebook's dtype."""
+    block_size = codebook.shape[1]
+    padded = codebook[assignments.view(-1).long()].view(rows, -(-columns // block_size) * block_size)
+    return padded[:, :columns].contiguous()
+
+
+def to_block_major(assignments: Tensor, rows: int) -> Tensor:
+    """Row-by-row assignments in fairseq's order: entry `block * rows + row`."""
+    return assignments.view(rows, -1).t().reshape(-1)
+
+
+def from_block_major(assignments: Tensor, rows: int) -> Tensor:
+    """fairseq's block-by-block assignments in this project's order: entry `row * blocks_per_row + block`."""
+    return assignments.view(-1, rows).t().reshape(-1)

@@ -1,0 +1,302 @@
+"""EM (Lloyd's k-means) on the blocks of one weight: the codebook that spells them with the least squared error.
+
+    E-step  every vector takes the centroid that scores best,    argmax_j  x . c_j + b_j
+    M-step  every centroid becomes the mean of its vectors
+
+With b_j = -|c_j|^2 / 2 the best score is the least distance. With `rate_weight` (lambda, in squared weight units per bit)
+the score also charges for the bits an entropy coder will spend, b_j = -|c_j|^2 / 2 + lambda / 2 * log2 p_j
+(Chou, Lookabaugh, Gray 1989): a crowded centroid attracts, and one that starves is dropped.
+
+Shapes: vectors (n, d), codebook (k, d), assignments (n,) int32, counts (k,), sums (k, d) float64.
+
+Invariants, held by tests: the objective never rises from one iteration to the next; without `rate_weight` no cluster is
+left empty; the answer depends on the vectors, the options and the seed only.
+
+Empty clusters. The ancestor (fairseq) splits the most populated cluster by two points a hair (`eps`) to either side of
+its centroid. In the limit of a small hair this cuts the cluster by a plane through its mean, and that is how it is done
+here: exactly, for all empty clusters in one pass, with both halves' means known at once. The cluster of the largest
+squared error is cut first, because a crowd of identical vectors (pruned weights) cannot be cut at all. A cluster narrower
+than `eps` times the data counts as a single point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from pqcli.core import kernels
+from pqcli.errors import EmptyClusterResolveError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pqcli.core.blocks import Blocks
+
+CONVERGED = 1e-6
+"""EM stops once an iteration lowers the objective by less than this fraction: float32 scores resolve no more."""
+CANDIDATES_PER_CENTROID = 4
+"""Random vectors looked at per initial centroid before all vectors are searched for distinct ones."""
+REFINEMENTS = 2
+"""Full iterations over all vectors after training on a sample."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What EM is asked to do. `sample` limits the vectors trained on (None: all of them)."""
+
+    n_centroids: int = 256
+    n_iter: int = 20
+    eps: float = 1e-6
+    max_tentatives: int = 30
+    seed: int = 0
+    sample: int | None = None
+    rate_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What EM found. `objective` holds the sum of squared errors before each M-step (plus the charge for bits)."""
+
+    codebook: Tensor
+    objective: tuple[float, ...]
+    log2_p: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """One E-step over all parts of the blocks, with what the M-step needs."""
+
+    assignments: list[Tensor]
+    sums: Tensor
+    counts: Tensor  # (k, d): coordinate t of centroid j is the mean of counts[j, t] values
+    objective: float
+
+    @property
+    def population(self) -> Tensor:
+        return self.counts[:, 0]
+
+
+def fit(blocks: Blocks, options: Options, codebook: Tensor | None = None) -> Fit:
+    """The codebook (at most `n_centroids`, block_size) that EM learns for `blocks`.
+
+    Starts from `codebook` if given, else from distinct vectors drawn at random. Where there are no more distinct vectors
+    than `n_centroids`, those vectors are the codebook, and the error is zero.
+    Raises EmptyClusterResolveError if `max_tentatives` passes of splitting leave a cluster empty.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    if codebook is None:
+        start = initial_codebook(blocks, options.n_centroids, generator)
+        if start.is_complete:
+            return Fit(start.codebook, (0.0,))
+        codebook = start.codebook
+    training = sample(blocks, options.sample, generator)
+    fitted = lloyd(training, codebook, options, generator)
+    if training is not blocks:
+        refine = replace(options, n_iter=min(REFINEMENTS, options.n_iter))
+        refined = lloyd(blocks, fitted.codebook, refine, generator, fitted.log2_p)
+        fitted = replace(refined, objective=fitted.objective + refined.objective)
+    return fitted
+
+
+def assign(blocks: Blocks, codebook: Tensor, bits: Tensor | None = None) -> Tensor:
+    """The nearest centroid of every vector, (n_vectors,) int32 in the order of `Blocks`. Ties go to the lower index.
+
+    `bits` (k,) is an optional charge per centroid in squared weight units.
+    """
+    found = [
+        kernels.sweep(part, _leading(codebook, part), _bias(codebook, part, bits), accumulate=False).assignments
+        for part in blocks.parts
+    ]
+    return blocks.join(found) if found else torch.zeros(0, dtype=torch.int32)
+
+
+def lloyd(
+    blocks: Blocks, codebook: Tensor, options: Options, generator: torch.Generator, log2_p: Tensor | None = None
+) -> Fit:
+    """At most `n_iter` iterations of E-step, filling of empty clusters, and M-step, from a given start."""
+    codebook = codebook.float().clone()
+    energy = sum(float(part.double().square().sum()) for part in _chunks(blocks))
+    objective: list[float] = []
+    charge = options.rate_weight
+    if charge and log2_p is None:
+        log2_p = torch.full((len(codebook),), -float(torch.tensor(float(len(codebook))).log2()), device=codebook.device)
+    for _ in range(options.n_iter):
+        bits = -charge * log2_p if log2_p is not None else None
+        sweep = _sweep(blocks, codebook, energy, bits)
+        objective.append(sweep.objective)
+        if charge:
+            alive = sweep.population > 0
+            sweep = replace(sweep, sums=sweep.sums[alive], counts=sweep.counts[alive])
+            codebook = codebook[alive]
+            log2_p = (sweep.population / sweep.population.sum()).log2().float()
+        elif bool((sweep.population == 0).any()):
+            sweep = _fill_empty(blocks, sweep, options, generator)
+        codebook = torch.where(sweep.counts > 0, sweep.sums / sweep.counts.clamp(min=1), codebook.double()).float()
+        if len(objective) > 1 and objective[-2] - objective[-1] <= CONVERGED * objective[-2]:
+            break
+    return Fit(codebook, tuple(objective), log2_p)
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """Initial centroids; `is_complete` says that they are all the distinct vectors there are."""
+
+    codebook: Tensor
+    is_complete: bool = field(default=False)
+
+
+def initial_codebook(blocks: Blocks, n_centroids: int, generator: torch.Generator) -> Start:
+    """`n_centroids` distinct vectors drawn without replacement, or all distinct vectors if there are no more than that."""
+    body = blocks.body if len(blocks.body) else _padded_tail(blocks)
+    n_candidates = CANDIDATES_PER_CENTROID * n_centroids
+    if n_candidates < len(body):
+        draw = torch.randint(len(body), (n_candidates,), generator=generator).to(body.device)
+        distinct = _distinct(body[draw])
+        if len(distinct) >= n_centroids:
+            return Start(distinct[_draw(len(distinct), n_centroids, generator).to(body.device)])
+    everything = torch.cat([blocks.body, _padded_tail(blocks)]) if len(blocks.tail.flatten()) else blocks.body
+    distinct = _distinct(everything)
+    if len(distinct) <= n_centroids:
+        return Start(distinct.clone(), is_complete=True)
+    return Start(distinct[_draw(len(distinct), n_centroids, generator).to(body.device)])
+
+
+def sample(blocks: Blocks, n: int | None, generator: torch.Generator) -> Blocks:
+    """Blocks of about `n` vectors: whole blocks drawn at random, without the short ones. `blocks` itself if it is no larger."""
+    if n is None or n >= len(blocks.body):
+        return blocks
+    chosen = torch.randperm(len(blocks.body), generator=generator)[:n].sort().values.to(blocks.body.device)
+    body = blocks.body[chosen]
+    return replace(blocks, body=body, tail=blocks.tail[:0], rows=n, columns=blocks.block_size)
+
+
+def _draw(n: int, k: int, generator: torch.Generator) -> Tensor:
+    return torch.randperm(n, generator=generator)[:k]
+
+
+def _distinct(vectors: Tensor) -> Tensor:
+    """The distinct rows of `vectors` (n, d), ordered by their 64-bit hash; -0 counts as 0.
+
+    Hashing first makes this one sort of integers instead of a lexicographic sort of rows.
+    """
+    vectors = vectors + 0.0
+    words = vectors.view(torch.int32).long()
+    multipliers = torch.randint(
+        -(2**63), 2**63 - 1, (vectors.shape[1],), generator=torch.Generator().manual_seed(1), dtype=torch.int64
+    ).to(vectors.device)
+    hashes = (words * (multipliers | 1)).sum(1)
+    hashes, order = hashes.sort(stable=True)
+    first = torch.ones(len(hashes), dtype=torch.bool, device=vectors.device)
+    first[1:] = hashes[1:] != hashes[:-1]
+    return vectors[order[first]]
+
+
+def _padded_tail(blocks: Blocks) -> Tensor:
+    return torch.nn.functional.pad(blocks.tail, (0, blocks.block_size - blocks.tail.shape[1]))
+
+
+# --- E-step ----------------------------------------------------------------------------------------------------------
+
+
+def _leading(codebook: Tensor, part: Tensor) -> Tensor:
+    """The coordinates that a part's vectors have: all for the body, the leading ones for the tail."""
+    return codebook if part.shape[1] == codebook.shape[1] else codebook[:, : part.shape[1]].contiguous()
+
+
+def _bias(codebook: Tensor, part: Tensor, bits: Tensor | None) -> Tensor:
+    squared = _leading(codebook, part).double().square().sum(1)
+    if bits is not None:
+        squared = squared + bits.double()
+    return (-0.5 * squared).float()
+
+
+def _sweep(blocks: Blocks, codebook: Tensor, energy: float, bits: Tensor | None) -> _Sweep:
+    k, d = codebook.shape
+    sums = torch.zeros(k, d, dtype=torch.float64, device=codebook.device)
+    counts = torch.zeros(k, d, dtype=torch.float64, device=codebook.device)
+    assignments, score = [], 0.0
+    for part in blocks.parts:
+        found = kernels.sweep(part, _leading(codebook, part), _bias(codebook, part, bits))
+        assignments.append(found.assignments)
+        if found.sums is None or found.counts is None:
+            raise ValueError("the kernel returned no sums")
+        sums[:, : part.shape[1]] += found.sums
+        counts[:, : part.shape[1]] += found.counts[:, None]
+        score += found.score
+    return _Sweep(assignments, sums, counts, max(energy - 2 * score, 0.0))
+
+
+# --- empty clusters --------------------------------------------------------------------------------------------------
+
+
+def _fill_empty(blocks: Blocks, sweep: _Sweep, options: Options, generator: torch.Generator) -> _Sweep:
+    """The sweep after cutting populated clusters in two until none is empty. The objective can only fall by it."""
+    spread = _squared_spread(blocks, sweep)
+    scale = options.eps**2 * float(sweep.sums.square().sum() + spread.sum()) / max(float(sweep.population.sum()), 1.0)
+    for _ in range(options.max_tentatives):
+        empty = (sweep.population == 0).nonzero().flatten()
+        if not len(empty):
+            return sweep
+        divisible = ((sweep.population > 1) & (spread > scale)).nonzero().flatten()
+        if not len(divisible):
+            break
+        order = spread[divisible].argsort(descending=True, stable=True)
+        donors = divisible[order[: len(empty)]]
+        sweep = _split(blocks, sweep, donors, empty[: len(donors)], generator)
+        spread = _squared_spread(blocks, sweep)
+    n_empty = int((sweep.population == 0).sum())
+    if n_empty:
+        raise EmptyClusterResolveError(
+            f"{n_empty} of {len(sweep.counts)} clusters are still empty after {options.max_tentatives} passes of splitting; "
+            f"use fewer centroids or raise max_tentatives"
+        )
+    return sweep
+
+
+def _squared_spread(blocks: Blocks, sweep: _Sweep) -> Tensor:
+    """Sum of squared distances to the mean within every cluster, (k,) float64; clamped at float32's resolution."""
+    squares = torch.zeros(len(sweep.counts), dtype=torch.float64, device=sweep.sums.device)
+    for part, assignments in zip(blocks.parts, sweep.assignments, strict=True):
+        squares.index_add_(0, assignments.long(), part.double().square().sum(1))
+    explained = (sweep.sums.square() / sweep.counts.clamp(min=1)).sum(1)
+    spread = squares - explained
+    return torch.where(spread > 1e-12 * squares, spread, 0.0)
+
+
+def _split(
+    blocks: Blocks, sweep: _Sweep, donors: Tensor, empty: Tensor, generator: torch.Generator
+) -> _Sweep:
+    """Every donor cut by a random plane through its mean; the vectors on the far side go to the empty cluster beside it."""
+    k, d = sweep.sums.shape
+    device = sweep.sums.device
+    mean = sweep.sums / sweep.counts.clamp(min=1)
+    normal = torch.zeros(k, d, dtype=torch.float64, device=device)
+    normal[donors] = torch.randn(len(donors), d, generator=generator, dtype=torch.float64).to(device)
+    heir = torch.full((k,), -1, dtype=torch.long, device=device)
+    heir[donors] = empty
+    sums, counts, moved_all = sweep.sums.clone(), sweep.counts.clone(), []
+    for part, assignments in zip(blocks.parts, sweep.assignments, strict=True):
+        t = part.shape[1]
+        member = (heir[assignments.long()] >= 0).nonzero().flatten()
+        old = assignments[member].long()
+        side = ((part[member].double() - mean[old, :t]) * normal[old, :t]).sum(1)
+        member, old = member[side > 0], old[side > 0]
+        new = heir[old]
+        values = part[member].double()
+        for target, sign in ((new, 1.0), (old, -1.0)):
+            sums[:, :t].index_add_(0, target, sign * values)
+            counts[:, :t].index_add_(0, target, torch.full_like(values, sign))
+        moved = assignments.clone()
+        moved[member] = new.int()
+        moved_all.append(moved)
+    return replace(sweep, assignments=moved_all, sums=sums, counts=counts)
+
+
+def _chunks(blocks: Blocks) -> list[Tensor]:
+    """The parts in pieces small enough for a float64 temporary."""
+    return [piece for part in blocks.parts for piece in part.split(1 << 17)]

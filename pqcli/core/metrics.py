@@ -1,0 +1,90 @@
+"""How far a decoded weight is from the original, and how much information its assignments carry.
+
+All sums are taken in float64 over bounded chunks, so that a weight of any size and dtype is measured alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 1 << 20
+"""Elements measured at a time: 8 MiB per float64 temporary."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """Sums that describe W - W_hat. They add up over tensors: `a + b` is the error of both together."""
+
+    n: int
+    energy: float  # sum of W^2
+    decoded_energy: float  # sum of W_hat^2
+    squared_error: float  # sum of (W - W_hat)^2
+    dot: float  # sum of W * W_hat
+    max_abs_error: float
+
+    def __add__(self, other: Error) -> Error:
+        """The error of two tensors together."""
+        return Error(
+            n=self.n + other.n,
+            energy=self.energy + other.energy,
+            decoded_energy=self.decoded_energy + other.decoded_energy,
+            squared_error=self.squared_error + other.squared_error,
+            dot=self.dot + other.dot,
+            max_abs_error=max(self.max_abs_error, other.max_abs_error),
+        )
+
+    @property
+    def relative_mse(self) -> float:
+        """|W - W_hat|^2 / |W|^2; 0 for a zero error even where W is zero."""
+        if self.squared_error == 0:
+            return 0.0
+        return self.squared_error / self.energy if self.energy else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """Cosine similarity of W and W_hat; 1 where both are zero."""
+        norm = math.sqrt(self.energy) * math.sqrt(self.decoded_energy)
+        if norm == 0:
+            return 1.0 if self.energy == self.decoded_energy else 0.0
+        return max(-1.0, min(1.0, self.dot / norm))
+
+
+NO_ERROR = Error(0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def compare(weight: Tensor, decoded: Tensor) -> Error:
+    """The error of `decoded` against `weight`, two tensors of one shape and of any floating dtypes."""
+    a, b = weight.reshape(-1), decoded.reshape(-1)
+    total = NO_ERROR
+    for start in range(0, a.numel(), CHUNK):
+        x, y = a[start : start + CHUNK].double(), b[start : start + CHUNK].double()
+        difference = x - y
+        total += Error(
+            n=x.numel(),
+            energy=float(x @ x),
+            decoded_energy=float(y @ y),
+            squared_error=float(difference @ difference),
+            dot=float(x @ y),
+            max_abs_error=float(difference.abs().max()),
+        )
+    return total
+
+
+def total(errors: Iterable[Error]) -> Error:
+    """The error of many tensors together."""
+    return sum(errors, start=NO_ERROR)
+
+
+def entropy(counts: Sequence[float] | Tensor) -> float:
+    """Order-0 entropy in bits per symbol of a source that emits symbol j `counts[j]` times."""
+    p = torch.as_tensor(counts, dtype=torch.float64)
+    p = p[p > 0]
+    return float(-(p / p.sum() * (p / p.sum()).log2()).sum()) if p.numel() else 0.0

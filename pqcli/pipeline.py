@@ -1,0 +1,508 @@
+"""The verbs: plan, compress, decode, report, verify. Each joins a checkpoint, a plan and a container, and shows nothing.
+
+Progress goes to an optional hook `progress(weights, name)`, called as tensors get done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pqcli import checkpoint as checkpoints
+from pqcli import container as containers
+from pqcli import executors, plan as plans, recipe as recipes
+from pqcli.checkpoint import Checkpoint
+from pqcli.container import Container, Record, Writer
+from pqcli.core import em, metrics, packing, pq
+from pqcli.errors import CheckpointError, ContainerError, OutputError, PQError, UsageError
+from pqcli.plan import Plan, PlanEntry
+from pqcli.recipe import Recipe
+from pqcli.report import Report, TensorReport
+from pqcli.tensorinfo import TensorInfo
+
+Progress = Callable[[int, str], None]
+Jsonable = Any
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `compress` would do: the plan, and the size that the file would have.
+
+    The size is exact unless the weights hold a surprise that headers do not show (NaN, fewer distinct blocks than
+    centroids, weights that float16 cannot hold).
+    """
+
+    source: Path
+    output: Path
+    original_bytes: int
+    predicted_bytes: int
+    plan: Plan
+    dropped: tuple[str, ...]
+
+
+# --- compress --------------------------------------------------------------------------------------------------------
+
+
+def preview(source: str | Path, output: str | Path | None = None, recipe: Recipe | None = None) -> Preview:
+    """What `compress` with the same arguments would do, from headers alone."""
+    with checkpoints.open(source) as checkpoint:
+        return _preview(checkpoint, output, recipe or Recipe())
+
+
+def compress(
+    source: str | Path,
+    output: str | Path | None = None,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
+
+    Reads, encodes and writes tensor by tensor: peak memory is about the largest tensor. The file appears whole or not
+    at all. Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
+    """
+    with checkpoints.open(source) as checkpoint:
+        return _compress(checkpoint, output, recipe or Recipe(), resolve_device(device), force, progress)
+
+
+def save(
+    state_dict: Mapping[str, Any], file: str | Path, recipe: Recipe | None = None, *, device: str = "auto", force: bool = False
+) -> Report:
+    """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script."""
+    with checkpoints.from_object(state_dict) as checkpoint:
+        return _compress(checkpoint, file, recipe or Recipe(), resolve_device(device), force, None)
+
+
+def default_output(source: Path) -> Path:
+    """`STEM.pq.safetensors` beside a checkpoint file or folder."""
+    source = source.resolve() if source.name in {"", ".", ".."} else source
+    stem = source.name if source.is_dir() else source.stem
+    return source.with_name(stem + containers.SUFFIX)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda", "cuda:1" or "mps" means here. Raises UsageError where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device!r}: use auto, cpu, cuda, cuda:0 or mps") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: this machine has no Metal device; use --device cpu")
+    if found.type not in {"cpu", "cuda", "mps"}:
+        raise UsageError(f"--device {device!r}: use auto, cpu, cuda, cuda:0 or mps")
+    return found
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What a job hands to the writer: the record, and either a `PQTensor` or the tensor itself."""
+
+    record: Record
+    kept: torch.Tensor | None = None
+    tensor: pq.PQTensor | None = None
+    error: metrics.Error | None = None
+    decoded_hash: bytes = b""
+    used: tuple[int, float] | None = None  # centroids in use, entropy of the assignments in bits
+
+
+def _compress(
+    checkpoint: Checkpoint,
+    output: str | Path | None,
+    recipe: Recipe,
+    device: torch.device,
+    force: bool,
+    progress: Progress | None,
+) -> Report:
+    started = time.perf_counter()
+    seen = _preview(checkpoint, output, recipe)
+    _check_output(seen.output, force, checkpoint.path)
+    details: dict[str, _Encoded] = {}
+
+    def run(entry: PlanEntry) -> _Encoded:
+        return _encode(checkpoint, entry, recipe, device)
+
+    with Writer(seen.output, force) as writer:
+        for done in executors.ordered(seen.plan.entries, run, lambda entry: 2 * entry.info.n_bytes):
+            _write(writer, done)
+            details[done.record.name] = replace(done, kept=None, tensor=None)
+            if progress:
+                progress(done.record.info.numel if done.record.action != "alias" else 0, done.record.name)
+        size = writer.finish(_source(checkpoint), recipes.to_json(recipe))
+    tensors = tuple(
+        _tensor_report(done.record, containers.StoredError.of(done.error) if done.error else None, done.used)
+        for done in details.values()
+    )
+    return Report(
+        source=str(checkpoint.path),
+        output=str(seen.output),
+        original_bytes=checkpoint.n_bytes,
+        compressed_bytes=size,
+        seconds=time.perf_counter() - started,
+        tensors=tensors,
+        dropped=seen.dropped,
+        recipe=recipes.to_json(recipe),
+        paper_bytes=_paper_bytes([done.record for done in details.values()]),
+    )
+
+
+def _preview(checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe) -> Preview:
+    plan = plans.make(recipe, checkpoint.tensors)
+    records = [_record(entry) for entry in plan.entries]
+    manifest = containers.make_manifest(_source(checkpoint), recipes.to_json(recipe), records)
+    return Preview(
+        source=checkpoint.path,
+        output=Path(output) if output else default_output(checkpoint.path),
+        original_bytes=checkpoint.n_bytes,
+        predicted_bytes=containers.predict(manifest),
+        plan=plan,
+        dropped=tuple(f"{item.path} ({item.reason})" for item in checkpoint.dropped),
+    )
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Jsonable]:
+    return {
+        "format": checkpoint.format,
+        "n_bytes": checkpoint.n_bytes,
+        "skeleton": checkpoint.skeleton,
+        "dropped": [[item.path, item.reason] for item in checkpoint.dropped],
+    }
+
+
+def _record(entry: PlanEntry) -> Record:
+    info, scheme = entry.info, entry.scheme
+    record = Record(
+        name=info.name, shape=info.shape, dtype=info.dtype, action=entry.action, reason=entry.reason, kind=entry.kind,
+        role=info.role, alias_of=info.alias_of,
+    )  # fmt: skip
+    if scheme is None:
+        return record
+    return replace(
+        record,
+        rows=None if entry.rows == info.shape[0] else entry.rows,
+        block_size=scheme.block_size,
+        n_centroids=scheme.n_centroids,
+        codebook_dtype=scheme.codebook_dtype,
+    )
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """The seed of one tensor: it depends on the run's seed and the tensor's name, not on order or on other tensors."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _encode(checkpoint: Checkpoint, entry: PlanEntry, recipe: Recipe, device: torch.device) -> _Encoded:
+    """Read one tensor and encode it as planned, or keep it where its values rule that out."""
+    record = _record(entry)
+    if record.alias_of is not None:
+        return _Encoded(record)
+    weight = checkpoint.read(record.name)
+    if entry.scheme is None:
+        return _Encoded(record, kept=weight)
+    if not pq.is_finite(weight):
+        return _kept(record, weight, "holds NaN, infinite or out of float32 range values: kept bit-exact")
+    scheme = entry.scheme
+    options = em.Options(
+        n_centroids=scheme.n_centroids,
+        n_iter=scheme.n_iter,
+        eps=recipe.eps,
+        max_tentatives=recipe.max_tentatives,
+        seed=tensor_seed(recipe.seed, record.name),
+        sample=None,
+    )
+    dtype = getattr(torch, scheme.codebook_dtype)
+    try:
+        encoded = pq.encode(weight, (entry.rows, entry.columns), scheme.block_size, options, dtype, device)
+    except PQError as error:
+        raise type(error)(f"tensor {record.name!r}: {error}") from None
+    tensor = encoded.tensor
+    record = replace(
+        record, n_centroids=tensor.n_centroids, codebook_dtype=str(tensor.codebook.dtype).removeprefix("torch.")
+    )
+    if record.payload_bytes >= record.info.n_bytes:
+        return _kept(record, weight, f"would not get smaller: {record.payload_bytes} B as PQ, {record.info.n_bytes} B dense")
+    return _Encoded(
+        record,
+        tensor=tensor,
+        error=encoded.error,
+        decoded_hash=containers.tensor_hash(pq.decode(tensor)),
+        used=_use(tensor),
+    )
+
+
+def _kept(record: Record, weight: torch.Tensor, reason: str) -> _Encoded:
+    kept = Record(record.name, record.shape, record.dtype, "keep", reason, record.kind, record.role)
+    return _Encoded(kept, kept=weight)
+
+
+def _use(tensor: pq.PQTensor) -> tuple[int, float]:
+    counts = torch.bincount(tensor.assignments, minlength=tensor.n_centroids)
+    return int((counts > 0).sum()), metrics.entropy(counts)
+
+
+def _write(writer: Writer, done: _Encoded) -> None:
+    if done.tensor is not None and done.error is not None:
+        writer.add_pq(done.record, done.tensor, done.decoded_hash, done.error)
+    elif done.kept is not None:
+        writer.add_kept(done.record, done.kept)
+    else:
+        writer.add_alias(done.record)
+
+
+def _check_output(output: Path, force: bool, source: Path) -> None:
+    """Refuse what cannot be written before any work is done."""
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists already; use --force to replace it, or -o to write elsewhere")
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder; give a file name, such as {output / ('model' + containers.SUFFIX)}")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output}: the folder {output.parent} does not exist; create it first")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise OutputError(f"{output} is the input itself; use -o to write elsewhere")
+
+
+# --- decode ----------------------------------------------------------------------------------------------------------
+
+
+def decode(
+    file: str | Path,
+    output: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Rebuild the dense checkpoint: same keys, order, shapes and dtypes, kept tensors bit-identical.
+
+    `output` says the format by its suffix (.safetensors, .pt and its kin, none for a folder); by default it is
+    `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. Returns the path written.
+    """
+    with containers.open_container(file) as container:
+        source = container.manifest.source
+        target = Path(output) if output else _default_decoded(Path(file), source)
+        format_ = _format_of(target, source["format"]) if output else source["format"]
+        infos = [_converted(info, dtype) for info in container.infos]
+
+        def read(name: str) -> torch.Tensor:
+            tensor = container.decode(name)
+            if dtype and tensor.is_floating_point():
+                tensor = tensor.to(getattr(torch, dtype))
+            if progress:
+                progress(tensor.numel(), name)
+            return tensor
+
+        checkpoints.write(target, infos, read, source["skeleton"], format=format_, force=force)
+        return target
+
+
+def load(file: str | Path) -> dict[str, torch.Tensor]:
+    """The dense tensors of a container by name; tied tensors share their memory."""
+    with containers.open_container(file) as container:
+        tensors: dict[str, torch.Tensor] = {}
+        for record in container.records:
+            tensors[record.name] = tensors[record.alias_of] if record.alias_of in tensors else container.decode(record.name)
+        return tensors
+
+
+def _default_decoded(file: Path, source: Mapping[str, Jsonable]) -> Path:
+    name = file.name.removesuffix(containers.SUFFIX) if file.name.endswith(containers.SUFFIX) else file.stem
+    return file.with_name(f"{name}.decoded{checkpoints.default_suffix(source['format'], source['skeleton'])}")
+
+
+def _format_of(target: Path, source_format: str) -> str:
+    suffix = target.suffix.lower()
+    if target.is_dir() or not suffix:
+        return "folder"
+    if suffix == ".safetensors":
+        return "safetensors"
+    if suffix in {".pt", ".pth", ".th", ".bin", ".ckpt"}:
+        return "pt"
+    raise UsageError(f"{target}: unknown suffix {suffix!r}; use .safetensors, .pt, .pth, .th, .bin, .ckpt, or none for a folder")
+
+
+def _converted(info: TensorInfo, dtype: str | None) -> TensorInfo:
+    floating = "float" in info.dtype
+    return replace(info, dtype=dtype) if dtype and floating else info
+
+
+# --- report, verify --------------------------------------------------------------------------------------------------
+
+
+def report(file: str | Path, against: str | Path | None = None, *, progress: Progress | None = None) -> Report:
+    """Size and error of every tensor of a container, as compression measured them.
+
+    With `against`, the original checkpoint, every error is measured again from the two files.
+    """
+    with containers.open_container(file) as container:
+        if against is None:
+            tensors = tuple(_stored_report(container, record) for record in container.records)
+        else:
+            with checkpoints.open(against) as original:
+                tensors = tuple(_measured_reports(container, original, progress))
+        source = container.manifest.source
+        return Report(
+            source=str(against or ""),
+            output=str(file),
+            original_bytes=source["n_bytes"],
+            compressed_bytes=Path(file).stat().st_size,
+            tensors=tensors,
+            dropped=tuple(f"{path} ({reason})" for path, reason in source["dropped"]),
+            recipe=container.manifest.recipe,
+            paper_bytes=_paper_bytes(container.records),
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that `verify` found wrong: with which tensor, and what."""
+
+    name: str
+    problem: str
+
+
+def verify(file: str | Path, against: str | Path | None = None, *, progress: Progress | None = None) -> list[Finding]:
+    """What is wrong with a container; an empty list if nothing is.
+
+    Checks its structure (raising ContainerError where it cannot even be opened) and the hash of every decoded tensor.
+    With `against`, also that kept tensors are identical to the original's and that errors are as reported.
+    """
+    with containers.open_container(file) as container:
+        if against is None:
+            return [finding for record in container.records for finding in _check_hash(container, record, progress)]
+        with checkpoints.open(against) as original:
+            return list(_differences(container, original, progress))
+
+
+def _check_hash(container: Container, record: Record, progress: Progress | None) -> Iterator[Finding]:
+    if record.alias_of is None:
+        try:
+            tensor = container.decode(record.name, check=False)
+        except ContainerError as error:
+            yield Finding(record.name, str(error))
+            return
+        if not container.is_intact(record.name, tensor):
+            yield Finding(record.name, "decodes to other bytes than were compressed")
+        if progress:
+            progress(tensor.numel(), record.name)
+
+
+def _differences(container: Container, original: Checkpoint, progress: Progress | None) -> Iterator[Finding]:
+    known = {info.name: info for info in original.tensors}
+    for name in known.keys() - {record.name for record in container.records}:
+        yield Finding(name, f"is in {original.path} but not in the container")
+    for record in container.records:
+        info = known.get(record.name)
+        if info is None or (info.shape, info.dtype) != (record.shape, record.dtype):
+            has = f"has {_describe(info)} there" if info else "is missing there"
+            yield Finding(record.name, f"is {_describe(record.info)} in the container, and {has} ({original.path})")
+            continue
+        yield from _check_hash(container, record, progress)
+        yield from _check_values(container, record, original)
+
+
+def _check_values(container: Container, record: Record, original: Checkpoint) -> Iterator[Finding]:
+    if record.alias_of is not None:
+        return
+    weight, decoded = original.read(record.name), container.decode(record.name, check=False)
+    stored = container.error(record.name)
+    if stored is None:
+        if containers.tensor_hash(weight) != containers.tensor_hash(decoded):
+            yield Finding(record.name, f"is kept, but differs from {original.path}")
+        return
+    measured = containers.StoredError.of(metrics.compare(weight, decoded))
+    for key, value in asdict(stored).items():
+        actual = getattr(measured, key)
+        if abs(actual - value) > 1e-4 * max(abs(actual), abs(value)):
+            yield Finding(record.name, f"{key} is {actual:.6g} against {original.path}, and {value:.6g} as reported")
+
+
+def _describe(info: TensorInfo) -> str:
+    return f"{info.dtype} {'x'.join(map(str, info.shape)) or 'scalar'}"
+
+
+def _stored_report(container: Container, record: Record) -> TensorReport:
+    used = _use(container.pq_tensor(record.name)) if record.action == "pq" else None
+    return _tensor_report(record, container.error(record.name), used)
+
+
+def _measured_reports(container: Container, original: Checkpoint, progress: Progress | None) -> Iterator[TensorReport]:
+    known = {info.name: info for info in original.tensors}
+    for record in container.records:
+        info = known.get(record.name)
+        if info is None or info.shape != record.shape:
+            raise CheckpointError(
+                f"{original.path}: tensor {record.name!r} is {_describe(info) if info else 'missing'}, the container has "
+                f"{_describe(record.info)}; give the checkpoint that was compressed"
+            )
+        if record.alias_of is not None or record.action == "keep":
+            yield _stored_report(container, record)
+        else:
+            error = metrics.compare(original.read(record.name), container.decode(record.name))
+            measured = replace(_stored_report(container, record), **_error_fields(containers.StoredError.of(error), record))
+            yield measured
+        if progress:
+            progress(record.info.numel, record.name)
+
+
+def _tensor_report(record: Record, error: containers.StoredError | None, used: tuple[int, float] | None) -> TensorReport:
+    info = record.info
+    payload = record.payload_bytes
+    schemes = {"pq": f"PQ {record.block_size}x{record.n_centroids}", "keep": "kept", "alias": f"alias of {record.alias_of}"}
+    return TensorReport(
+        name=record.name,
+        shape=record.shape,
+        dtype=record.dtype,
+        action=record.action,
+        reason=record.reason,
+        scheme=schemes[record.action],
+        block_size=record.block_size,
+        n_centroids=record.n_centroids,
+        n_weights=info.numel,
+        original_bytes=0 if record.alias_of else info.n_bytes,
+        bytes=payload,
+        bits_per_weight=8 * payload / info.numel if info.numel and record.action != "alias" else None,
+        centroids_used=used[0] if used else None,
+        assignment_entropy=used[1] if used else None,
+        alias_of=record.alias_of,
+        kind=record.kind,
+        **(_error_fields(error, record) if error else {}),
+    )
+
+
+def _error_fields(error: containers.StoredError, record: Record) -> dict[str, Any]:
+    return {
+        "relative_mse": error.relative_mse,
+        "cosine": error.cosine,
+        "max_abs_error": error.max_abs_error,
+        "energy": error.rms**2 * record.info.numel,
+    }
+
+
+def _paper_bytes(records: Sequence[Record]) -> int:
+    total = 0
+    for record in records:
+        if record.action == "pq":
+            k = record.n_centroids or 1
+            total += plans.paper_pq_bytes(record.n_vectors, k, record.block_size or 1)
+    return total
+
+
+def n_weights(file: str | Path) -> int:
+    """Weights that decoding `file` has to rebuild: the unit of work of `decode`, `report --against` and `verify`."""
+    with containers.open_container(file) as container:
+        return sum(record.info.numel for record in container.records if record.alias_of is None)
+
+
+__all__ = ["Finding", "Preview", "compress", "decode", "load", "packing", "preview", "report", "save", "verify"]
