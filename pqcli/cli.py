@@ -1,0 +1,374 @@
+"""The command line: parse, call the pipeline, hand the result to the console. No work is done here, and nothing printed.
+
+torch and everything that needs it are imported inside the commands, so that help and argument errors come at once.
+Every failure leaves through `_run`, the one place that turns an exception into a message and an exit code:
+0 done, 1 an error of pqcli's own tree, 2 usage, 3 a check failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from pqcli.errors import CheckFailedError, OutputError, PQError, UsageError
+from pqcli.version import __version__
+
+if TYPE_CHECKING:
+    from pqcli.console import Console
+    from pqcli.recipe import Recipe
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="pqcli",
+    help="Compress trained checkpoints by product quantization, and get the same checkpoint back.\n\n"
+    "Saves storage and transfer, not arithmetic: decode before you run the model.",
+    epilog="Example: pqcli compress model.pt --block-size 8",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class CodebookDtype(str, Enum):
+    """Dtypes a codebook can be stored in."""
+
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Dtype(str, Enum):
+    """Dtypes that `decode --dtype` converts to."""
+
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Format(str, Enum):
+    """Forms a report can take."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    html = "html"
+
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a Hugging Face folder.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A .pq.safetensors file.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", show_default="STEM.pq.safetensors beside SRC", help="Where to write.")]
+BlockSize = Annotated[
+    str | None, typer.Option(show_default="auto", help="Weights per block: a number, or auto (by the kind of layer).", metavar="N|auto")
+]
+NCentroids = Annotated[int | None, typer.Option(show_default="256", help="Centroids per codebook, 1 to 65536.", metavar="K")]
+NIter = Annotated[int | None, typer.Option(show_default="20", help="Most EM iterations.", metavar="I")]
+Config = Annotated[
+    str | None, typer.Option(help="A recipe: a YAML file, or a preset's name (see `pqcli presets`).", metavar="FILE|PRESET")
+]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Quantize only tensors that match (glob, or re:REGEX); repeatable.", metavar="PAT")
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="Keep tensors that match exactly; repeatable.", metavar="PAT")]
+Device = Annotated[str, typer.Option(help="Where EM runs: auto, cpu, cuda, cuda:0, mps.")]
+Seed = Annotated[int | None, typer.Option(show_default="0", help="Seed of the initial centroids.")]
+CodebookType = Annotated[CodebookDtype | None, typer.Option(show_default="fp16", help="Dtype codebooks are stored in.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the asked-for result.")]
+Against = Annotated[
+    Path | None, typer.Option(help="The original checkpoint: measure everything again from the two files.", metavar="ORIGINAL")
+]
+
+
+@app.callback(invoke_without_command=False)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"pqcli {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: pqcli compress model.pt --block-size 8")
+def compress(
+    src: Source,
+    output: Output = None,
+    block_size: BlockSize = None,
+    n_centroids: NCentroids = None,
+    n_iter: NIter = None,
+    config: Config = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    codebook_dtype: CodebookType = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress a checkpoint: codebooks and packed assignments in one safetensors file."""
+
+    def work(console: Console) -> None:
+        recipe = _recipe(config, block_size, n_centroids, n_iter, include, exclude, seed, codebook_dtype)
+        from pqcli import pipeline
+
+        if dry_run:
+            _show_plan(console, pipeline.preview(src, output, recipe))
+            return
+        preview = pipeline.preview(src, output, recipe)
+        weights = sum(entry.info.numel for entry in preview.plan.entries if entry.action != "alias")
+        with console.progress(weights, f"Compressing {src.name}") as progress:
+            report = pipeline.compress(src, output, recipe, device=device, force=force, progress=progress.advance)
+        if json:
+            console.json(report.to_json())
+        else:
+            console.summary(report)
+
+    _run(work, json=json, quiet=quiet)
+
+
+@app.command(epilog="Example: pqcli plan model.pt --config kill-the-bits-small")
+def plan(
+    src: Source,
+    block_size: BlockSize = None,
+    n_centroids: NCentroids = None,
+    n_iter: NIter = None,
+    config: Config = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    seed: Seed = None,
+    codebook_dtype: CodebookType = None,
+    json: Json = False,
+) -> None:
+    """Show what compress would do to each tensor, why, and the size it would give; write nothing."""
+
+    def work(console: Console) -> None:
+        recipe = _recipe(config, block_size, n_centroids, n_iter, include, exclude, seed, codebook_dtype)
+        from pqcli import pipeline
+
+        _show_plan(console, pipeline.preview(src, None, recipe))
+
+    _run(work, json=json)
+
+
+@app.command(epilog="Example: pqcli decode model.pq.safetensors -o model.safetensors")
+def decode(
+    file: File,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", show_default="STEM.decoded, suffix as the source", help="A .pt or .safetensors file, or a folder."
+        ),
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(show_default="as in the source", help="Convert floating tensors.")] = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rebuild the dense checkpoint: same keys, order, shapes and dtypes."""
+
+    def work(console: Console) -> None:
+        from pqcli import pipeline
+
+        with console.progress(pipeline.n_weights(file), f"Decoding {file.name}") as progress:
+            target = pipeline.decode(
+                file, output, dtype=dtype.value if dtype else None, force=force, progress=progress.advance
+            )
+        if json:
+            console.json({"input": str(file), "output": str(target), "output_bytes": _size(target)})
+        else:
+            console.note(f"wrote {target}")
+
+    _run(work, json=json, quiet=quiet)
+
+
+@app.command(epilog="Example: pqcli report model.pq.safetensors --sort relative_mse")
+def report(
+    file: File,
+    against: Against = None,
+    format_: Annotated[Format, typer.Option("--format", help="Form of the report.")] = Format.table,
+    output: Annotated[Path | None, typer.Option("-o", "--output", show_default="stdout", help="Write to this file.")] = None,
+    sort: Annotated[str | None, typer.Option(help="Order by this column, such as relative_mse or bytes.", metavar="KEY")] = None,
+    fail_above: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.", metavar="KEY=X"),
+    ] = None,
+    force: Force = False,
+    json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show the reconstruction error and the size, layer by layer."""
+    chosen = Format.json if json else format_
+
+    def work(console: Console) -> None:
+        from pqcli import pipeline, reporting
+
+        weights = pipeline.n_weights(file) if against else 0
+        with console.progress(weights, f"Measuring {file.name}") as progress:
+            found = pipeline.report(file, against, progress=progress.advance)
+        if sort:
+            found = reporting.sort(found, sort)
+        failures = [failure for text in fail_above or [] if (failure := reporting.check(found, text))]
+        if output:
+            pipeline.write_text(output, console.rendered(found, chosen.value), force=force)
+            console.note(f"wrote {output}")
+        else:
+            console.report(found, chosen.value)
+        if failures:
+            raise CheckFailedError("\n".join(failures))
+
+    _run(work, json=chosen is Format.json, quiet=quiet)
+
+
+@app.command(epilog="Example: pqcli inspect model.pq.safetensors --tensor fc.weight")
+def inspect(
+    file: File,
+    tensor: Annotated[list[str] | None, typer.Option(help="Only this tensor; repeatable.", metavar="NAME")] = None,
+    json: Json = False,
+) -> None:
+    """Show what a container holds: format version, features, source, recipe, and each tensor's record."""
+
+    def work(console: Console) -> None:
+        from pqcli import pipeline
+
+        found = pipeline.inspect(file, tensor)
+        if json:
+            console.json(found)
+        else:
+            console.inspection(found)
+
+    _run(work, json=json)
+
+
+@app.command(epilog="Example: pqcli verify model.pq.safetensors --against model.pt")
+def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Check structure and hashes; with the original, that kept tensors are identical and errors as reported."""
+
+    def work(console: Console) -> None:
+        from pqcli import pipeline
+
+        with console.progress(pipeline.n_weights(file), f"Verifying {file.name}") as progress:
+            findings = pipeline.verify(file, against, progress=progress.advance)
+        if json:
+            console.json({
+                "input": str(file),
+                "ok": not findings,
+                "findings": [{"name": finding.name, "problem": finding.problem} for finding in findings],
+            })  # fmt: skip
+        if findings:
+            lines = [f"tensor {finding.name!r} {finding.problem}" for finding in findings]
+            raise CheckFailedError(f"{file}: {len(findings)} problems\n" + "\n".join(lines))
+        if not json:
+            console.note(f"{file}: every tensor decodes to the bytes that were compressed")
+
+    _run(work, json=json, quiet=quiet)
+
+
+@app.command(epilog="Example: pqcli presets")
+def presets(json: Json = False) -> None:
+    """List the presets that --config takes by name."""
+
+    def work(console: Console) -> None:
+        from pqcli import recipe
+
+        found = {name: recipe.describe(name) for name in recipe.preset_names()}
+        if json:
+            console.json(found)
+        else:
+            console.presets(found)
+
+    _run(work, json=json)
+
+
+def _recipe(
+    config: str | None,
+    block_size: str | None,
+    n_centroids: int | None,
+    n_iter: int | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    seed: int | None,
+    codebook_dtype: CodebookDtype | None,
+) -> Recipe:
+    from pqcli import recipe
+
+    base = recipe.load(config) if config else recipe.Recipe()
+    return recipe.override(
+        base,
+        block_size=_block_size(block_size),
+        n_centroids=n_centroids,
+        n_iter=n_iter,
+        include=tuple(include) if include else None,
+        exclude=tuple(exclude) if exclude else None,
+        seed=seed,
+        codebook_dtype=codebook_dtype.value if codebook_dtype else None,
+    )
+
+
+def _block_size(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--block-size {text!r}: give a whole number such as 8, or auto") from None
+
+
+def _show_plan(console: Console, preview: Any) -> None:
+    console.plan(preview)
+
+
+def _size(path: Path) -> int:
+    return sum(part.stat().st_size for part in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+def _run(work: Callable[[Console], None], *, json: bool = False, quiet: bool = False) -> None:
+    """Do the work; end the process with the right exit code and, for a failure, one message and no traceback."""
+    from pqcli.console import Console
+
+    console = Console(quiet=quiet, json=json)
+    with _terminable():
+        try:
+            work(console)
+        except PQError as error:
+            console.error(error)
+            _exit(error.exit_code)
+        except KeyboardInterrupt:
+            console.error(OutputError("interrupted; nothing was written"))
+            _exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has left: nothing to tell, and nothing to flush
+            _exit(0)
+        except MemoryError as error:
+            console.error(OutputError(f"out of memory ({error or 'no details'}); nothing was written"))
+            _exit(1)
+        except OSError as error:
+            console.error(OutputError(f"{error.filename or 'the system'}: {error.strerror or error}; nothing was written"))
+            _exit(1)
+
+
+def _exit(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that temporary files are removed."""
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
