@@ -1,0 +1,26 @@
+"""Checkpoints: what is read, from any input, and what is written back.
+
+    with checkpoint.open("model.pt") as source:          # headers only; also .safetensors, legacy .pt, folders
+        for info in source.tensors:                      # TensorInfo: name, shape, dtype, alias_of, role
+            weight = source.read(info.name)              # one tensor at a time
+        checkpoint.write(target, source.tensors, source.read, source.skeleton, format=source.format)
+
+The `skeleton` is all that is not tensor data, as JSON: nesting, epoch counters, metadata, shards. With it and the
+tensors, `write` gives the same checkpoint back.
+
+    sniff            which kind of file is it?
+    bytesource       where a tensor's bytes lie, and fetching them with pread
+    pickles, tree    a pickle read as data; its nesting as JSON and back
+    naming           what the tensors are called, where the model is
+    pt_reader, pt_writer, safetensors_io, folder     the formats
+    opened, opening, writing                         the verbs
+"""
+
+from pqcli.atomic import atomic_writer
+from pqcli.checkpoint.opened import Checkpoint
+from pqcli.checkpoint.opening import default_suffix
+from pqcli.checkpoint.opening import open_checkpoint as open  # noqa: A004 - read as checkpoint.open
+from pqcli.checkpoint.tree import Dropped, Json
+from pqcli.checkpoint.writing import write
+
+__all__ = ["Checkpoint", "Dropped", "Json", "atomic_writer", "default_suffix", "open", "write"]

@@ -1,0 +1,204 @@
+"""Tensors as places in a file: where the bytes lie, and how to fetch one tensor without the rest.
+
+Every input format, once its header is understood, comes down to the same thing: a `Region` (a run of bytes: a zip
+record, a safetensors payload, a storage of an old pickle) and, inside it, a `Strided` view. Reading goes through
+`pread`, never `mmap`: pages of a mapped file count as our memory, and a mapped file that shrinks kills the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from pqcli.errors import CheckpointError
+from pqcli.tensorinfo import ITEM_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_CHUNK = 8 << 20
+_MAX_RANK = 64  # what torch itself can hold
+_MAX_GROWTH = 64 << 20
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of bytes of a file. `crc` is the CRC-32 the archive promises, or None where it promises none."""
+
+    start: int
+    n_bytes: int
+    crc: int | None = None
+
+
+@dataclass(frozen=True)
+class Strided:
+    """A dense tensor inside a region. `offset` and `strides` count elements; `strides` None means contiguous.
+
+    `conj` and `neg` are torch's lazy bits: the stored bytes are to be conjugated or negated.
+    """
+
+    region: Region
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = 0
+    strides: tuple[int, ...] | None = None
+    conj: bool = False
+    neg: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements lie in the region in row-major order without gaps."""
+        if self.strides is None or self.numel == 0:
+            return True
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last that the tensor touches, both included."""
+        if self.strides is None or self.numel == 0:
+            return self.numel
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
+
+def check_fits(view: Strided, file_bytes: int) -> None:
+    """Raise `CheckpointError` unless torch can hold the tensor and its bytes are in its region.
+
+    The bare fact only; the caller adds the tensor's name. Guards the allocation too: an expanded tensor (stride 0)
+    may claim terabytes from one stored element.
+    """
+    numbers = (*view.shape, *(view.strides or ()), view.offset)
+    if len(view.shape) > _MAX_RANK or any(not 0 <= number < 2**63 for number in numbers):
+        raise CheckpointError(f"impossible shape {_shape(view)}")
+    item = ITEM_BYTES[view.dtype]
+    needed = (view.offset + view.span) * item if view.numel else 0
+    if needed > view.region.n_bytes:
+        raise CheckpointError(
+            f"shape {_shape(view)} of {view.dtype} needs {needed:,} bytes, its storage has {view.region.n_bytes:,}; "
+            "the file is damaged"
+        )
+    if view.numel * item > max(file_bytes, _MAX_GROWTH):
+        raise CheckpointError(
+            f"shape {_shape(view)} of {view.dtype} expands to {view.numel * item:,} bytes, "
+            f"more than the whole file ({file_bytes:,}); refused as a decompression bomb"
+        )
+
+
+class ByteSource:
+    """One open file, read by position. `path` is what messages name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with reading(path):
+            self._descriptor: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.n_bytes = os.fstat(self._descriptor).st_size
+        self._checked: set[Region] = set()
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def bytes_at(self, start: int, n_bytes: int) -> bytes:
+        """Exactly `n_bytes` bytes from `start`; for headers."""
+        buffer = bytearray(n_bytes)
+        self._fill(memoryview(buffer), start)
+        return bytes(buffer)
+
+    def tensor(self, view: Strided) -> torch.Tensor:
+        """The tensor, contiguous, in memory of its own. `check_fits` must have passed.
+
+        Where the archive has a checksum of the region it is verified: on the fly when the tensor is the whole region,
+        else in one extra pass over the region, the first time it is touched.
+        """
+        item = ITEM_BYTES[view.dtype]
+        if not view.numel:
+            return torch.empty(view.shape, dtype=getattr(torch, view.dtype))
+        raw = torch.empty(view.span * item, dtype=torch.uint8)
+        whole = len(raw) == view.region.n_bytes
+        if not whole:
+            self.check_region(view.region)
+        crc = self._fill(raw.numpy().data, view.region.start + view.offset * item)
+        if whole:
+            self._compare(view.region, crc)
+        flat = raw.view(getattr(torch, view.dtype))
+        if view.contiguous:
+            dense = flat[: view.numel].view(view.shape)
+        else:
+            dense = flat.as_strided(view.shape, view.strides or ()).contiguous()
+        if view.conj:
+            dense = dense.conj().resolve_conj()
+        return dense.neg() if view.neg else dense
+
+    def check_region(self, region: Region) -> None:
+        """Read the region once and raise `CheckpointError` where its checksum does not hold."""
+        if region.crc is None or region in self._checked:
+            return
+        buffer = memoryview(bytearray(min(_CHUNK, region.n_bytes)))
+        crc, done = 0, 0
+        while done < region.n_bytes:
+            part = buffer[: region.n_bytes - done]
+            crc = self._fill(part, region.start + done, crc)
+            done += len(part)
+        self._compare(region, crc)
+
+    def _compare(self, region: Region, crc: int) -> None:
+        if region.crc is not None and crc != region.crc:
+            raise CheckpointError(
+                f"the checksum of its {region.n_bytes:,} bytes does not match (CRC-32 {crc:08x}, the archive says "
+                f"{region.crc:08x}); the file is damaged, fetch it again"
+            )
+        self._checked.add(region)
+
+    def _fill(self, buffer: memoryview, start: int, crc: int = 0) -> int:
+        """Fill the buffer from position `start`; returns the running CRC-32."""
+        if self._descriptor is None:
+            raise CheckpointError(f"'{self.path}' is closed already")
+        done = 0
+        with reading(self.path):
+            while done < len(buffer):
+                part = buffer[done : done + _CHUNK]
+                n_read = os.preadv(self._descriptor, [part], start + done)
+                if n_read == 0:
+                    raise CheckpointError(
+                        f"'{self.path}' ends at byte {start + done:,} where {len(buffer) - done:,} more are needed; "
+                        "it is truncated, or was changed while being read"
+                    )
+                crc = zlib.crc32(part[:n_read], crc)
+                done += n_read
+        return crc
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `CheckpointError` that names `path`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"'{path}' does not exist") from error
+    except PermissionError as error:
+        raise CheckpointError(f"'{path}' cannot be read: permission denied") from error
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror or error}") from error
+
+
+def _shape(view: Strided) -> str:
+    text = "x".join(str(size) for size in view.shape[:8]) or "scalar"
+    return text + ("..." if len(view.shape) > 8 else "")

@@ -1,0 +1,185 @@
+"""Writing a dense checkpoint, in any of the formats, from tensors that come one at a time.
+
+All checks come first (does the skeleton fit the tensors, can the format hold them, is the target free), then the
+writing, through `atomic_writer`: a file appears whole or not at all. A new folder is filled beside its target and
+moved into place; into an existing one (`force`) the files go one by one, the index last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from pqcli.atomic import atomic_writer, check_target, final_path, output_errors, sync_folder
+from pqcli.checkpoint.folder import bare_name, is_weights_name
+from pqcli.checkpoint.pt_writer import write_pt
+from pqcli.checkpoint.safetensors_io import check_writable, write_safetensors
+from pqcli.checkpoint.tree import TensorSlot, rebuild
+from pqcli.errors import ContainerError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from pqcli.checkpoint.tree import Json
+    from pqcli.tensorinfo import TensorInfo
+
+    Read = Callable[[str], torch.Tensor]
+
+_FOR_TORCH = {"format": "pt"}
+"""The metadata without which transformers refuses a safetensors file."""
+
+
+def write(
+    target: Path,
+    tensors: Sequence[TensorInfo],
+    read: Read,
+    skeleton: Json,
+    *,
+    format: str,  # noqa: A002 - the word of the interface
+    force: bool = False,
+) -> int:
+    """Write the checkpoint and return its size in bytes.
+
+    `tensors` must be in the order of the `Checkpoint.tensors` that the skeleton came with; their dtypes are the ones
+    written and `read` must give. `read` is called once per tensor that is no alias; one tensor is held at a time.
+
+    "pt" restores the nesting where the skeleton has one, else writes a flat dict; tied tensors share their storage.
+    "safetensors" writes flat names, and tied tensors as copies. "folder" restores the shards and the index of a
+    folder, else writes `model.safetensors`.
+
+    Raises `OutputError` where the target or the format will not take it, `ContainerError` where the skeleton does not
+    fit the tensors.
+    """
+    if format == "folder":
+        return _write_folder(target, _folder_jobs(tensors, read, skeleton), force=force)
+    check_target(target, force=force)
+    job = _file_job(target.name, format, tensors, read, _own_skeleton(skeleton, format))
+    with atomic_writer(target, force=force) as file:
+        return job.write(file)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One file to write; everything that can be checked beforehand has been."""
+
+    name: str
+    write: Callable[[BinaryIO], int]
+
+
+def _own_skeleton(skeleton: Json, format_: str) -> dict[str, Json]:
+    """The skeleton where it describes the format that is written, else nothing."""
+    with _trusting_nothing():
+        return dict(skeleton) if skeleton and skeleton["source"] == format_ else {}
+
+
+def _file_job(name: str, format_: str, tensors: Sequence[TensorInfo], read: Read, skeleton: dict[str, Json]) -> _Job:
+    if format_ == "safetensors":
+        check_writable(tensors)
+        metadata = skeleton.get("metadata") if skeleton else _FOR_TORCH
+        with _trusting_nothing():
+            if metadata is not None and any(not isinstance(value, str) for value in metadata.values()):
+                raise TypeError("metadata that is no text")
+        return _Job(name, lambda file: write_safetensors(file, tensors, read, metadata))
+    if format_ != "pt":
+        raise OutputError(f"unknown output format '{format_}'; use pt, safetensors or folder")
+    value: Any = {info.name: TensorSlot(info) for info in tensors}
+    if "tree" in skeleton:
+        with _trusting_nothing():
+            value = rebuild(skeleton["tree"], tensors)
+    return _Job(name, lambda file: write_pt(file, value, tensors, read))
+
+
+@contextlib.contextmanager
+def _trusting_nothing() -> Any:
+    """The skeleton may come from a damaged or hostile file: what goes wrong in here is its fault."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+        raise ContainerError(
+            f"the stored structure of the checkpoint does not fit its tensors ({type(error).__name__}: "
+            f"{str(error)[:160]}); the file is damaged"
+        ) from error
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def _folder_jobs(tensors: Sequence[TensorInfo], read: Read, skeleton: Json) -> list[_Job]:
+    """The files of the folder, the index last."""
+    own = _own_skeleton(skeleton, "folder")
+    if not own:
+        return [_file_job("model.safetensors", "safetensors", tensors, read, {})]
+    jobs: list[_Job] = []
+    weight_map: dict[str, str] = {}
+    with _trusting_nothing():
+        waiting = list(tensors)
+        for shard in own["shards"]:
+            if not bare_name(shard["file"]) or any(job.name == shard["file"] for job in jobs):
+                raise ValueError(f"shard name {ascii(shard['file'])[:80]}")
+            part, waiting = waiting[: int(shard["n"])], waiting[int(shard["n"]) :]
+            weight_map.update((info.name, shard["file"]) for info in part)
+            jobs.append(_file_job(shard["file"], shard["format"], part, read, shard))
+        if waiting:
+            raise ValueError(f"{len(waiting)} tensors belong to no shard")
+        if "index" in own:
+            jobs.append(_index_job(own["index"], weight_map, tensors))
+    return jobs
+
+
+def _index_job(index: Json, weight_map: dict[str, str], tensors: Sequence[TensorInfo]) -> _Job:
+    if not bare_name(index["file"]) or index["file"] in weight_map.values():
+        raise ValueError(f"index name {ascii(index['file'])[:80]}")
+    metadata = index["metadata"]
+    n_bytes = sum(info.n_bytes for info in tensors if info.alias_of is None)
+    if isinstance(metadata, dict) and "total_size" in metadata and n_bytes != index["n_bytes"]:
+        metadata = {**metadata, "total_size": n_bytes}  # decoded to another dtype
+    content = {"weight_map": weight_map} if metadata is None else {"metadata": metadata, "weight_map": weight_map}
+    text = (json.dumps(content, indent=2) + "\n").encode()
+    return _Job(index["file"], lambda file: file.write(text))
+
+
+def _write_folder(target: Path, jobs: list[_Job], *, force: bool) -> int:
+    with output_errors(target):
+        exists = target.exists() or target.is_symlink()
+        if exists and not target.is_dir():
+            raise OutputError(f"cannot write the folder '{target}': a file of that name exists")
+        present = {entry.name for entry in target.iterdir()} if exists else set()
+    if not present:
+        return _write_new_folder(target, jobs)
+    if not force:
+        raise OutputError(f"'{target}' exists already and is not empty; use --force to write into it, or -o elsewhere")
+    stale = sorted(name for name in present if is_weights_name(name) and name not in {job.name for job in jobs})
+    if stale:
+        raise OutputError(
+            f"'{target}' holds other weights ({', '.join(stale[:3])}), which would be mixed with the new ones; "
+            "remove them or choose another folder"
+        )
+    return sum(_write_job(target / job.name, job, force=True) for job in jobs)
+
+
+def _write_new_folder(target: Path, jobs: list[_Job]) -> int:
+    """Fill a folder beside the target, then move it into place."""
+    real = final_path(target)
+    temporary = real.with_name(f".{real.name[:200]}.{secrets.token_hex(4)}.tmp")
+    with output_errors(target):
+        temporary.mkdir()
+        try:
+            n_bytes = sum(_write_job(temporary / job.name, job, force=False) for job in jobs)
+            temporary.replace(real)  # an empty folder in its place is replaced too
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(real.parent)
+    return n_bytes
+
+
+def _write_job(path: Path, job: _Job, *, force: bool) -> int:
+    with atomic_writer(path, force=force) as file:
+        return job.write(file)
