@@ -9,17 +9,16 @@ addition.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from numba import njit
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
-def kernel(function: _Function) -> _Function:
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled at its first call."""
+    compiled: Callable[..., Any]
     try:
-        compiled: _Function = njit(cache=True, nogil=True)(function)
+        compiled = njit(cache=True, nogil=True)(function)
     except RuntimeError:  # numba found no folder to cache in (a read-only home)
         compiled = njit(nogil=True)(function)
     return compiled

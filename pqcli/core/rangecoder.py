@@ -13,7 +13,7 @@ probability by RATES[k] / 65536 of the way to the decision: fast at first, then 
 function each way with an `encoding` flag, so that the two cannot drift apart.
 """
 
-# mypy: disallow-untyped-decorators=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False
 from __future__ import annotations
 
 from typing import Self
@@ -35,7 +35,7 @@ N_INTEGER_MODELS = 33
 
 
 @kernel
-def code_bit(encoding, bit, probability, low, span, code, position, length, buffer):  # type: ignore[no-untyped-def]
+def code_bit(encoding, bit, probability, low, span, code, position, length, buffer):
     """One decision with P(1) = probability / 65536: (bit, low, span, code, position) afterwards."""
     bound = (span >> 16) * probability
     if not encoding:
@@ -70,7 +70,7 @@ def code_bit(encoding, bit, probability, low, span, code, position, length, buff
 
 
 @kernel
-def adapt(models, index, bit, rates):  # type: ignore[no-untyped-def]
+def adapt(models, index, bit, rates):
     """Move one model towards `bit`; probabilities stay in [32, 65504]."""
     probability = np.int64(models[index, 0])
     count = models[index, 1]
@@ -84,7 +84,7 @@ def adapt(models, index, bit, rates):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _code_integer(encoding, value, models, first, rates, window, buffer):  # type: ignore[no-untyped-def]
+def _code_integer(encoding, value, models, first, rates, window, buffer):
     """One integer in [0, 2^32): an adaptive unary number of bits of value + 1, then those below the leading one."""
     low, span, code, position, length = window[0], window[1], window[2], window[3], window[4]
     target = value + 1
@@ -112,7 +112,7 @@ def _code_integer(encoding, value, models, first, rates, window, buffer):  # typ
 
 
 @kernel
-def _code_decision(encoding, bit, models, index, rates, window, buffer):  # type: ignore[no-untyped-def]
+def _code_decision(encoding, bit, models, index, rates, window, buffer):
     """One adaptive decision."""
     low, span, code, position, length = window[0], window[1], window[2], window[3], window[4]
     bit, low, span, code, position = code_bit(

@@ -55,7 +55,8 @@ class Rotation:
         """Normals (k, size) and coefficients (k,) of the Householder reflections whose product is the rotation."""
         from pqcli.core.rotation_kernels import orthonormalize
 
-        return orthonormalize(self.basis, np.array(self.precisions, np.int64))
+        normals, coefficients = orthonormalize(self.basis, np.array(self.precisions, np.int64))
+        return normals, coefficients
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,14 @@ def apply(weights: Matrix, rotation: Rotation, *, inverse: bool) -> None:
 
 
 def _gram(vectors: Matrix) -> NDArray[np.float64]:
-    """vectors' vectors, without overflow for any float32."""
+    """The Gram matrix of the vectors, without overflow for any float32."""
     largest = float(np.max(np.abs(vectors), initial=0.0))
     if largest == 0.0:
         return np.zeros((vectors.shape[1], vectors.shape[1]))
     scale = 2.0 ** -np.frexp(largest)[1]
     scaled = vectors * np.float32(scale)
-    return (scaled.T @ scaled).astype(np.float64) / scale**2
+    gram: NDArray[np.float64] = (scaled.T @ scaled).astype(np.float64) / scale**2
+    return gram
 
 
 def _rate(variance: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -158,7 +160,7 @@ def _own(weights: Matrix) -> tuple[Rotation, bool] | None:
     stride = -(-n_rows // _GRAM_ROWS)
     sample = np.ascontiguousarray(weights[::stride])
     energies, right = _principal(sample)
-    left = sample @ right / np.sqrt(energies).astype(np.float32)
+    left: Matrix = sample @ right / np.sqrt(energies).astype(np.float32)
     plain = _trial_rate(sample, None, 0) * weights.size
     best: tuple[float, int, bool] = (plain, 0, False)
     for transpose, vectors in ((False, right), (True, left)):

@@ -3,7 +3,8 @@
 basis (k, size) int32, normals (k, size) float32, coefficients (k,) float32, weights (rows, columns) float32
 """
 
-# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, check-untyped-defs=False
+# ruff: noqa: C901 - a fused loop is one function on purpose
 from __future__ import annotations
 
 import numpy as np

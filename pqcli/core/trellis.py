@@ -234,54 +234,59 @@ def decode(
     if len(layout) != len(encoded.streams):
         raise ValueError(f"{len(encoded.streams)} streams where the shapes make {len(layout)}")
     wanted = {source.key for source in sources} if keys is None else set(keys)
-    return _decode_streams(encoded.streams, layout, sources, side, wanted, n_threads)
+    return _assemble(_decode_ahead(encoded.streams, layout, sources, side, wanted, n_threads), sources, side, wanted)
 
 
-def _decode_streams(
+def _decode_ahead(
     streams: Sequence[bytes],
     layout: Sequence[tuple[Segment, ...]],
     sources: Sequence[Source],
     side: _Side,
     wanted: set[str],
     n_threads: int,
-) -> Iterator[tuple[str, Matrix]]:
+) -> Iterator[tuple[Segment, Matrix]]:
+    """The segments of every stream that holds a wanted tensor, in order, while later streams are being decoded."""
     needed = [i for i, segments in enumerate(layout) if any(sources[s.source].key in wanted for s in segments)]
-    pending: deque[Future[list[Matrix]]] = deque()
-    unstarted = iter(needed)
-    emitted = 0
+    pending: deque[tuple[int, Future[list[Matrix]]]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
+        try:
+            while needed or pending:
+                while needed and len(pending) <= n_threads:
+                    i = needed.pop(0)
+                    pending.append((i, pool.submit(_decode_stream, streams[i], layout[i], sources, side)))
+                i, future = pending.popleft()
+                yield from zip(layout[i], future.result(), strict=True)
+        finally:
+            for _, future in pending:
+                future.cancel()
 
-        def refill() -> None:
-            while len(pending) <= n_threads:
-                i = next(unstarted, None)
-                if i is None:
-                    return
-                pending.append(pool.submit(_decode_stream, streams[i], layout[i], sources, side))
 
-        target: Matrix | None = None
-        for i in needed:
-            refill()
-            for segment, block in zip(layout[i], pending.popleft().result(), strict=True):
-                source = sources[segment.source]
-                for empty in sources[emitted : segment.source]:
-                    if empty.n_weights == 0 and empty.key in wanted:
-                        yield empty.key, np.zeros((empty.rows, empty.columns), np.float32)
-                emitted = max(emitted, segment.source)
-                if source.key not in wanted:
-                    continue
-                flipped = source.key in side.rotations.transposed
-                height = source.columns if flipped else source.rows
-                if segment.start == 0:
-                    target = np.empty((source.rows, source.columns), np.float32)
-                assert target is not None  # noqa: S101 - a tensor's first segment comes first
-                (target.T if flipped else target)[segment.start : segment.stop] = block
-                if segment.stop == height:
-                    yield source.key, target
-                    target = None
-                    emitted = segment.source + 1
-    for empty in sources[emitted:]:
-        if empty.n_weights == 0 and empty.key in wanted:
-            yield empty.key, np.zeros((empty.rows, empty.columns), np.float32)
+def _assemble(
+    decoded: Iterable[tuple[Segment, Matrix]], sources: Sequence[Source], side: _Side, wanted: set[str]
+) -> Iterator[tuple[str, Matrix]]:
+    """Whole tensors from their segments; those without weights, which no stream holds, in their places."""
+    n_done = 0
+    target = np.zeros((0, 0), np.float32)
+    for segment, block in decoded:
+        yield from _empty(sources[n_done : segment.source], wanted)
+        n_done = segment.source
+        source = sources[segment.source]
+        if source.key not in wanted:
+            continue
+        if segment.start == 0:
+            target = np.empty((source.rows, source.columns), np.float32)
+        flipped = source.key in side.rotations.transposed
+        (target.T if flipped else target)[segment.start : segment.stop] = block
+        if segment.stop == _height(source, side.rotations.transposed):
+            yield source.key, target
+            n_done = segment.source + 1
+    yield from _empty(sources[n_done:], wanted)
+
+
+def _empty(sources: Sequence[Source], wanted: set[str]) -> Iterator[tuple[str, Matrix]]:
+    for source in sources:
+        if source.n_weights == 0 and source.key in wanted:
+            yield source.key, np.zeros((source.rows, source.columns), np.float32)
 
 
 # --- weights in steps -------------------------------------------------------------------------------------------------
@@ -324,7 +329,7 @@ def _trellis(n_states: int) -> NDArray[np.int64]:
 
 
 def _ways_in(next_state: NDArray[np.int64]) -> NDArray[np.int64]:
-    """previous (n_states, 2): 2 * state + bit of the two transitions into each state."""
+    """The two transitions into each state, (n_states, 2): 2 * state + bit."""
     return np.argsort(next_state.ravel(), kind="stable").reshape(-1, 2).astype(np.int64)
 
 
@@ -452,7 +457,7 @@ def _search(blocks: Sequence[_Block], params: TrellisParams) -> Matrix:
     scale = 2.0 ** ((np.arange(N_CLASSES) + 0.5) / 4 - 6)
     slope = np.minimum(2.0 / scale, 4.0).astype(np.float32)
     cost = _bits(prior)
-    points = np.tile(np.arange(N_POINTS, dtype=np.float32), (3, 1))
+    points: Matrix = np.tile(np.arange(N_POINTS, dtype=np.float32), (3, 1))
     trial = [_sample(block) for block in blocks] if sum(b.weights.size for b in blocks) > _TRIAL_ALL_BELOW else blocks
     schedule = [(trial, _TRIAL_STATES)] * _TRIAL_PASSES + [(blocks, params.n_states)]
     for some, n_states in schedule:
@@ -473,8 +478,8 @@ def _search(blocks: Sequence[_Block], params: TrellisParams) -> Matrix:
         seen[1:] += 0.25 * counts[:-1]
         seen[:-1] += 0.25 * counts[1:]
         cost = _bits(seen + 20 * prior)
-        points = np.where(sums[..., 1] > 20, sums[..., 0] / np.maximum(sums[..., 1], 1), np.arange(N_POINTS))
-        points = points.astype(np.float32)
+        means = sums[..., 0] / np.maximum(sums[..., 1], 1)
+        points = np.where(sums[..., 1] > 20, means, np.arange(N_POINTS)).astype(np.float32)
     return points
 
 

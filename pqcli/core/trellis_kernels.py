@@ -6,12 +6,12 @@ Shapes: weights (rows, columns) float32 in units of the step; levels (rows, colu
 levels alone. A state's low bit says whether its weight takes an even or an odd level, see `pqcli.core.trellis`.
 """
 
-# mypy: disallow-untyped-decorators=False
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False
-# ruff: noqa: C901
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, check-untyped-defs=False
+# ruff: noqa: C901 - a fused loop is one function on purpose
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pqcli.core.jit import kernel
 from pqcli.core.rangecoder import adapt, code_bit
@@ -45,7 +45,7 @@ _INFINITE = np.float32(3e38)
 @kernel
 def _scale_class(scale):
     """The class of a mean magnitude in 1/4096: floor(4 log2) from 64 (2^-6) on, its fractions rounded as specified."""
-    scale = max(scale, 64)
+    scale = np.int64(max(scale, 64))
     octave = -1
     rest = scale
     while rest > 0:
@@ -74,7 +74,7 @@ def branch(level, parity, label):
 
 
 @kernel
-def code_levels(encoding, levels, labels, period, scale0, next_state, models, rates, window, buffer):  # type: ignore[no-untyped-def]
+def code_levels(encoding, levels, labels, period, scale0, next_state, models, rates, window, buffer):
     """Write or read the levels of one matrix; False when what is read cannot be a stream.
 
     Contexts are backward-adaptive: the expected magnitude of a level is the running mean of its column times the
@@ -333,7 +333,7 @@ def search(weights, row_scale, column_scale, labels, cost, slope, reconstruction
                         for lane in range(LANES):
                             one = here[a >> 1, lane] + price[a_price, lane]
                             two = here[b >> 1, lane] + price[b_price, lane]
-                            there[state, lane] = two if two < one else one
+                            there[state, lane] = min(one, two)
                             taken[step, word, lane] |= mask if two < one else np.uint32(0)
                 here, there = there, here
             for lane in range(LANES):
@@ -363,7 +363,7 @@ def scale_up(weights, step):
             weights[r, j] = min(max(weights[r, j] * step, -largest), largest)
 
 
-def initial_models():
+def initial_models() -> NDArray[np.int32]:
     """The models (N_LEVEL_MODELS, 2) a stream starts from: P(index > n) for geometric magnitudes of the class's mean.
 
     Only +, -, *, / of IEEE doubles, so that every machine computes the same integers.
