@@ -1,0 +1,710 @@
+"""The trellis codec: the smallest known stream for a given squared error, at the price of random access.
+
+A tensor is a matrix of weights, rotated where that pays (`pqcli.core.rotation`) and quantized to integer levels times
+one step. Which levels a weight may take depends on the levels before it: a trellis of `n_states` states is walked along
+the rows, and the state's low bit opens either the even or the odd levels. Half the levels at a time make each choice
+one bit cheaper than all of them would be, and the Viterbi search picks, among all walks, the one that minimises
+
+    sum (weight - point)^2 + rate_weight * step^2 * bits
+
+so that the weights of a row are quantized together, as one long vector: most of the way from scalar quantization to
+the limit of sphere packing. Where weights are small against the step the odd set also holds zero (`labels` 0),
+elsewhere it is pure (`labels` 1), by column or kernel position. Levels are coded by `code_levels` with adaptive
+contexts, and decode to points that are the centroids of the weights that chose them.
+
+Tensors are cut into *streams* that are coded each by itself, by several threads at once: one stream holds rows of one
+large tensor, or several small tensors. How, follows from the shapes alone (`stream_layout`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pqcli.core.rotation import Rotation, Rotations, apply, fit_rotations
+from pqcli.core.sources import Source
+
+if TYPE_CHECKING:
+    from pqcli.core.rangecoder import RangeCoder
+
+__all__ = [
+    "EncodedStreams",
+    "Rotation",
+    "Rotations",
+    "Segment",
+    "Source",
+    "TrellisParams",
+    "decode",
+    "encode",
+    "fit_rotations",
+    "stream_layout",
+]
+
+Matrix = NDArray[np.float32]
+
+_POLYNOMIALS = {
+    1: (0, 0),
+    4: (0o5, 0o2),
+    8: (0o13, 0o4),
+    16: (0o23, 0o4),
+    32: (0o45, 0o10),
+    64: (0o103, 0o24),
+    128: (0o235, 0o126),
+    256: (0o515, 0o362),
+}
+"""Ungerboeck's parity-check polynomials (h0, h1) for one-dimensional signals, by number of states."""
+
+N_STATES = tuple(n for n in _POLYNOMIALS if n > 1)
+"""What `TrellisParams.n_states` may be."""
+
+_LABEL_GROUP = 16
+"""Columns that share a label where there are no kernel positions."""
+_PURE_ABOVE = 0.85
+"""The odd set is pure where rms / step exceeds this."""
+_TRIAL_STATES = 8
+_TRIAL_PASSES = 2
+_TRIAL_SHARE = 4
+_TRIAL_ALL_BELOW = 1 << 18
+_MAX_SIZE = float(1 << 29)
+"""Largest weight in steps; a level must stay an int32."""
+_WEIGHTS_PER_BYTE = 12_000
+"""No stream holds more weights per byte: the surest decision costs 32/65536 of a nat."""
+_LARGEST = float(np.finfo(np.float32).max)
+_MAX_RANK = 256
+_HEADER = struct.Struct("<fBB")
+_OCTAVE_STEPS = 8
+_RATIOS = tuple(float(np.float32(2.0 ** (i / _OCTAVE_STEPS))) for i in range(_OCTAVE_STEPS))
+
+
+@dataclass(frozen=True)
+class TrellisParams:
+    """What the encoder is asked.
+
+    `step` is the distance of neighbouring levels; `rate_weight` what a bit may cost in squared steps; more `n_states`
+    find less error for more time (decoding takes no longer); a stream holds about `stream_weights` weights, a power
+    of two.
+    """
+
+    step: float
+    n_states: int = 256
+    rate_weight: float = 0.3
+    stream_weights: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        if not (0.0 < float(np.float32(self.step)) < _LARGEST):
+            raise ValueError(f"step {self.step} is not a positive float32")
+        if self.n_states not in N_STATES:
+            raise ValueError(f"{self.n_states} states; a trellis has one of {', '.join(map(str, N_STATES))}")
+        if self.stream_weights < 1 or self.stream_weights & (self.stream_weights - 1):
+            raise ValueError(f"{self.stream_weights} weights per stream is not a power of two")
+
+
+@dataclass(frozen=True)
+class EncodedStreams:
+    """All that decoding needs beside the sources: `side` (steps, rotations) and one byte string per stream.
+
+    `squared_errors` tells, by key, the squared error the encoder caused; it is not part of the data.
+    """
+
+    side: bytes
+    streams: tuple[bytes, ...]
+    squared_errors: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all of it."""
+        return len(self.side) + sum(map(len, self.streams))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows `start` to `stop` of the coded matrix of source number `source`."""
+
+    source: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What `EncodedStreams.side` says."""
+
+    step: float
+    n_states: int
+    stream_weights: int
+    exponents: tuple[int, ...]
+    rotations: Rotations
+
+    def step_of(self, index: int) -> np.float32:
+        """The step of source number `index`: step * 2^(exponent / 8), in defined arithmetic."""
+        octave, eighth = divmod(self.exponents[index], _OCTAVE_STEPS)
+        return np.float32(np.ldexp(float(np.float32(self.step)) * _RATIOS[eighth], octave))
+
+
+def stream_layout(
+    sources: Sequence[Source], transposed: Iterable[str], stream_weights: int
+) -> list[tuple[Segment, ...]]:
+    """Which rows each stream holds. Tensors of more than `stream_weights` weights are split evenly into streams."""
+    flipped = frozenset(transposed)
+    streams: list[tuple[Segment, ...]] = []
+    gathered: list[Segment] = []
+    weights = 0
+    for index, source in enumerate(sources):
+        if source.n_weights == 0:
+            continue
+        n_rows = source.columns if source.key in flipped else source.rows
+        if gathered and weights + source.n_weights > stream_weights:
+            streams.append(tuple(gathered))
+            gathered, weights = [], 0
+        if source.n_weights <= stream_weights:
+            gathered.append(Segment(index, 0, n_rows))
+            weights += source.n_weights
+            continue
+        n_parts = min(n_rows, -(-source.n_weights // stream_weights))
+        height = -(-n_rows // n_parts)
+        streams += [(Segment(index, r, min(r + height, n_rows)),) for r in range(0, n_rows, height)]
+    return [*streams, tuple(gathered)] if gathered else streams
+
+
+def encode(
+    sources: Sequence[Source],
+    read: Callable[[str], Matrix],
+    params: TrellisParams,
+    rotations: Rotations,
+    steps: Mapping[str, float] | None = None,
+    n_threads: int = 2,
+) -> EncodedStreams:
+    """The sources as streams. `read(key)` is called once per source, in order; it gives (rows, columns) float32.
+
+    `steps` gives a source a step of its own, rounded to params.step * 2^(i/8). At most `n_threads + 1` streams' weights
+    are held beside the tensor just read. The bytes do not depend on `n_threads`. Raises ValueError where a weight is
+    too large for its step (2^29 steps).
+    """
+    side = _Side(
+        params.step,
+        params.n_states,
+        params.stream_weights,
+        tuple(_exponent(params.step, (steps or {}).get(source.key, params.step)) for source in sources),
+        rotations,
+    )
+    streams: list[bytes] = []
+    errors = {source.key: 0.0 for source in sources}
+    pending: deque[tuple[tuple[Segment, ...], Future[tuple[bytes, list[float]]]]] = deque()
+
+    def collect() -> None:
+        segments, future = pending.popleft()
+        data, squared = future.result()
+        streams.append(data)
+        for segment, error in zip(segments, squared, strict=True):
+            errors[sources[segment.source].key] += error * float(side.step_of(segment.source)) ** 2
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        held: tuple[int, Matrix] | None = None
+        for segments in stream_layout(sources, rotations.transposed, params.stream_weights):
+            blocks: list[Matrix] = []
+            for segment in segments:
+                if held is None or held[0] != segment.source:
+                    held = (segment.source, _read(sources[segment.source], read, rotations.transposed))
+                blocks.append(_in_steps(held[1][segment.start : segment.stop], side.step_of(segment.source)))
+            pending.append((segments, pool.submit(_encode_stream, blocks, segments, sources, params, rotations)))
+            while len(pending) > n_threads:
+                collect()
+        while pending:
+            collect()
+    return EncodedStreams(_code_side(side, sources), tuple(streams), errors)
+
+
+def decode(
+    encoded: EncodedStreams, sources: Sequence[Source], keys: Iterable[str] | None = None, n_threads: int = 2
+) -> Iterator[tuple[str, Matrix]]:
+    """(key, weights (rows, columns) float32) of every source, or of those in `keys`, in the sources' order.
+
+    Bit-identical on every machine. Only streams that hold a wanted tensor are decoded, at most `n_threads + 1` ahead.
+    Raises ValueError for bytes that are not what `encode` wrote for these sources.
+    """
+    side = _parse_side(encoded.side, sources)
+    layout = stream_layout(sources, side.rotations.transposed, side.stream_weights)
+    if len(layout) != len(encoded.streams):
+        raise ValueError(f"{len(encoded.streams)} streams where the shapes make {len(layout)}")
+    wanted = {source.key for source in sources} if keys is None else set(keys)
+    return _assemble(_decode_ahead(encoded.streams, layout, sources, side, wanted, n_threads), sources, side, wanted)
+
+
+def _decode_ahead(
+    streams: Sequence[bytes],
+    layout: Sequence[tuple[Segment, ...]],
+    sources: Sequence[Source],
+    side: _Side,
+    wanted: set[str],
+    n_threads: int,
+) -> Iterator[tuple[Segment, Matrix]]:
+    """The segments of every stream that holds a wanted tensor, in order, while later streams are being decoded."""
+    needed = [i for i, segments in enumerate(layout) if any(sources[s.source].key in wanted for s in segments)]
+    pending: deque[tuple[int, Future[list[Matrix]]]] = deque()
+    with ThreadPoolExecutor(n_threads) as pool:
+        try:
+            while needed or pending:
+                while needed and len(pending) <= n_threads:
+                    i = needed.pop(0)
+                    pending.append((i, pool.submit(_decode_stream, streams[i], layout[i], sources, side)))
+                i, future = pending.popleft()
+                yield from zip(layout[i], future.result(), strict=True)
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _assemble(
+    decoded: Iterable[tuple[Segment, Matrix]], sources: Sequence[Source], side: _Side, wanted: set[str]
+) -> Iterator[tuple[str, Matrix]]:
+    """Whole tensors from their segments; those without weights, which no stream holds, in their places."""
+    n_done = 0
+    target = np.zeros((0, 0), np.float32)
+    for segment, block in decoded:
+        yield from _empty(sources[n_done : segment.source], wanted)
+        n_done = segment.source
+        source = sources[segment.source]
+        if source.key not in wanted:
+            continue
+        if segment.start == 0:
+            target = np.empty((source.rows, source.columns), np.float32)
+        flipped = source.key in side.rotations.transposed
+        (target.T if flipped else target)[segment.start : segment.stop] = block
+        if segment.stop == _height(source, side.rotations.transposed):
+            yield source.key, target
+            n_done = segment.source + 1
+    yield from _empty(sources[n_done:], wanted)
+
+
+def _empty(sources: Sequence[Source], wanted: set[str]) -> Iterator[tuple[str, Matrix]]:
+    for source in sources:
+        if source.n_weights == 0 and source.key in wanted:
+            yield source.key, np.zeros((source.rows, source.columns), np.float32)
+
+
+# --- weights in steps -------------------------------------------------------------------------------------------------
+
+
+def _exponent(step: float, own: float) -> int:
+    return int(np.clip(round(_OCTAVE_STEPS * float(np.log2(own / step))), -2048, 2047))
+
+
+def _read(source: Source, read: Callable[[str], Matrix], transposed: frozenset[str]) -> Matrix:
+    weights = read(source.key)
+    if weights.shape != (source.rows, source.columns):
+        raise ValueError(f"{weights.shape[0]} x {weights.shape[1]} weights read; {source.rows} x {source.columns} said")
+    return weights.T if source.key in transposed else weights
+
+
+def _in_steps(weights: Matrix, step: np.float32) -> Matrix:
+    """A fresh array of weights / step."""
+    largest = float(np.max(np.abs(weights), initial=0.0))
+    if largest > _MAX_SIZE * float(step):
+        raise ValueError(f"a weight of magnitude {largest:g} is too large for the step {float(step):g}")
+    if float(step) > 1e-30:
+        return np.ascontiguousarray(weights / step, dtype=np.float32)
+    return np.ascontiguousarray((weights.astype(np.float64) / float(step)).astype(np.float32))
+
+
+def _trellis(n_states: int) -> NDArray[np.int64]:
+    """next_state (n_states, 2): Ungerboeck's systematic feedback encoder."""
+    h0, h1 = _POLYNOMIALS[n_states]
+    table = np.zeros((n_states, 2), np.int64)
+    for state in range(n_states):
+        for bit in range(2):
+            shifted = state >> 1
+            if state & 1:
+                shifted ^= h0 >> 1
+            if bit:
+                shifted ^= h1 >> 1
+            table[state, bit] = shifted
+    return table
+
+
+def _ways_in(next_state: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The two transitions into each state, (n_states, 2): 2 * state + bit."""
+    return np.argsort(next_state.ravel(), kind="stable").reshape(-1, 2).astype(np.int64)
+
+
+# --- one stream -------------------------------------------------------------------------------------------------------
+
+_N_INTEGER_KINDS = 2
+
+
+@dataclass
+class _Block:
+    """One segment on its way through the encoder: rotated weights in steps, and what the search knows of them."""
+
+    weights: Matrix
+    period: int
+    labels: NDArray[np.uint8]
+    row_scale: Matrix
+    column_scale: Matrix
+    levels: NDArray[np.int32]
+
+
+def _period(source: Source, transposed: bool) -> int:
+    return 1 if transposed else source.kernel
+
+
+def _encode_stream(
+    weights: list[Matrix],
+    segments: Sequence[Segment],
+    sources: Sequence[Source],
+    params: TrellisParams,
+    rotations: Rotations,
+) -> tuple[bytes, list[float]]:
+    """One stream's bytes, and the squared error of each segment in squared steps."""
+    from pqcli.core.trellis_kernels import dequantize
+
+    blocks = []
+    for matrix, segment in zip(weights, segments, strict=True):
+        source = sources[segment.source]
+        if source.key in rotations.use:
+            apply(matrix, rotations.items[rotations.use[source.key]], inverse=False)
+        blocks.append(_block(matrix, _period(source, source.key in rotations.transposed)))
+    points = _search(blocks, params)
+    next_state = _trellis(params.n_states)
+    coder = _level_coder_for_writing(sum(block.weights.size for block in blocks))
+    points = _code_points(coder, points)
+    errors = []
+    previous_class = 0
+    for block in blocks:
+        previous_class = _code_block(coder, block.levels, block.labels, block.period, previous_class, next_state)
+        decoded = np.empty_like(block.weights)
+        dequantize(block.levels, block.labels, next_state, points, decoded)
+        decoded -= block.weights
+        errors.append(float(np.sum(np.square(decoded, dtype=np.float64))))
+    return coder.finish(), errors
+
+
+def _decode_stream(data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side) -> list[Matrix]:
+    """The segments' weights (coded rows, coded columns)."""
+    from pqcli.core.trellis_kernels import dequantize, scale_up
+
+    shapes = [
+        (s.stop - s.start, sources[s.source].n_weights // _height(sources[s.source], side.rotations.transposed))
+        for s in segments
+    ]
+    n_weights = sum(rows * columns for rows, columns in shapes)
+    if n_weights > (len(data) + 8) * _WEIGHTS_PER_BYTE:
+        raise ValueError(f"{len(data)} bytes cannot hold {n_weights} weights")
+    next_state = _trellis(side.n_states)
+    coder = _level_coder_for_reading(data)
+    points = _code_points(coder, np.zeros((3, 0), np.float32))
+    found = []
+    previous_class = 0
+    for segment, shape in zip(segments, shapes, strict=True):
+        source = sources[segment.source]
+        flipped = source.key in side.rotations.transposed
+        levels = np.empty(shape, np.int32)
+        labels = np.empty(shape[1], np.uint8)
+        previous_class = _code_block(coder, levels, labels, _period(source, flipped), previous_class, next_state)
+        weights = np.empty(shape, np.float32)
+        dequantize(levels, labels, next_state, points, weights)
+        if source.key in side.rotations.use:
+            apply(weights, side.rotations.items[side.rotations.use[source.key]], inverse=True)
+        scale_up(weights, side.step_of(segment.source))
+        found.append(weights)
+    coder.finish()
+    return found
+
+
+def _height(source: Source, transposed: frozenset[str]) -> int:
+    return source.columns if source.key in transposed else source.rows
+
+
+def _block(weights: Matrix, period: int) -> _Block:
+    """Scales by row and by column (shrunk towards their mean, as they are estimates), and the labels they suggest."""
+    n_rows, n_columns = weights.shape
+    squares = np.square(weights, dtype=np.float64)
+    mean = float(squares.mean())
+    rows = (squares.sum(axis=1) + 4 * mean) / (n_columns + 4)
+    columns = squares.mean(axis=0)
+    phases = columns.reshape(-1, period).mean(axis=0)
+    shrunk = (columns * n_rows + 8 * np.tile(phases, n_columns // period)) / (n_rows + 8)
+    if period > 1:
+        labels = np.tile(np.sqrt(phases) > _PURE_ABOVE, n_columns // period)
+    else:
+        starts = np.arange(0, n_columns, _LABEL_GROUP)
+        groups = np.add.reduceat(columns, starts) / np.minimum(_LABEL_GROUP, n_columns - starts)
+        labels = np.repeat(np.sqrt(groups) > _PURE_ABOVE, _LABEL_GROUP)[:n_columns]
+    tiny = 1e-30
+    row_scale = 2 * np.log2(np.maximum(rows, tiny) / max(mean, tiny))
+    column_scale = 2 * np.log2(np.maximum(shrunk, tiny)) + 24
+    return _Block(
+        weights,
+        period,
+        labels.astype(np.uint8),
+        row_scale.astype(np.float32),
+        column_scale.astype(np.float32),
+        np.zeros(weights.shape, np.int32),
+    )
+
+
+def _search(blocks: Sequence[_Block], params: TrellisParams) -> Matrix:
+    """Fill in the blocks' levels; the reconstruction points (3, N_POINTS) that fit them."""
+    from pqcli.core.trellis_kernels import N_CLASSES, N_COSTS, N_POINTS, gather, search
+
+    prior = _prior_probabilities(N_CLASSES, N_COSTS)
+    scale = 2.0 ** ((np.arange(N_CLASSES) + 0.5) / 4 - 6)
+    slope = np.minimum(2.0 / scale, 4.0).astype(np.float32)
+    cost = _bits(prior)
+    points: Matrix = np.tile(np.arange(N_POINTS, dtype=np.float32), (3, 1))
+    trial = [_sample(block) for block in blocks] if sum(b.weights.size for b in blocks) > _TRIAL_ALL_BELOW else blocks
+    schedule = [(trial, _TRIAL_STATES)] * _TRIAL_PASSES + [(blocks, params.n_states)]
+    for some, n_states in schedule:
+        next_state = _trellis(n_states)
+        previous = _ways_in(next_state)
+        counts = np.zeros((N_CLASSES, 3, N_COSTS))
+        sums = np.zeros((3, N_POINTS, 2))
+        for block in some:
+            search(
+                block.weights, block.row_scale, block.column_scale, block.labels, cost, slope, points,
+                np.float32(params.rate_weight), previous, block.levels,
+            )  # fmt: skip
+            gather(
+                block.weights, block.row_scale, block.column_scale, block.levels, block.labels, next_state,
+                counts, sums,
+            )  # fmt: skip
+        seen = counts.copy()
+        seen[1:] += 0.25 * counts[:-1]
+        seen[:-1] += 0.25 * counts[1:]
+        cost = _bits(seen + 20 * prior)
+        means = sums[..., 0] / np.maximum(sums[..., 1], 1)
+        points = np.where(sums[..., 1] > 20, means, np.arange(N_POINTS)).astype(np.float32)
+    return points
+
+
+def _sample(block: _Block) -> _Block:
+    """Every so manieth batch of runs of a block."""
+    from pqcli.core.trellis_kernels import LANES, RUN_LENGTH
+
+    n_rows, n_columns = block.weights.shape
+    height = max(1, RUN_LENGTH // n_columns) * LANES
+    rows = np.flatnonzero((np.arange(n_rows) // height) % _TRIAL_SHARE == 0)
+    weights = np.ascontiguousarray(block.weights[rows])
+    return _Block(
+        weights, block.period, block.labels, block.row_scale[rows], block.column_scale,
+        np.zeros(weights.shape, np.int32),
+    )  # fmt: skip
+
+
+def _prior_probabilities(n_classes: int, n_costs: int) -> NDArray[np.float64]:
+    """P(magnitude | class, set) before anything was seen: two-sided exponential, in the pure odd set Gaussian."""
+    magnitude = np.arange(n_costs)
+    scale = (2.0 ** ((np.arange(n_classes) + 0.5) / 4 - 6))[:, None]
+    spread = np.maximum(scale / np.sqrt(2.0), 0.05)
+    even = np.where(magnitude % 2 == 0, np.exp(-magnitude / spread), 0)
+    odd = np.where((magnitude % 2 == 1) | (magnitude == 0), np.exp(-magnitude / spread), 0)
+    odd[:, 0] *= 0.5
+    even[:, 0] *= 0.5
+    wide = np.maximum(scale, 0.12)
+    pure = np.exp(-0.5 * np.minimum((magnitude / wide) ** 2, 2 * magnitude / wide + 8)) * (magnitude % 2 == 1)
+    allowed = np.stack([magnitude % 2 == 0, (magnitude % 2 == 1) | (magnitude == 0), magnitude % 2 == 1])
+    prior = np.stack([even, odd, pure], axis=1) + 1e-9 * allowed
+    result: NDArray[np.float64] = prior / prior.sum(axis=2, keepdims=True)
+    return result
+
+
+def _bits(weights: NDArray[np.float64]) -> Matrix:
+    """Bits by (class, set, magnitude), the sign's included, from unnormalised probabilities."""
+    probability = weights / weights.sum(axis=2, keepdims=True)
+    bits = -np.log2(np.maximum(probability, 1e-12)) + (np.arange(weights.shape[2]) > 0)
+    return np.minimum(bits, 40).astype(np.float32)
+
+
+# --- the layout of a stream -------------------------------------------------------------------------------------------
+
+
+def _level_coder_for_writing(n_weights: int) -> RangeCoder:
+    from pqcli.core.rangecoder import RangeCoder
+    from pqcli.core.trellis_kernels import BYTES_PER_LEVEL
+
+    return _with_level_models(RangeCoder.writer(BYTES_PER_LEVEL * n_weights + 4096, _n_models()))
+
+
+def _level_coder_for_reading(data: bytes) -> RangeCoder:
+    from pqcli.core.rangecoder import RangeCoder
+
+    return _with_level_models(RangeCoder.reader(data, _n_models()))
+
+
+def _n_models() -> int:
+    from pqcli.core.rangecoder import N_INTEGER_MODELS
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS
+
+    return N_LEVEL_MODELS + 2 + _N_INTEGER_KINDS * N_INTEGER_MODELS
+
+
+def _with_level_models(coder: RangeCoder) -> RangeCoder:
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS, initial_models
+
+    coder.models[:N_LEVEL_MODELS] = initial_models()
+    return coder
+
+
+def _code_points(coder: RangeCoder, points: Matrix) -> Matrix:
+    """Reconstruction points as offsets from their levels in 1/256, those of magnitude 0 being 0."""
+    from pqcli.core.rangecoder import N_INTEGER_MODELS
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS, N_POINTS
+
+    first_model = N_LEVEL_MODELS + 2 + N_INTEGER_MODELS
+    result = np.zeros((3, N_POINTS), np.float32)
+    for which in range(3):
+        for magnitude in range(1, N_POINTS):
+            if which != 1 and (magnitude & 1) != (which > 0):
+                continue
+            if which == 1 and (magnitude & 1) == 0:
+                continue
+            offset = 0
+            if coder.encoding:
+                offset = int(np.clip(np.round((points[which, magnitude] - magnitude) * 256), -255, 255))
+            offset = coder.signed(first_model, offset)
+            if abs(offset) > 255:
+                raise ValueError(f"reconstruction point {offset}/256 off its level")
+            result[which, magnitude] = magnitude + offset / 256
+    return result
+
+
+def _code_block(
+    coder: RangeCoder,
+    levels: NDArray[np.int32],
+    labels: NDArray[np.uint8],
+    period: int,
+    previous_class: int,
+    next_state: NDArray[np.int64],
+) -> int:
+    """One segment: the class of its mean magnitude, its labels, its levels. The class, for the next to differ from."""
+    from pqcli.core.rangecoder import RATES
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS, code_levels
+
+    scale_class = 0
+    if coder.encoding:
+        mean = float(np.mean(np.abs(levels), dtype=np.float64))
+        scale_class = int(np.clip(round(4 * float(np.log2(mean + 2**-6))), -24, 59))
+    scale_class = previous_class + coder.signed(N_LEVEL_MODELS + 2, scale_class - previous_class)
+    if not -24 <= scale_class <= 59:
+        raise ValueError(f"scale class {scale_class}")
+    n_columns = levels.shape[1]
+    groups = [(i, i + 1) for i in range(period)] if period > 1 else [
+        (i, min(i + _LABEL_GROUP, n_columns)) for i in range(0, n_columns, _LABEL_GROUP)
+    ]  # fmt: skip
+    previous = 0
+    for start, stop in groups:
+        previous = coder.bit(N_LEVEL_MODELS + previous, int(labels[start]) if coder.encoding else 0)
+        labels[start:stop] = previous
+    if period > 1:
+        labels[:] = np.tile(labels[:period], n_columns // period)
+    octave, quarter = divmod(scale_class, 4)
+    scale0 = ((4096, 4871, 5793, 6889)[quarter] << 6 >> (6 - octave)) if octave < 6 else 4096 << octave
+    good = code_levels(
+        coder.encoding, levels, labels, period, scale0, next_state, coder.models, RATES, coder.window, coder.buffer
+    )
+    if not good:
+        raise ValueError("a level is beyond all bounds")
+    return scale_class
+
+
+# --- the layout of the side information -------------------------------------------------------------------------------
+
+
+def _code_side(side: _Side, sources: Sequence[Source]) -> bytes:
+    entries = sum(item.basis.size for item in side.rotations.items)
+    coder = _level_coder_for_writing(entries + 64 * len(sources) + 64)
+    _code_side_fields(coder, side, sources)
+    header = _HEADER.pack(side.step, side.n_states.bit_length() - 1, side.stream_weights.bit_length() - 1)
+    return header + coder.finish()
+
+
+def _parse_side(data: bytes, sources: Sequence[Source]) -> _Side:
+    if len(data) < _HEADER.size:
+        raise ValueError(f"side information of {len(data)} bytes")
+    step, log_states, log_weights = _HEADER.unpack_from(data)
+    if not 0.0 < step <= _LARGEST:
+        raise ValueError(f"step {step}")
+    if 1 << min(log_states, 30) not in N_STATES:
+        raise ValueError(f"a trellis of 2^{log_states} states")
+    if log_weights > 40:
+        raise ValueError(f"streams of 2^{log_weights} weights")
+    coder = _level_coder_for_reading(data[_HEADER.size :])
+    side = _code_side_fields(coder, _Side(step, 1 << log_states, 1 << log_weights, (), Rotations()), sources)
+    coder.finish()
+    return side
+
+
+def _code_side_fields(coder: RangeCoder, side: _Side, sources: Sequence[Source]) -> _Side:
+    """Write `side`'s fields, or read them: the side that a reader then has."""
+    from pqcli.core.rangecoder import N_INTEGER_MODELS
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS
+
+    first_model = N_LEVEL_MODELS + 2
+    rotations = side.rotations
+    exponents: list[int] = []
+    use: dict[str, int] = {}
+    transposed: set[str] = set()
+    last = 0
+    for index, source in enumerate(sources):
+        known = coder.encoding
+        exponents.append(last + coder.signed(first_model, side.exponents[index] - last if known else 0))
+        last = exponents[-1]
+        if not -2048 <= last <= 2047:
+            raise ValueError(f"step exponent {last}")
+        item = coder.integer(first_model + N_INTEGER_MODELS, rotations.use.get(source.key, -1) + 1 if known else 0)
+        if item:
+            use[source.key] = item - 1
+        if coder.bit(N_LEVEL_MODELS, int(source.key in rotations.transposed) if known else 0):
+            transposed.add(source.key)
+    users: dict[int, list[Source]] = {}
+    for source in sources:
+        if source.key in use:
+            users.setdefault(use[source.key], []).append(source)
+    if sorted(users) != list(range(len(users))):
+        raise ValueError("a rotation without a user")
+    items = [
+        _code_rotation(coder, users[i], transposed, rotations.items[i] if coder.encoding else None)
+        for i in range(len(users))
+    ]
+    flipped = frozenset(transposed)
+    return _Side(side.step, side.n_states, side.stream_weights, tuple(exponents), Rotations(tuple(items), use, flipped))
+
+
+def _code_rotation(
+    coder: RangeCoder, users: Sequence[Source], transposed: set[str], rotation: Rotation | None
+) -> Rotation:
+    """A rotation over the kernel positions of its users, or else over all columns of the coded matrix."""
+    from pqcli.core.rangecoder import N_INTEGER_MODELS, RATES
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS, code_levels
+
+    sizes = {
+        (s.rows if s.key in transposed else s.columns) if _period(s, s.key in transposed) == 1 else s.kernel
+        for s in users
+    }
+    if len(sizes) != 1:
+        raise ValueError(f"one rotation for vectors of {len(sizes)} sizes")
+    size = sizes.pop()
+    first_model = N_LEVEL_MODELS + 2 + N_INTEGER_MODELS
+    k = coder.integer(first_model, len(rotation.basis) if rotation else 0)
+    if not 1 <= k <= min(size, _MAX_RANK):
+        raise ValueError(f"{k} basis vectors of size {size}")
+    precisions: list[int] = []
+    last = 0
+    for i in range(k):
+        last += coder.signed(first_model, rotation.precisions[i] - last if rotation else 0)
+        if not 0 <= last <= 30:
+            raise ValueError(f"a basis vector of precision {last}")
+        precisions.append(last)
+    levels = 2 * rotation.basis if rotation else np.zeros((k, size), np.int32)
+    labels = np.ones(size, np.uint8)
+    if not code_levels(
+        coder.encoding, levels, labels, 1, 1 << 14, _trellis(1), coder.models, RATES, coder.window, coder.buffer
+    ):
+        raise ValueError("a basis entry is beyond all bounds")
+    return Rotation(levels >> 1, tuple(precisions))
