@@ -1,0 +1,369 @@
+"""What a compression cost, as data: one `TensorReport` a tensor, one `Report` a file.
+
+A report is built by whoever has measured something (compressing, or comparing two files) and read by whoever shows it
+(table, JSON, CSV, HTML). Nothing here opens a file, prints, or needs torch. The figures:
+
+- `relative_mse` = |W - W_hat|^2 / |W|^2. Over several tensors both sums run over all their weights together, so a
+  tensor counts by its energy, not by its size.
+- `sqnr_db` = -10 log10(relative_mse): signal to quantization noise, 6.02 dB for every bit spent ideally.
+- `bits_per_weight` counts all that is stored for a tensor: codebook, assignments and scales.
+- `shannon_gap_db`: how far below the rate-distortion bound of a Gaussian source the result stays, see `shannon_gap_db`.
+- `ratio` = bytes of the original file / bytes of the compressed file, both on disk.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+
+from pqcli.errors import UsageError
+
+DB_PER_BIT = 20 * math.log10(2)
+"""6.02 dB: what one more bit per weight gains an ideal coder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorReport:
+    """One tensor: what was done to it, why, at what size, with what error.
+
+    `action` is "keep" (stored bit-exact), "alias" (another name of `alias_of`, stores nothing), or the codec that
+    quantized it ("pq"). `scheme` says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk.
+    `energy` is the sum of squares of the original weights. `assignment_entropy` is in bits per assignment. What was
+    not measured, or has no meaning for the action, is None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: str
+    reason: str
+    scheme: str
+    n_weights: int
+    original_bytes: int
+    bytes: int
+    kind: str = ""
+    block_size: int | None = None
+    n_centroids: int | None = None
+    bits_per_weight: float | None = None
+    relative_mse: float | None = None
+    cosine: float | None = None
+    max_abs_error: float | None = None
+    energy: float | None = None
+    centroids_used: int | None = None
+    assignment_entropy: float | None = None
+    alias_of: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the stored weights may differ from the original ones."""
+        return self.action not in ("keep", "alias")
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise in dB; inf for a lossless tensor, None where the error is unknown."""
+        return sqnr_db(self.relative_mse)
+
+    @property
+    def shannon_gap_db(self) -> float | None:
+        """Decibels between this tensor and the Gaussian bound at its bits per weight; see `shannon_gap_db`."""
+        return shannon_gap_db(self.relative_mse, self.bits_per_weight) if self.quantized else None
+
+    def to_json(self) -> dict[str, object]:
+        """Every field and derived figure under its own name; None where a number is missing or not finite."""
+        return {column: _jsonable(getattr(self, column)) for column in TENSOR_COLUMNS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One compressed file: its tensors in the checkpoint's order, and what they add up to.
+
+    `dropped` names what the source held and the output does not. `paper_bytes` is the size by the papers' own
+    accounting (log2(k) bits a block, fp16 codebooks, fp32 for the rest, running statistics not counted).
+    """
+
+    source: str
+    output: str
+    original_bytes: int
+    compressed_bytes: int
+    tensors: tuple[TensorReport, ...]
+    seconds: float | None = None
+    dropped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    paper_bytes: int | None = None
+
+    @property
+    def quantized(self) -> tuple[TensorReport, ...]:
+        """The tensors whose weights may differ from the original ones."""
+        return tuple(tensor for tensor in self.tensors if tensor.quantized)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the original file per byte of the compressed one."""
+        return self.original_bytes / self.compressed_bytes if self.compressed_bytes else math.inf
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all tensors; those with several names count once."""
+        return sum(tensor.n_weights for tensor in self.tensors if tensor.action != "alias")
+
+    @property
+    def n_quantized_weights(self) -> int:
+        """Weights of the quantized tensors."""
+        return sum(tensor.n_weights for tensor in self.quantized)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Payload bytes of all tensors."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What the file holds beside tensors: header, manifest, alignment."""
+        return self.compressed_bytes - self.tensor_bytes
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Payload bits of the quantized tensors per quantized weight; None when nothing is quantized."""
+        weights = self.n_quantized_weights
+        return 8 * sum(tensor.bytes for tensor in self.quantized) / weights if weights else None
+
+    @property
+    def relative_mse(self) -> float | None:
+        """|W - W_hat|^2 / |W|^2 over all quantized weights together.
+
+        None when nothing is quantized, or when the error of a quantized tensor is unknown.
+        """
+        energy = noise = 0.0
+        for tensor in self.quantized:
+            if tensor.relative_mse is None or tensor.energy is None:
+                return None
+            energy += tensor.energy
+            noise += tensor.relative_mse * tensor.energy
+        if not self.quantized:
+            return None
+        return noise / energy if energy else noise
+
+    @property
+    def max_abs_error(self) -> float | None:
+        """The largest error of a single weight; None when nothing is quantized or an error is unknown."""
+        errors = [tensor.max_abs_error for tensor in self.quantized]
+        known = [error for error in errors if error is not None]
+        if not errors or len(known) < len(errors):
+            return None
+        return math.nan if any(math.isnan(error) for error in known) else max(known)
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise in dB over the quantized weights together."""
+        return sqnr_db(self.relative_mse)
+
+    @property
+    def shannon_gap_db(self) -> float | None:
+        """Decibels to the Gaussian bound, all quantized weights taken as one source; see `shannon_gap_db`."""
+        return shannon_gap_db(self.relative_mse, self.bits_per_weight)
+
+    @property
+    def paper_mib(self) -> float | None:
+        """`paper_bytes` in MiB, the unit of the papers' tables."""
+        return None if self.paper_bytes is None else self.paper_bytes / 2**20
+
+    def to_json(self) -> dict[str, object]:
+        """The document that `--json` prints; strictly JSON: an infinite or undefined number is null.
+
+        Fields are added over time, never renamed or removed.
+        """
+        actions = [tensor.action for tensor in self.tensors]
+        document = {
+            "source": self.source,
+            "output": self.output,
+            "original_bytes": self.original_bytes,
+            "compressed_bytes": self.compressed_bytes,
+            "ratio": self.ratio,
+            "relative_mse": self.relative_mse,
+            "sqnr_db": self.sqnr_db,
+            "shannon_gap_db": self.shannon_gap_db,
+            "bits_per_weight": self.bits_per_weight,
+            "max_abs_error": self.max_abs_error,
+            "seconds": self.seconds,
+            "paper_mib": self.paper_mib,
+            "totals": {
+                "n_tensors": len(actions),
+                "n_quantized": len(self.quantized),
+                "n_kept": actions.count("keep"),
+                "n_aliases": actions.count("alias"),
+                "n_weights": self.n_weights,
+                "n_quantized_weights": self.n_quantized_weights,
+                "quantized_bytes": sum(tensor.bytes for tensor in self.quantized),
+                "kept_bytes": sum(tensor.bytes for tensor in self.tensors if tensor.action == "keep"),
+                "tensor_bytes": self.tensor_bytes,
+                "overhead_bytes": self.overhead_bytes,
+                "paper_bytes": self.paper_bytes,
+            },
+            "recipe": self.recipe,
+            "dropped": self.dropped,
+            "warnings": self.warnings,
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+        }
+        return {key: _jsonable(value) for key, value in document.items()}
+
+    def to_csv(self) -> str:
+        """A header line, then a line a tensor; columns and names as in the JSON.
+
+        An unknown or infinite number is an empty cell. A text that a spreadsheet would take for a formula gets a
+        leading apostrophe, because names come from strangers.
+        """
+        lines = io.StringIO()
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(TENSOR_COLUMNS)
+        for tensor in self.tensors:
+            writer.writerow([_cell(value) for value in tensor.to_json().values()])
+        return lines.getvalue()
+
+
+TENSOR_COLUMNS = (*(item.name for item in fields(TensorReport)), "sqnr_db", "shannon_gap_db")
+"""Every figure of a tensor, in the order of JSON and CSV."""
+
+
+def sqnr_db(relative_mse: float | None) -> float | None:
+    """-10 log10(relative_mse): inf for no error, None for an unknown one."""
+    if relative_mse is None or math.isnan(relative_mse):
+        return relative_mse
+    return -10 * math.log10(relative_mse) if relative_mse > 0 else math.inf
+
+
+def shannon_gap_db(relative_mse: float | None, bits_per_weight: float | None) -> float | None:
+    """The SQNR that a Gaussian source allows at this rate, minus the SQNR reached.
+
+    A source of independent Gaussian values of variance s^2 cannot be coded at R bits each with an error below
+    D = s^2 2^(-2R) (Cover and Thomas, Elements of Information Theory, theorem 10.3.2): 6.02 R dB. 0 would be a perfect
+    coder of such a source; plain PQ of 8 weights in 8 bits stays about 1.2 dB away, plus what its codebook costs.
+
+    It is a yardstick, not a bound on what is possible for real weights: they are neither Gaussian nor independent nor
+    of one variance. For a given variance the Gaussian is the hardest source, so a coder that uses heavy tails or
+    rows of different scale may get below 0; a lossless result is at -inf.
+    """
+    reached = sqnr_db(relative_mse)
+    return None if reached is None or bits_per_weight is None else DB_PER_BIT * bits_per_weight - reached
+
+
+TEXT_KEYS = ("name", "kind", "dtype", "action", "scheme")
+NUMBER_KEYS = (
+    "n_weights", "original_bytes", "bytes", "block_size", "n_centroids", "bits_per_weight", "relative_mse", "sqnr_db",
+    "shannon_gap_db", "cosine", "max_abs_error", "energy", "centroids_used", "assignment_entropy",
+)  # fmt: skip
+SORT_KEYS = (*TEXT_KEYS, *NUMBER_KEYS)
+SMALL_IS_BAD = ("sqnr_db", "cosine")
+
+
+def sort(report: Report, key: str) -> Report:
+    """The report with its tensors ordered by `key`: text from a to z, numbers with the costliest or worst first.
+
+    That is the largest first, but the smallest first for `sqnr_db` and `cosine`. An undefined number (nan) counts as
+    the worst of all, tensors without the number come last, and equal ones stay in the checkpoint's order.
+    """
+    if key in TEXT_KEYS:
+        return replace(report, tensors=tuple(sorted(report.tensors, key=lambda tensor: str(getattr(tensor, key)))))
+    if key not in NUMBER_KEYS:
+        raise UsageError(f"cannot sort by {key!r}{_close(key, SORT_KEYS)}; keys: {', '.join(SORT_KEYS)}")
+    sign = 1 if key in SMALL_IS_BAD else -1
+
+    def badness(tensor: TensorReport) -> tuple[bool, bool, float]:
+        value = getattr(tensor, key)
+        if value is None:
+            return True, False, 0.0
+        return False, not math.isnan(value), 0.0 if math.isnan(value) else sign * value
+
+    return replace(report, tensors=tuple(sorted(report.tensors, key=badness)))
+
+
+LAYER_LIMITS = ("relative_mse", "max_abs_error", "bits_per_weight", "shannon_gap_db")
+FILE_LIMITS = ("compressed_bytes",)
+N_WORST = 5
+"""How many layers a failed check names."""
+
+
+def check(report: Report, condition: str) -> str | None:
+    """What is above the limit of `condition`, written KEY=X; None when nothing is.
+
+    It fails when any quantized tensor, or all of them together, is above X (`compressed_bytes` looks at the file
+    only). A figure that is unknown or undefined fails too: what could not be measured has not been shown to hold.
+    Raises `UsageError` for a condition that cannot be meant.
+    """
+    key, limit = _parse(condition)
+    total: float | None = getattr(report, key)
+    if key in FILE_LIMITS:
+        return f"{key} {total} is above {limit:g}" if total is None or total > limit else None
+    values = {tensor.name: getattr(tensor, key) for tensor in report.quantized}
+    if not values:
+        return None
+    unknown = [name for name, value in values.items() if value is None]
+    if unknown:
+        return f"{key} is unknown for {len(unknown)} of {len(values)} quantized tensors: {_some(unknown)}"
+    worst = sort(replace(report, tensors=report.quantized), key).tensors
+    above = [tensor for tensor in worst if not getattr(tensor, key) <= limit]
+    if not above and total is not None and total <= limit:
+        return None
+    layers = _some([f"{tensor.name} ({getattr(tensor, key):.4g})" for tensor in above])
+    detail = f"{len(above)} of {len(values)} quantized tensors are: {layers}" if above else "no single tensor is"
+    whole = "unknown" if total is None else f"{total:.4g}"
+    return f"{key} is above {limit:g} (all quantized weights together: {whole}); {detail}"
+
+
+def _parse(condition: str) -> tuple[str, float]:
+    key, equals, text = condition.partition("=")
+    keys = (*LAYER_LIMITS, *FILE_LIMITS)
+    if not equals:
+        raise UsageError(f"the condition {condition!r} is not of the form KEY=X; keys: {', '.join(keys)}")
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII) or not math.isfinite(float(text)):
+        raise UsageError(f"the limit {text!r} of {key!r} is not a number; write for example relative_mse=0.05")
+    limit = float(text)
+    if key == "sqnr_db":
+        raise UsageError(
+            f"sqnr_db is good when it is high; for at least {limit:g} dB use relative_mse={_mse(limit):.4g}"
+        )
+    if key not in keys:
+        raise UsageError(f"cannot check {key!r}{_close(key, keys)}; keys: {', '.join(keys)}")
+    if limit < 0 and key != "shannon_gap_db":
+        raise UsageError(f"{key} is never negative, so a limit of {limit:g} cannot be meant")
+    return key, limit
+
+
+def _mse(sqnr: float) -> float:
+    """The relative MSE of an SQNR in dB, whatever the user wrote."""
+    return math.pow(10, min(300.0, max(-300.0, -sqnr / 10)))
+
+
+def _some(items: list[str]) -> str:
+    more = len(items) - N_WORST
+    return ", ".join(items[:N_WORST]) + (f" and {more} more" if more > 0 else "")
+
+
+def _close(key: str, keys: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(key, keys, n=2)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _jsonable(value: object) -> object:
+    """`value` as JSON can hold it: tuples as lists, and None for a number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return value
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    if not isinstance(value, str):
+        return "" if value is None else value
+    text = value.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
