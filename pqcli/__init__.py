@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from pqcli.core.pq import PQ
     from pqcli.pipeline import compress, decode, load, preview, report, save, verify
     from pqcli.recipe import Recipe, Rule
-    from pqcli.report import Report
+    from pqcli.reporting import Report
 
 _LAZY = {
     "PQ": ("pqcli.core.pq", "PQ"),
     "Container": ("pqcli.container", "Container"),
     "Recipe": ("pqcli.recipe", "Recipe"),
-    "Report": ("pqcli.report", "Report"),
+    "Report": ("pqcli.reporting", "Report"),
     "Rule": ("pqcli.recipe", "Rule"),
     "compress": ("pqcli.pipeline", "compress"),
     "decode": ("pqcli.pipeline", "decode"),

@@ -122,16 +122,13 @@ def compress(
         from pqcli import pipeline
 
         if dry_run:
-            _show_plan(console, pipeline.preview(src, output, recipe))
+            console.plan(pipeline.preview(src, output, recipe))
             return
         preview = pipeline.preview(src, output, recipe)
         weights = sum(entry.info.numel for entry in preview.plan.entries if entry.action != "alias")
         with console.progress(weights, f"Compressing {src.name}") as progress:
             report = pipeline.compress(src, output, recipe, device=device, force=force, progress=progress.advance)
-        if json:
-            console.json(report.to_json())
-        else:
-            console.summary(report)
+        console.summary(report)
 
     _run(work, json=json, quiet=quiet)
 
@@ -155,7 +152,7 @@ def plan(
         recipe = _recipe(config, block_size, n_centroids, n_iter, include, exclude, seed, codebook_dtype)
         from pqcli import pipeline
 
-        _show_plan(console, pipeline.preview(src, None, recipe))
+        console.plan(pipeline.preview(src, None, recipe))
 
     _run(work, json=json)
 
@@ -321,10 +318,6 @@ def _block_size(text: str | None) -> int | str | None:
         return int(text)
     except ValueError:
         raise UsageError(f"--block-size {text!r}: give a whole number such as 8, or auto") from None
-
-
-def _show_plan(console: Console, preview: Any) -> None:
-    console.plan(preview)
 
 
 def _size(path: Path) -> int:

@@ -6,6 +6,7 @@ Progress goes to an optional hook `progress(weights, name)`, called as tensors g
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,13 +18,14 @@ import torch
 from pqcli import checkpoint as checkpoints
 from pqcli import container as containers
 from pqcli import executors, plan as plans, recipe as recipes
+from pqcli.atomic import atomic_writer, check_target
 from pqcli.checkpoint import Checkpoint
 from pqcli.container import Container, Record, Writer
 from pqcli.core import em, metrics, packing, pq
 from pqcli.errors import CheckpointError, ContainerError, OutputError, PQError, UsageError
 from pqcli.plan import Plan, PlanEntry
 from pqcli.recipe import Recipe
-from pqcli.report import Report, TensorReport
+from pqcli.reporting import Report, TensorReport
 from pqcli.tensorinfo import TensorInfo
 
 Progress = Callable[[int, str], None]
@@ -76,9 +78,15 @@ def compress(
 def save(
     state_dict: Mapping[str, Any], file: str | Path, recipe: Recipe | None = None, *, device: str = "auto", force: bool = False
 ) -> Report:
-    """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script."""
-    with checkpoints.from_object(state_dict) as checkpoint:
-        return _compress(checkpoint, file, recipe or Recipe(), resolve_device(device), force, None)
+    """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script.
+
+    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give.
+    """
+    check_target(Path(file), force=force)
+    with tempfile.NamedTemporaryFile(dir=Path(file).parent, suffix=".pt") as dense:
+        torch.save(state_dict, dense)
+        dense.flush()
+        return compress(dense.name, file, recipe, device=device, force=force)
 
 
 def default_output(source: Path) -> Path:
@@ -263,14 +271,9 @@ def _write(writer: Writer, done: _Encoded) -> None:
 
 def _check_output(output: Path, force: bool, source: Path) -> None:
     """Refuse what cannot be written before any work is done."""
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists already; use --force to replace it, or -o to write elsewhere")
-    if output.is_dir():
-        raise OutputError(f"{output} is a folder; give a file name, such as {output / ('model' + containers.SUFFIX)}")
-    if not output.parent.is_dir():
-        raise OutputError(f"{output}: the folder {output.parent} does not exist; create it first")
     if output.exists() and source.exists() and output.samefile(source):
-        raise OutputError(f"{output} is the input itself; use -o to write elsewhere")
+        raise OutputError(f"'{output}' is the input itself; use -o to write elsewhere")
+    check_target(output, force=force)
 
 
 # --- decode ----------------------------------------------------------------------------------------------------------
@@ -491,12 +494,37 @@ def _error_fields(error: containers.StoredError, record: Record) -> dict[str, An
 
 
 def _paper_bytes(records: Sequence[Record]) -> int:
-    total = 0
-    for record in records:
-        if record.action == "pq":
-            k = record.n_centroids or 1
-            total += plans.paper_pq_bytes(record.n_vectors, k, record.block_size or 1)
-    return total
+    return plans.paper_bytes(
+        (
+            record.name,
+            record.info.numel,
+            (record.n_vectors, record.n_centroids or 1, record.block_size or 1) if record.action == "pq" else None,
+        )
+        for record in records
+        if record.action != "alias" and record.role == "model"
+    )
+
+
+def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, Jsonable]:
+    """What a container says of itself: version, features, source, recipe, and the records of `names` or of all."""
+    with containers.open_container(file) as container:
+        records = [container.record(name) for name in names] if names else container.records
+        source = container.manifest.source
+        return {
+            "file": str(file),
+            "file_bytes": Path(file).stat().st_size,
+            "version": container.manifest.version,
+            "features": list(container.manifest.features),
+            "source": {key: source[key] for key in ("format", "n_bytes", "dropped")},
+            "recipe": container.manifest.recipe,
+            "tensors": [{**asdict(record), "bytes": record.payload_bytes} for record in records],
+        }
+
+
+def write_text(path: Path, text: str, *, force: bool = False) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_writer(path, force=force) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def n_weights(file: str | Path) -> int:
