@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +75,15 @@ def test_the_papers_sizes_come_out_to_the_byte(
     kept = [entry for entry in planned.entries if entry.action == "keep" and len(entry.info.shape) > 1]
     assert [entry.info.name for entry in kept] == [f"{prefix}conv1.weight"]
     assert f"rule 1 of {preset}: keep" in kept[0].reason
+
+
+@pytest.mark.parametrize("configs", ["pqcli/configs", "configs"])
+def test_presets_are_found_in_an_installed_package_and_in_a_source_tree(tmp_path: Path, configs: str) -> None:
+    shutil.copytree(Path(recipe.__file__).parent, tmp_path / "pqcli", ignore=shutil.ignore_patterns("configs"))
+    shutil.copytree(recipe.configs_folder(), tmp_path / configs)
+    code = "from pqcli import recipe; print(recipe.configs_folder(), recipe.load('transformer').name)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str((tmp_path / configs).resolve()), "transformer"]
 
 
 def test_the_default_preset_is_the_default_recipe() -> None:
