@@ -98,16 +98,15 @@ def auto_block_size(info: TensorInfo) -> int:
       into 9 values (3 -> 9, 2x2 -> 8, 5 -> 5); a larger plane is divided evenly, into its largest divisor from 4 to 9
       (5x5 -> 5, 7x7 -> 7, 16x16 -> 8), or, where there is none, cut by 8.
 
-    Where the columns are no multiple of that size, the nearest divisor within a quarter of it is taken (30 columns:
-    8 -> 6); where there is none either, the size stays and the last block of each row is padded.
+    Rows that this size does not divide are padded, as long as that wastes no more than a twentieth. Otherwise the size
+    within a third of it that pads least is taken (30 columns: 8 -> 6).
     """
     _, columns = rows_and_columns(info)
     preferred = min(_preferred(info), max(columns, 1))
-    if columns % preferred == 0:
+    if -columns % preferred * 20 <= columns:
         return preferred
-    reach = preferred // 4
-    nearby = [size for size in range(preferred - reach, preferred + reach + 1) if columns % size == 0]
-    return min(nearby, key=lambda size: (abs(size - preferred), size), default=preferred)
+    nearby = range(-(-preferred * 2 // 3), preferred * 4 // 3 + 1)
+    return min(nearby, key=lambda size: (-columns % size, abs(size - preferred), size))
 
 
 def _preferred(info: TensorInfo) -> int:

@@ -4,7 +4,8 @@
 
 - `pq`: cut into blocks and quantized, with a `Scheme`;
 - `keep`: stored bit-exact;
-- `alias`: shares its memory with an earlier tensor, and costs nothing.
+- `alias`: shares its memory with an earlier tensor, and costs nothing. The earlier one answers to both names: excluding
+  either keeps it.
 
 A tensor is quantized when it is a float64, float32, float16 or bfloat16 weight of two to five dimensions that belongs
 to the model, is wished for, and gets smaller. `n_centroids` is clamped per tensor: to its number of vectors (every
@@ -95,7 +96,10 @@ def make(recipe: Recipe, tensors: Sequence[TensorInfo]) -> Plan:
     rules = tuple((number, rule) for number, rule in enumerate(recipe.rules, start=1) if _holds(rule, names))
     _refuse_idle_patterns(recipe, names)
     _refuse_idle_rules(recipe, rules, tensors)
-    return Plan(tuple(_entry(info, recipe, rules) for info in tensors), recipe)
+    tied: dict[str, list[str]] = {}
+    for info in tensors:
+        tied.setdefault(info.alias_of or info.name, []).append(info.name)
+    return Plan(tuple(_entry(info, tied.get(info.name, []), recipe, rules) for info in tensors), recipe)
 
 
 def paper_bytes(tensors: Iterable[tuple[str, int, tuple[int, int, int] | None]]) -> int:
@@ -133,7 +137,8 @@ def paper_items(plan: Plan) -> list[tuple[str, int, tuple[int, int, int] | None]
 _NumberedRules = tuple[tuple[int, Rule], ...]
 
 
-def _entry(info: TensorInfo, recipe: Recipe, rules: _NumberedRules) -> PlanEntry:
+def _entry(info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: _NumberedRules) -> PlanEntry:
+    """The entry of one tensor, which answers to all the `names` that share its memory."""
     kind = kind_of(info)
     rows, columns = rows_and_columns(info)
 
@@ -142,8 +147,8 @@ def _entry(info: TensorInfo, recipe: Recipe, rules: _NumberedRules) -> PlanEntry
 
     if info.alias_of is not None:
         return entry("alias", f"shares its memory with {info.alias_of!r}", None, 0)
-    number, rule = next(((number, rule) for number, rule in rules if _applies(rule, info)), (0, None))
-    unfit = _why_unfit(info) or _why_unwanted(info, recipe, rule)
+    number, rule = next(((number, rule) for number, rule in rules if _applies(rule, info, names)), (0, None))
+    unfit = _why_unfit(info) or _why_unwanted(info, names, recipe, rule)
     because = f" ({rule.why})" if rule is not None and rule.why else ""
     if unfit is None and rule is not None and rule.action == "keep":
         unfit = f"rule {number} of {recipe.name}: keep{because}"
@@ -176,12 +181,13 @@ def _why_unfit(info: TensorInfo) -> str | None:
     return "more than 5 dimensions: PQ does not know their meaning" if kind == "other" else None
 
 
-def _why_unwanted(info: TensorInfo, recipe: Recipe, rule: Rule | None) -> str | None:
+def _why_unwanted(info: TensorInfo, names: Sequence[str], recipe: Recipe, rule: Rule | None) -> str | None:
     """Why the recipe's patterns leave this tensor alone; None where they do not."""
     for pattern in recipe.exclude:
-        if matches(pattern, info.name):
-            return f"excluded by {pattern!r}"
-    included = [pattern for pattern in recipe.include if matches(pattern, info.name)]
+        for name in names:
+            if matches(pattern, name):
+                return f"excluded by {pattern!r}" + (f", as {name!r}" if name != info.name else "")
+    included = [pattern for pattern in recipe.include if any(matches(pattern, name) for name in names)]
     if recipe.include and not included:
         return "not included"
     asked_by_name = any(pattern != "*" for pattern in included) or (
@@ -200,6 +206,7 @@ def _scheme(info: TensorInfo, recipe: Recipe, rule: Rule | None) -> tuple[Scheme
     notes = []
     if wanted == "auto":
         block_size = auto_block_size(info)
+        notes.append("automatic block_size")
     else:
         block_size = min(wanted, columns)
         if block_size < wanted:
@@ -256,12 +263,12 @@ def _holds(rule: Rule, names: Sequence[str]) -> bool:
     return rule.if_absent is None or not any(matches(rule.if_absent, name) for name in names)
 
 
-def _applies(rule: Rule, info: TensorInfo) -> bool:
+def _applies(rule: Rule, info: TensorInfo, names: Sequence[str]) -> bool:
     if rule.kind is not None and not any(belongs(kind_of(info), wanted) for wanted in rule.kind.split(",")):
         return False
     if rule.columns is not None and rule.columns != rows_and_columns(info)[1]:
         return False
-    return matches(rule.match, info.name)
+    return any(matches(rule.match, name) for name in names)
 
 
 def _refuse_idle_patterns(recipe: Recipe, names: Sequence[str]) -> None:
@@ -274,7 +281,7 @@ def _refuse_idle_patterns(recipe: Recipe, names: Sequence[str]) -> None:
 def _refuse_idle_rules(recipe: Recipe, rules: _NumberedRules, tensors: Sequence[TensorInfo]) -> None:
     names = [info.name for info in tensors]
     for number, rule in rules:
-        if rule.optional or any(_applies(rule, info) for info in tensors):
+        if rule.optional or any(_applies(rule, info, [info.name]) for info in tensors):
             continue
         place = f"rule {number} of {recipe.name}: match"
         if not any(matches(rule.match, name) for name in names):

@@ -104,8 +104,11 @@ def load(source: str) -> Recipe:
     if source in preset_names():
         return _from_yaml(configs_folder() / f"{source}.yaml", source)
     path = Path(source)
-    if path.is_file():
-        return _from_yaml(path, path.name)
+    try:
+        if path.is_file():
+            return _from_yaml(path, path.name)
+    except OSError as error:
+        raise RecipeError(f"recipe {source!r}: {error.strerror or error}") from error
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         raise RecipeError(f"recipe {source!r}: {'is a folder' if path.is_dir() else 'no such file'}")
     raise RecipeError(
@@ -130,7 +133,8 @@ def override(recipe: Recipe, **flags: Any) -> Recipe:
     """The recipe with some fields replaced; a flag that is None, or an empty list of patterns, changes nothing.
 
     A flag is the last word: it also replaces what the recipe's rules say about its field. `include` and `exclude` add
-    to the recipe's own patterns. Numbers may come as text. Raises `UsageError` that names the flag and the value.
+    to the recipe's own patterns. Where a field takes a number or a word, the number may come as text. Raises
+    `UsageError` that names the flag and the value.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     changes: dict[str, Any] = {}
@@ -139,13 +143,13 @@ def override(recipe: Recipe, **flags: Any) -> Recipe:
         if name not in _RECIPE_CHECKS:
             raise UsageError(f"{flag}: a recipe has no such field{close_names(name, _RECIPE_CHECKS)}")
         try:
-            changes[name] = _RECIPE_CHECKS[name](_from_flag(value))
+            changes[name] = _RECIPE_CHECKS[name](_from_text(value) if name in _NUMBER_OR_WORD else value)
         except RecipeError as error:
             raise UsageError(f"{flag}: {error}") from error
     for name in ("include", "exclude"):
         changes[name] = tuple(dict.fromkeys((*getattr(recipe, name), *changes.get(name, ()))))
-    cleared = dict.fromkeys((name for name in _RULE_SETTINGS if name in changes), None)
-    rules = tuple(_without(rule, cleared) for rule in changes.pop("rules", recipe.rules))
+    settings = {name: changes[name] for name in _RULE_SETTINGS if name in changes}
+    rules = tuple(_with_settings(rule, settings) for rule in changes.pop("rules", recipe.rules))
     return replace(recipe, **changes, rules=rules)
 
 
@@ -177,9 +181,9 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def close_names(name: str, options: Iterable[str]) -> str:
-    """A question to append to an error message, such as `; did you mean 'n_iter'?`, or nothing."""
+    """A question to append to an error message, such as ` (did you mean 'n_iter'?)`, or nothing."""
     found = difflib.get_close_matches(name.lower(), list(options), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
 
 
 # ------------------------------------------------------------------------------------------------- from YAML
@@ -226,18 +230,19 @@ def _differences(item: Rule | Recipe) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- from flags
 
 
-def _from_flag(value: object) -> object:
+_NUMBER_OR_WORD = ("block_size", "sample")
+
+
+def _from_text(value: object) -> object:
     """A flag's text as the number it spells, where it spells one."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d{1,40}", value.strip()):
         return int(value)
     return value
 
 
-def _without(rule: Rule, cleared: Mapping[str, None]) -> Rule:
-    """The rule with some settings left to the recipe, still the rule that applies."""
-    if rule.action == "keep" or not cleared:
-        return rule
-    return replace(rule, action=rule.action or "pq", **cleared)  # type: ignore[arg-type]  # None suits every setting
+def _with_settings(rule: Rule, settings: Mapping[str, Any]) -> Rule:
+    """The rule with those settings replaced that it has an opinion on."""
+    return replace(rule, **{name: value for name, value in settings.items() if getattr(rule, name) is not None})
 
 
 # ------------------------------------------------------------------------------------------------- patterns

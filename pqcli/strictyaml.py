@@ -44,6 +44,8 @@ def parse(text: str) -> object:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        if error.context == "while scanning an alias":
+            raise RecipeError(f"{where}a pattern that starts with a star needs quotes") from error
         raise RecipeError(f"{where}{error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise RecipeError(" ".join(str(error).split())) from error
@@ -59,10 +61,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]  # the stubs leave it out
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            raise yaml.composer.ComposerError(
-                None, None, "anchors (&) and aliases (*) are not supported; a pattern with a star needs quotes",
-                event.start_mark,
-            )  # fmt: skip
+            problem = "anchors (&) and aliases (*) are not supported; a pattern that starts with a star needs quotes"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         if getattr(event, "tag", None) is not None:
             raise yaml.composer.ComposerError(
                 None, None, "tags (!) are not supported; quote the text", event.start_mark
