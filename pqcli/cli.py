@@ -1,4 +1,4 @@
-"""The command line: parse, call the pipeline, hand the result to the console. No work is done here, and nothing printed.
+"""The command line: parse, call the pipeline, hand the result to the console. It does no work, and prints nothing.
 
 torch and everything that needs it are imported inside the commands, so that help and argument errors come at once.
 Every failure leaves through `_run`, the one place that turns an exception into a message and an exit code:
@@ -11,9 +11,9 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -37,14 +37,14 @@ app = typer.Typer(
 )
 
 
-class CodebookDtype(str, Enum):
+class CodebookDtype(StrEnum):
     """Dtypes a codebook can be stored in."""
 
     fp16 = "fp16"
     fp32 = "fp32"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Dtypes that `decode --dtype` converts to."""
 
     float64 = "float64"
@@ -53,7 +53,7 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """Forms a report can take."""
 
     table = "table"
@@ -62,19 +62,31 @@ class Format(str, Enum):
     html = "html"
 
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a Hugging Face folder.")]
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A .pq.safetensors file.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", show_default="STEM.pq.safetensors beside SRC", help="Where to write.")]
-BlockSize = Annotated[
-    str | None, typer.Option(show_default="auto", help="Weights per block: a number, or auto (by the kind of layer).", metavar="N|auto")
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SRC", help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a Hugging Face folder."),
 ]
-NCentroids = Annotated[int | None, typer.Option(show_default="256", help="Centroids per codebook, 1 to 65536.", metavar="K")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A .pq.safetensors file.")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", show_default="STEM.pq.safetensors beside SRC", help="Where to write.")
+]
+BlockSize = Annotated[
+    str | None,
+    typer.Option(
+        show_default="auto", help="Weights per block: a number, or auto (by the kind of layer).", metavar="N|auto"
+    ),
+]
+NCentroids = Annotated[
+    int | None, typer.Option(show_default="256", help="Centroids per codebook, 1 to 65536.", metavar="K")
+]
 NIter = Annotated[int | None, typer.Option(show_default="20", help="Most EM iterations.", metavar="I")]
 Config = Annotated[
-    str | None, typer.Option(help="A recipe: a YAML file, or a preset's name (see `pqcli presets`).", metavar="FILE|PRESET")
+    str | None,
+    typer.Option(help="A recipe: a YAML file, or a preset's name (see `pqcli presets`).", metavar="FILE|PRESET"),
 ]
 Include = Annotated[
-    list[str] | None, typer.Option(help="Quantize only tensors that match (glob, or re:REGEX); repeatable.", metavar="PAT")
+    list[str] | None,
+    typer.Option(help="Quantize only tensors that match (glob, or re:REGEX); repeatable.", metavar="PAT"),
 ]
 Exclude = Annotated[list[str] | None, typer.Option(help="Keep tensors that match exactly; repeatable.", metavar="PAT")]
 Device = Annotated[str, typer.Option(help="Where EM runs: auto, cpu, cuda, cuda:0, mps.")]
@@ -84,7 +96,8 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the asked-for result.")]
 Against = Annotated[
-    Path | None, typer.Option(help="The original checkpoint: measure everything again from the two files.", metavar="ORIGINAL")
+    Path | None,
+    typer.Option(help="The original checkpoint: measure everything again from the two files.", metavar="ORIGINAL"),
 ]
 
 
@@ -163,10 +176,15 @@ def decode(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", show_default="STEM.decoded, suffix as the source", help="A .pt or .safetensors file, or a folder."
+            "-o",
+            "--output",
+            show_default="STEM.decoded, suffix as the source",
+            help="A .pt or .safetensors file, or a folder.",
         ),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(show_default="as in the source", help="Convert floating tensors.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(show_default="as in the source", help="Convert floating tensors.")
+    ] = None,
     force: Force = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -193,11 +211,17 @@ def report(
     file: File,
     against: Against = None,
     format_: Annotated[Format, typer.Option("--format", help="Form of the report.")] = Format.table,
-    output: Annotated[Path | None, typer.Option("-o", "--output", show_default="stdout", help="Write to this file.")] = None,
-    sort: Annotated[str | None, typer.Option(help="Order by this column, such as relative_mse or bytes.", metavar="KEY")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", show_default="stdout", help="Write to this file.")
+    ] = None,
+    sort: Annotated[
+        str | None, typer.Option(help="Order by this column, such as relative_mse or bytes.", metavar="KEY")
+    ] = None,
     fail_above: Annotated[
         list[str] | None,
-        typer.Option(help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.", metavar="KEY=X"),
+        typer.Option(
+            help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.", metavar="KEY=X"
+        ),
     ] = None,
     force: Force = False,
     json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
@@ -277,7 +301,7 @@ def presets(json: Json = False) -> None:
     def work(console: Console) -> None:
         from pqcli import recipe
 
-        found = {name: recipe.describe(name) for name in recipe.preset_names()}
+        found = {name: recipe.load(name).description for name in recipe.preset_names()}
         if json:
             console.json(found)
         else:
@@ -345,7 +369,9 @@ def _run(work: Callable[[Console], None], *, json: bool = False, quiet: bool = F
             console.error(OutputError(f"out of memory ({error or 'no details'}); nothing was written"))
             _exit(1)
         except OSError as error:
-            console.error(OutputError(f"{error.filename or 'the system'}: {error.strerror or error}; nothing was written"))
+            console.error(
+                OutputError(f"{error.filename or 'the system'}: {error.strerror or error}; nothing was written")
+            )
             _exit(1)
 
 

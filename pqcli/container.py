@@ -41,7 +41,7 @@ from pqcli.errors import ContainerError
 from pqcli.tensorinfo import ITEM_BYTES, TensorInfo
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 VERSION: Final = 1
 FEATURES: Final = frozenset({"pq"})
@@ -144,7 +144,7 @@ def tensor_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
 
 def tensor_hash(tensor: torch.Tensor) -> bytes:
     """BLAKE2b-64 of the tensor's bytes."""
-    return hashlib.blake2b(memoryview(tensor_bytes(tensor)), digest_size=HASH_BYTES).digest()
+    return hashlib.blake2b(tensor_bytes(tensor).tobytes(), digest_size=HASH_BYTES).digest()
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def _closing_entries(manifest: Manifest) -> list[_Entry]:
 
 def _manifest_bytes(manifest: Manifest) -> bytes:
     defaults = {name: value.default for name, value in Record.__dataclass_fields__.items()}
-    plain = asdict(manifest)  # type: ignore[call-overload]
+    plain = asdict(manifest)
     plain["tensors"] = [
         {key: value for key, value in record.items() if key not in defaults or value != defaults[key]}
         for record in plain["tensors"]
@@ -207,9 +207,11 @@ def _manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def _header(entries: Iterable[_Entry], features: Iterable[str]) -> tuple[bytes, list[_Entry]]:
-    """The safetensors header, and the entries in the order of their data (widest dtype first, so that all are aligned)."""
+    """The safetensors header, and the entries in the order of their data: widest dtype first, so all are aligned."""
     ordered = sorted(entries, key=lambda entry: (-ITEM_BYTES[entry.dtype], entry.key))
-    head: dict[str, Any] = {"__metadata__": {"format": "pqcli", "version": str(VERSION), "features": ",".join(features)}}
+    head: dict[str, Any] = {
+        "__metadata__": {"format": "pqcli", "version": str(VERSION), "features": ",".join(features)}
+    }
     offset = 0
     for entry in ordered:
         end = offset + entry.n_bytes
@@ -261,7 +263,9 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._spool.close()
 
     def add_pq(self, record: Record, tensor: pq.PQTensor, decoded_hash: bytes, error: metrics.Error) -> None:
@@ -309,7 +313,7 @@ class Writer:
 
     def _put(self, key: str, data: bytes | NDArray[np.uint8]) -> None:
         self._spooled[key] = self._length
-        self._spool.write(memoryview(data))
+        self._spool.write(data)
         self._length += len(data)
 
 
@@ -329,14 +333,16 @@ class Container:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safetensors.safe_open(str(path), framework="pt", backend="pread")  # type: ignore[no-untyped-call]
+            self._file = safetensors.safe_open(str(path), framework="pt", backend="pread")
         except FileNotFoundError:
             raise ContainerError(f"{path}: no such file") from None
         except IsADirectoryError:
             raise ContainerError(f"{path}: a folder; give the {SUFFIX} file inside it") from None
         except (OSError, safetensors.SafetensorError) as error:
-            raise ContainerError(f"{path}: not a readable container ({error}); was it made by pqcli compress?") from error
-        self._keys = set(self._file.keys())
+            raise ContainerError(
+                f"{path}: not a readable container ({error}); was it made by pqcli compress?"
+            ) from error
+        self._keys = set(self._file.keys())  # type: ignore[no-untyped-call]
         self.manifest = self._read_manifest()
         self._by_name = {record.name: i for i, record in enumerate(self.records)}
         self._offsets = self._bundle_offsets()
@@ -345,8 +351,10 @@ class Container:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.__exit__(kind, error, trace)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -361,7 +369,9 @@ class Container:
     def record(self, name: str) -> Record:
         """The record of a tensor. Raises ContainerError for a name that is not there."""
         if name not in self._by_name:
-            raise ContainerError(f"{self.path}: no tensor {name!r}; `pqcli inspect` lists the {len(self.records)} there are")
+            raise ContainerError(
+                f"{self.path}: no tensor {name!r}; `pqcli inspect` lists the {len(self.records)} there are"
+            )
         return self.records[self._by_name[name]]
 
     def error(self, name: str) -> StoredError | None:
@@ -382,7 +392,8 @@ class Container:
             raise ContainerError(f"{self.path}: assignments of {name!r}: {error}; the file is damaged") from None
         if assignments.size and int(assignments.max()) >= len(codebook):
             raise ContainerError(
-                f"{self.path}: tensor {name!r} refers to centroid {assignments.max()} of {len(codebook)}; the file is damaged"
+                f"{self.path}: tensor {name!r} refers to centroid {assignments.max()} of {len(codebook)}; "
+                "the file is damaged"
             )
         dtype = getattr(torch, record.dtype)
         return pq.PQTensor(record.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
@@ -397,7 +408,9 @@ class Container:
             return self.decode(record.alias_of, check=check)
         tensor = pq.decode(self.pq_tensor(name)) if record.action == "pq" else self._kept(record)
         if check and not self.is_intact(name, tensor):
-            raise ContainerError(f"{self.path}: tensor {name!r} decodes to other bytes than were compressed; the file is damaged")
+            raise ContainerError(
+                f"{self.path}: tensor {name!r} decodes to other bytes than were compressed; the file is damaged"
+            )
         return tensor
 
     def is_intact(self, name: str, tensor: torch.Tensor) -> bool:
@@ -420,11 +433,14 @@ class Container:
                 offset += record.info.n_bytes
         return offsets
 
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(key).get_shape())  # type: ignore[no-untyped-call]
+
     def _get(self, key: str) -> torch.Tensor:
         if key not in self._keys:
             raise ContainerError(f"{self.path}: entry {key!r} is missing; the file is damaged or not a pqcli container")
         try:
-            tensor: torch.Tensor = self._file.get_tensor(key)
+            tensor: torch.Tensor = self._file.get_tensor(key)  # type: ignore[no-untyped-call]
         except (OSError, safetensors.SafetensorError, RuntimeError, ValueError) as error:
             raise ContainerError(f"{self.path}: entry {key!r} cannot be read ({error}); the file is damaged") from error
         return tensor
@@ -454,7 +470,11 @@ class Container:
         if len(self._by_name) != len(self.records):
             raise ContainerError(f"{self.path}: the manifest names a tensor twice; the file is damaged")
         for record in self.records:
-            if record.action not in {"pq", "keep", "alias"} or record.dtype not in ITEM_BYTES or min(record.shape, default=0) < 0:
+            if (
+                record.action not in {"pq", "keep", "alias"}
+                or record.dtype not in ITEM_BYTES
+                or min(record.shape, default=0) < 0
+            ):
                 raise ContainerError(f"{self.path}: the record of {record.name!r} makes no sense; the file is damaged")
             if (record.action == "alias") != (record.alias_of is not None):
                 raise ContainerError(f"{self.path}: {record.name!r} is an alias of nothing; the file is damaged")
@@ -464,8 +484,10 @@ class Container:
             self._check_pq(record)
         expected = {e.key: e for e in _entries(self.records)}
         for key, entry in expected.items():
-            if key not in self._keys or tuple(self._file.get_slice(key).get_shape()) != entry.shape:
-                raise ContainerError(f"{self.path}: entry {key!r} is missing or has the wrong shape; the file is damaged")
+            if key not in self._keys or self._shape(key) != entry.shape:
+                raise ContainerError(
+                    f"{self.path}: entry {key!r} is missing or has the wrong shape; the file is damaged"
+                )
         self._bundle, hashes, errors = self._get(KEPT), self._get(HASHES), self._get(ERRORS)
         coded = [record.name for record in self.records if record.action == "pq"]
         kept = sum(record.info.n_bytes for record in self.records if _bundled(record))
@@ -481,8 +503,8 @@ class Container:
             return
         rows, columns = record.matrix_shape if record.shape else (0, 0)
         if (
-            not record.block_size or record.block_size < 1 or not record.n_centroids or not 1 <= record.n_centroids <= 1 << 16
-            or rows * columns != record.info.numel or record.block_size > columns
+            not record.block_size or record.block_size < 1 or not record.n_centroids or not 1 <= record.n_centroids
+            <= 1 << 16 or rows * columns != record.info.numel or record.block_size > columns
             or record.codebook_dtype not in {"float16", "float32"}
             or record.dtype not in {"float64", "float32", "float16", "bfloat16"}
         ):  # fmt: skip

@@ -1,4 +1,5 @@
-"""The verbs: plan, compress, decode, report, verify. Each joins a checkpoint, a plan and a container, and shows nothing.
+"""The verbs: plan, compress, decode, report, verify. Each joins a checkpoint, a plan and a container, and shows
+nothing.
 
 Progress goes to an optional hook `progress(weights, name)`, called as tensors get done.
 """
@@ -17,7 +18,9 @@ import torch
 
 from pqcli import checkpoint as checkpoints
 from pqcli import container as containers
-from pqcli import executors, plan as plans, recipe as recipes
+from pqcli import executors
+from pqcli import plan as plans
+from pqcli import recipe as recipes
 from pqcli.atomic import atomic_writer, check_target
 from pqcli.checkpoint import Checkpoint
 from pqcli.container import Container, Record, Writer
@@ -76,7 +79,12 @@ def compress(
 
 
 def save(
-    state_dict: Mapping[str, Any], file: str | Path, recipe: Recipe | None = None, *, device: str = "auto", force: bool = False
+    state_dict: Mapping[str, Any],
+    file: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    force: bool = False,
 ) -> Report:
     """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script.
 
@@ -240,7 +248,9 @@ def _encode(checkpoint: Checkpoint, entry: PlanEntry, recipe: Recipe, device: to
         record, n_centroids=tensor.n_centroids, codebook_dtype=str(tensor.codebook.dtype).removeprefix("torch.")
     )
     if record.payload_bytes >= record.info.n_bytes:
-        return _kept(record, weight, f"would not get smaller: {record.payload_bytes} B as PQ, {record.info.n_bytes} B dense")
+        return _kept(
+            record, weight, f"would not get smaller: {record.payload_bytes} B as PQ, {record.info.n_bytes} B dense"
+        )
     return _Encoded(
         record,
         tensor=tensor,
@@ -295,7 +305,7 @@ def decode(
     with containers.open_container(file) as container:
         source = container.manifest.source
         target = Path(output) if output else _default_decoded(Path(file), source)
-        format_ = _format_of(target, source["format"]) if output else source["format"]
+        format_ = _format_of(target) if output else source["format"]
         infos = [_converted(info, dtype) for info in container.infos]
 
         def read(name: str) -> torch.Tensor:
@@ -315,7 +325,9 @@ def load(file: str | Path) -> dict[str, torch.Tensor]:
     with containers.open_container(file) as container:
         tensors: dict[str, torch.Tensor] = {}
         for record in container.records:
-            tensors[record.name] = tensors[record.alias_of] if record.alias_of in tensors else container.decode(record.name)
+            tensors[record.name] = (
+                tensors[record.alias_of] if record.alias_of in tensors else container.decode(record.name)
+            )
         return tensors
 
 
@@ -324,7 +336,7 @@ def _default_decoded(file: Path, source: Mapping[str, Jsonable]) -> Path:
     return file.with_name(f"{name}.decoded{checkpoints.default_suffix(source['format'], source['skeleton'])}")
 
 
-def _format_of(target: Path, source_format: str) -> str:
+def _format_of(target: Path) -> str:
     suffix = target.suffix.lower()
     if target.is_dir() or not suffix:
         return "folder"
@@ -332,7 +344,9 @@ def _format_of(target: Path, source_format: str) -> str:
         return "safetensors"
     if suffix in {".pt", ".pth", ".th", ".bin", ".ckpt"}:
         return "pt"
-    raise UsageError(f"{target}: unknown suffix {suffix!r}; use .safetensors, .pt, .pth, .th, .bin, .ckpt, or none for a folder")
+    raise UsageError(
+        f"{target}: unknown suffix {suffix!r}; use .safetensors, .pt, .pth, .th, .bin, .ckpt, or none for a folder"
+    )
 
 
 def _converted(info: TensorInfo, dtype: str | None) -> TensorInfo:
@@ -446,23 +460,31 @@ def _measured_reports(container: Container, original: Checkpoint, progress: Prog
         info = known.get(record.name)
         if info is None or info.shape != record.shape:
             raise CheckpointError(
-                f"{original.path}: tensor {record.name!r} is {_describe(info) if info else 'missing'}, the container has "
-                f"{_describe(record.info)}; give the checkpoint that was compressed"
+                f"{original.path}: tensor {record.name!r} is {_describe(info) if info else 'missing'}, the container "
+                f"has {_describe(record.info)}; give the checkpoint that was compressed"
             )
         if record.alias_of is not None or record.action == "keep":
             yield _stored_report(container, record)
         else:
             error = metrics.compare(original.read(record.name), container.decode(record.name))
-            measured = replace(_stored_report(container, record), **_error_fields(containers.StoredError.of(error), record))
+            measured = replace(
+                _stored_report(container, record), **_error_fields(containers.StoredError.of(error), record)
+            )
             yield measured
         if progress:
             progress(record.info.numel, record.name)
 
 
-def _tensor_report(record: Record, error: containers.StoredError | None, used: tuple[int, float] | None) -> TensorReport:
+def _tensor_report(
+    record: Record, error: containers.StoredError | None, used: tuple[int, float] | None
+) -> TensorReport:
     info = record.info
     payload = record.payload_bytes
-    schemes = {"pq": f"PQ {record.block_size}x{record.n_centroids}", "keep": "kept", "alias": f"alias of {record.alias_of}"}
+    schemes = {
+        "pq": f"PQ {record.block_size}x{record.n_centroids}",
+        "keep": "kept",
+        "alias": f"alias of {record.alias_of}",
+    }
     return TensorReport(
         name=record.name,
         shape=record.shape,

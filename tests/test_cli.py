@@ -1,7 +1,6 @@
 """The command line as a stranger uses it: real processes, real files, and mistakes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,8 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.conftest import REPOSITORY
 
 COMMANDS = ["compress", "plan", "decode", "report", "inspect", "verify", "presets"]
 
@@ -42,12 +43,32 @@ def test_compress_then_decode_gives_the_same_checkpoint_structure_back(pqcli_com
 
 def test_json_of_compress_has_every_promised_field_and_true_sizes(pqcli_command, model):
     found = pqcli_command.json("compress", model)
-    promised = {"output", "original_bytes", "compressed_bytes", "ratio", "relative_mse", "bits_per_weight", "seconds", "tensors"}
+    promised = {
+        "output",
+        "original_bytes",
+        "compressed_bytes",
+        "ratio",
+        "relative_mse",
+        "bits_per_weight",
+        "seconds",
+        "tensors",
+    }
     assert promised <= found.keys()
     output = model.with_name("model.pq.safetensors")
     assert found["compressed_bytes"] == output.stat().st_size
     assert found["original_bytes"] == model.stat().st_size
-    fields = {"name", "shape", "dtype", "action", "reason", "block_size", "n_centroids", "bits_per_weight", "relative_mse", "bytes"}
+    fields = {
+        "name",
+        "shape",
+        "dtype",
+        "action",
+        "reason",
+        "block_size",
+        "n_centroids",
+        "bits_per_weight",
+        "relative_mse",
+        "bytes",
+    }
     actions = {}
     for tensor in found["tensors"]:
         assert fields <= tensor.keys()
@@ -131,7 +152,10 @@ def test_every_command_has_help_that_ends_with_an_example(pqcli_command, command
 def test_help_and_version_answer_without_importing_torch(pqcli_command):
     for arguments in (["--help"], ["--version"], ["compress", "--help"]):
         done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "pqcli", *arguments], capture_output=True, text=True, cwd=os.getcwd()
+            [sys.executable, "-X", "importtime", "-m", "pqcli", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
         )
         assert done.returncode == 0
         assert " torch" not in done.stderr
@@ -193,8 +217,8 @@ def test_patterns_that_match_nothing_suggest_close_names(pqcli_command, model):
 def test_ctrl_c_ends_with_130_and_leaves_nothing_behind(tmp_path):
     save_file({"w": torch.randn(4096, 4096)}, tmp_path / "big.safetensors")
     process = subprocess.Popen(
-        [sys.executable, "-m", "pqcli", "compress", tmp_path / "big.safetensors", "--n-centroids", "4096", "--sample", "all"],
-        cwd=os.getcwd(), stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "pqcli", "compress", tmp_path / "big.safetensors", "--n-centroids", "4096"],
+        cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     time.sleep(6)
     process.send_signal(signal.SIGINT)

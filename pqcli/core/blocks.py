@@ -1,8 +1,9 @@
 """Weight <-> short vectors: how a tensor is cut into blocks, and put together again.
 
 A weight is seen as a matrix of `rows` x `columns`: a row is everything that makes one output (Linear: `in_features`
-values, Conv: `in_channels / groups * kernel` values, Embedding: one entry). Each row is cut into blocks of `block_size`
-neighbouring values. Where `block_size` does not divide `columns`, the last block of every row is short; it is kept apart
+values, Conv: `in_channels / groups * kernel` values, Embedding: one entry). Each row is cut into blocks of
+`block_size` neighbouring values. Where `block_size` does not divide `columns`, the last block of every row is short;
+it is kept apart
 as the *tail*, so that the missing values take part in nothing: not in distances, not in centroids, not in errors.
 
 Shapes
@@ -87,5 +88,5 @@ def to_block_major(assignments: Tensor, rows: int) -> Tensor:
 
 
 def from_block_major(assignments: Tensor, rows: int) -> Tensor:
-    """fairseq's block-by-block assignments in this project's order: entry `row * blocks_per_row + block`."""
+    """Fairseq's block-by-block assignments in this project's order: entry `row * blocks_per_row + block`."""
     return assignments.view(-1, rows).t().reshape(-1)

@@ -7,14 +7,14 @@ With b_j = -|c_j|^2 / 2 the best score is the least distance. (`ecpq` adds the p
 
 Shapes: vectors (n, d), codebook (k, d), assignments (n,) int32, counts (k,), sums (k, d) float64.
 
-Invariants, held by tests: the objective never rises from one iteration to the next; no cluster is left empty; the answer
-depends on the vectors, the options and the seed only.
+Invariants, held by tests: the objective never rises from one iteration to the next; no cluster is left empty; the
+answer depends on the vectors, the options and the seed only.
 
 Empty clusters. The ancestor (fairseq) splits the most populated cluster by two points a hair (`eps`) to either side of
 its centroid. In the limit of a small hair this cuts the cluster by a plane through its mean, and that is how it is done
 here: exactly, for all empty clusters in one pass, with both halves' means known at once. The cluster of the largest
-squared error is cut first, because a crowd of identical vectors (pruned weights) cannot be cut at all. A cluster narrower
-than `eps` times the data counts as a single point.
+squared error is cut first, because a crowd of identical vectors (pruned weights) cannot be cut at all. A cluster
+narrower than `eps` times the data counts as a single point.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class _Sweep:
 def fit(blocks: Blocks, options: Options, codebook: Tensor | None = None) -> Fit:
     """The codebook (at most `n_centroids`, block_size) that EM learns for `blocks`.
 
-    Starts from `codebook` if given, else from distinct vectors drawn at random. Where there are no more distinct vectors
-    than `n_centroids`, those vectors are the codebook, and the error is zero.
+    Starts from `codebook` if given, else from distinct vectors drawn at random. Where there are no more distinct
+    vectors than `n_centroids`, those vectors are the codebook, and the error is zero.
     Raises EmptyClusterResolveError if `max_tentatives` passes of splitting leave a cluster empty.
     """
     generator = torch.Generator().manual_seed(options.seed)
@@ -133,7 +133,7 @@ class Start:
 
 
 def initial_codebook(blocks: Blocks, n_centroids: int, generator: torch.Generator) -> Start:
-    """`n_centroids` distinct vectors drawn without replacement, or all distinct vectors if there are no more than that."""
+    """`n_centroids` distinct vectors drawn without replacement, or all there are if that is not more."""
     body = blocks.body if len(blocks.body) else _padded_tail(blocks)
     n_candidates = CANDIDATES_PER_CENTROID * n_centroids
     if n_candidates < len(body):
@@ -149,7 +149,7 @@ def initial_codebook(blocks: Blocks, n_centroids: int, generator: torch.Generato
 
 
 def sample(blocks: Blocks, n: int | None, generator: torch.Generator) -> Blocks:
-    """Blocks of about `n` vectors: whole blocks drawn at random, without the short ones. `blocks` itself if it is no larger."""
+    """At most `n` full blocks drawn at random; `blocks` itself if it has no more than that."""
     if n is None or n >= len(blocks.body):
         return blocks
     chosen = torch.randperm(len(blocks.body), generator=generator)[:n].sort().values.to(blocks.body.device)
@@ -231,8 +231,8 @@ def _fill_empty(blocks: Blocks, sweep: _Sweep, options: Options, generator: torc
     n_empty = int((sweep.population == 0).sum())
     if n_empty:
         raise EmptyClusterResolveError(
-            f"{n_empty} of {len(sweep.counts)} clusters are still empty after {options.max_tentatives} passes of splitting; "
-            f"use fewer centroids or raise max_tentatives"
+            f"{n_empty} of {len(sweep.counts)} clusters are still empty after {options.max_tentatives} passes of "
+            "splitting; use fewer centroids or raise max_tentatives"
         )
     return sweep
 
@@ -247,10 +247,8 @@ def _squared_spread(blocks: Blocks, sweep: _Sweep) -> Tensor:
     return torch.where(spread > 1e-12 * squares, spread, 0.0)
 
 
-def _split(
-    blocks: Blocks, sweep: _Sweep, donors: Tensor, empty: Tensor, generator: torch.Generator
-) -> _Sweep:
-    """Every donor cut by a random plane through its mean; the vectors on the far side go to the empty cluster beside it."""
+def _split(blocks: Blocks, sweep: _Sweep, donors: Tensor, empty: Tensor, generator: torch.Generator) -> _Sweep:
+    """Every donor cut by a random plane through its mean; the far side goes to the empty cluster beside it."""
     k, d = sweep.sums.shape
     device = sweep.sums.device
     mean = sweep.sums / sweep.counts.clamp(min=1)
@@ -278,4 +276,4 @@ def _split(
 
 def _chunks(blocks: Blocks) -> list[Tensor]:
     """The parts in pieces small enough for a float64 temporary."""
-    return [piece for part in blocks.parts for piece in part.split(1 << 17)]
+    return [piece for part in blocks.parts for piece in part.split(1 << 17)]  # type: ignore[no-untyped-call]

@@ -26,7 +26,7 @@ LOG = logging.getLogger("pqcli")
 FP16_LOSS = 1e-6
 """Largest share of the codebook's energy that rounding to float16 may cost; beyond it the codebook stays float32."""
 SAFE_EXPONENT = 30
-"""Weights whose largest magnitude lies outside 2^-30 .. 2^30 are scaled by a power of two, so that squares stay finite."""
+"""Weights beyond 2^-30 .. 2^30 are scaled by a power of two first, so that their squares stay finite."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def decode(tensor: PQTensor, dtype: torch.dtype | None = None) -> Tensor:
 def is_finite(weight: Tensor) -> bool:
     """Whether `weight` can be quantized: no NaN, no infinity, and nothing that float32 cannot hold."""
     largest = torch.finfo(torch.float32).max
-    return all(bool((piece.abs() <= largest).all()) for piece in weight.reshape(-1).split(metrics.CHUNK))
+    return all(bool((piece.abs() <= largest).all()) for piece in weight.reshape(-1).split(metrics.CHUNK))  # type: ignore[no-untyped-call]
 
 
 def _exponent(matrix: Tensor) -> int:
@@ -139,7 +139,7 @@ class PQ:
         pq.objective      # mean squared distance of a block to its centroid, after each iteration
 
     Raises ValueError for a weight with NaN or infinity or with fewer than two dimensions, EmptyClusterResolveError if
-    `max_tentatives` passes of splitting do not fill every empty cluster. `verbose` logs each iteration (logger "pqcli").
+    `max_tentatives` passes of splitting do not fill every empty cluster. `verbose` logs iterations (logger "pqcli").
     """
 
     def __init__(
@@ -156,7 +156,9 @@ class PQ:
         if W.dim() < 2:
             raise ValueError(f"a weight has at least 2 dimensions, this one has shape {tuple(W.shape)}")
         if block_size < 1 or n_centroids < 1 or n_iter < 0:
-            raise ValueError(f"block_size {block_size} and n_centroids {n_centroids} must be positive, n_iter {n_iter} not negative")
+            raise ValueError(
+                f"block_size {block_size} and n_centroids {n_centroids} must be positive, n_iter {n_iter} not negative"
+            )
         self.W = W
         self.block_size = min(block_size, max(math.prod(W.shape[1:]), 1))
         self.verbose = verbose
