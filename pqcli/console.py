@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
@@ -24,8 +24,11 @@ from rich.text import Text
 
 from pqcli import readable
 from pqcli.readable import elide, visible
-from pqcli.report import Report
-from pqcli.tables import N_DROPPED, Preview, field_lines, plan_document, plan_table, record_table, report_table
+from pqcli.reporting import Report
+from pqcli.tables import N_DROPPED, field_lines, plan_document, plan_table, record_table, report_table
+
+if TYPE_CHECKING:
+    from pqcli.pipeline import Preview
 
 Format = Literal["table", "json", "csv", "html"]
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pqcli import readable
 from pqcli.readable import elide, visible
-from pqcli.report import DB_PER_BIT, Report, TensorReport
+from pqcli.reporting import DB_PER_BIT, Report, TensorReport
 from pqcli.version import __version__
 
 WIDTH, HEIGHT = 400.0, 250.0

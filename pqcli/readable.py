@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
 
-from pqcli.report import Report
+from pqcli.reporting import Report
 
 UNKNOWN = "-"
 

@@ -9,73 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.text import Text
 
 from pqcli import readable
 from pqcli.readable import elide, visible
-from pqcli.report import Report
+from pqcli.reporting import Report
 
 if TYPE_CHECKING:
-    from pqcli.tensorinfo import TensorInfo
+    from pqcli.pipeline import Preview
+    from pqcli.plan import PlanEntry
 
 N_NOTES = 4
 """Reasons and aliases that the lines below a table name."""
 N_DROPPED = 10
 """Dropped entries that are named."""
-
-
-class Scheme(Protocol):
-    """How a planned tensor will be quantized."""
-
-    @property
-    def block_size(self) -> int: ...  # noqa: D102
-    @property
-    def n_centroids(self) -> int: ...  # noqa: D102
-
-
-class PlanEntry(Protocol):
-    """What is planned for one tensor."""
-
-    @property
-    def info(self) -> TensorInfo: ...  # noqa: D102
-    @property
-    def kind(self) -> str: ...  # noqa: D102
-    @property
-    def action(self) -> str: ...  # noqa: D102
-    @property
-    def reason(self) -> str: ...  # noqa: D102
-    @property
-    def scheme(self) -> Scheme | None: ...  # noqa: D102
-    @property
-    def predicted_bytes(self) -> int: ...  # noqa: D102
-
-
-class Plan(Protocol):
-    """What is planned for every tensor."""
-
-    @property
-    def entries(self) -> Sequence[PlanEntry]: ...  # noqa: D102
-
-
-class Preview(Protocol):
-    """What a dry run found."""
-
-    @property
-    def source(self) -> Path: ...  # noqa: D102
-    @property
-    def output(self) -> Path: ...  # noqa: D102
-    @property
-    def original_bytes(self) -> int: ...  # noqa: D102
-    @property
-    def predicted_bytes(self) -> int: ...  # noqa: D102
-    @property
-    def plan(self) -> Plan: ...  # noqa: D102
-    @property
-    def dropped(self) -> Sequence[str]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -350,5 +300,5 @@ def _value(value: Any, field: str) -> str:
     if field == "shape" and isinstance(value, Sequence):
         return readable.shape(value)
     if isinstance(value, (list, tuple)):
-        return ", ".join(_value(item, "") for item in value)
+        return ", ".join(_value(item, "") for item in value) or readable.UNKNOWN
     return visible(f"{value:.6g}" if isinstance(value, float) else str(value))

@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
-from pqcli.report import Report, TensorReport
+from pqcli.reporting import Report, TensorReport
 from pqcli.tensorinfo import TensorInfo
 
 

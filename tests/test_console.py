@@ -8,7 +8,6 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from minilm_report import minilm_report, preview, quantized, report_of
 from rich.cells import cell_len
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from pqcli import readable
 from pqcli.console import Console, safe, speed
 from pqcli.errors import UsageError
 from pqcli.tables import record_table, report_table
+from tests.minilm_report import minilm_report, preview, quantized, report_of
 
 EVIL = "[red]a\x1b[31m\u202egnp.exe\nerror: \udc80[/red] :warning: \u200b"
 

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from minilm_report import minilm_report, quantized, report_of
 
 from pqcli import html
+from tests.minilm_report import minilm_report, quantized, report_of
 
 VOID = {"meta", "wbr"}
 EVIL = "<script>alert(1)</script>\"'&\u202e\x00\udc80 {{ 7 * 6 }}"

@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from minilm_report import minilm_report, quantized, report_of, tensor_report
 
 from pqcli.errors import UsageError
-from pqcli.report import SORT_KEYS, check, shannon_gap_db, sort, sqnr_db
+from pqcli.reporting import SORT_KEYS, check, shannon_gap_db, sort, sqnr_db
+from tests.minilm_report import minilm_report, quantized, report_of, tensor_report
 
 CONTRACT = {
     "output",
