@@ -167,7 +167,7 @@ def _write_folder(target: Path, jobs: list[_Job], *, force: bool) -> int:
 def _write_new_folder(target: Path, jobs: list[_Job]) -> int:
     """Fill a folder beside the target, then move it into place."""
     real = final_path(target)
-    temporary = real.with_name(f".{real.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = real.with_name(f".{real.name[:50]}.{secrets.token_hex(4)}.tmp")
     with output_errors(target):
         temporary.mkdir()
         try:
