@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pqcli import checkpoint
+from pqcli.checkpoint import pt_writer
 from pqcli.errors import CheckpointError, ContainerError, OutputError
 from pqcli.tensorinfo import ITEM_BYTES, TensorInfo
 
@@ -197,7 +198,8 @@ def test_a_checkpoint_need_not_be_a_dict(tmp_path, value):
 
 
 _leaves = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5), st.binary(min_size=1, max_size=5),
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5),
+    st.binary(min_size=1, max_size=5),
     st.builds(lambda n: torch.full((n,), float(n)), st.integers(0, 4)),
     st.builds(lambda n: torch.full((n, 2), n, dtype=torch.int16), st.integers(0, 4)),
 )  # fmt: skip
@@ -237,6 +239,16 @@ def test_records_are_aligned_and_checked(tmp_path):
             name_bytes = int.from_bytes(data[entry.header_offset + 26 : entry.header_offset + 28], "little")
             extra_bytes = int.from_bytes(data[entry.header_offset + 28 : entry.header_offset + 30], "little")
             assert (entry.header_offset + 30 + name_bytes + extra_bytes) % 64 == 0
+
+
+def test_records_beyond_32_bits_are_readable(tmp_path, monkeypatch):
+    monkeypatch.setattr(pt_writer, "_ZIP64_FROM", 8)
+    value = nested_checkpoint()
+    round_trip(save(value, tmp_path / "a.pt"), tmp_path / "b.pt")
+    assert_same(load(tmp_path / "b.pt"), value)
+    assert_same(load(tmp_path / "b.pt", mmap=True), value)
+    round_trip(tmp_path / "b.pt", tmp_path / "c.pt")
+    assert_same(load(tmp_path / "c.pt"), value)
 
 
 def test_equal_input_gives_equal_bytes(tmp_path):
@@ -300,9 +312,10 @@ def test_resnet20_straight_from_disk(tmp_path):
 
 
 def test_a_closed_checkpoint_says_so(tmp_path):
-    with checkpoint.open(save({"a": torch.ones(2)}, tmp_path / "a.pt")) as opened:
-        with pytest.raises(CheckpointError, match="no tensor 'b'"):
-            opened.read("b")
+    opened = checkpoint.open(save({"a": torch.ones(2)}, tmp_path / "a.pt"))
+    with pytest.raises(CheckpointError, match="no tensor 'b'"):
+        opened.read("b")
+    opened.close()
     opened.close()
     with pytest.raises(CheckpointError, match="closed already"):
         opened.read("a")

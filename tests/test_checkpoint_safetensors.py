@@ -136,7 +136,7 @@ def test_a_file_that_shrinks_while_open_is_an_error_and_not_a_crash(tmp_path):
         with (tmp_path / "a.safetensors").open("r+b") as file:
             file.truncate(30_000)
         opened.read("a")
-        with pytest.raises(CheckpointError, match="tensor 'b'.*truncated, or was changed"):
+        with pytest.raises(CheckpointError, match=r"tensor 'b'.*truncated, or was changed"):
             opened.read("b")
 
 
