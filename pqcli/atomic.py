@@ -44,7 +44,7 @@ def atomic_writer(target: Path, *, force: bool = False) -> Iterator[BinaryIO]:
     """
     real = final_path(target)
     check_target(target, force=force)
-    temporary = real.with_name(f".{real.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = real.with_name(f".{real.name[:50]}.{secrets.token_hex(4)}.tmp")
     with output_errors(target):
         # O_EXCL: never follow or reuse what somebody else put there; 0o666 lets the umask decide the mode
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

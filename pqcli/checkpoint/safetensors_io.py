@@ -161,7 +161,11 @@ def _entry(name: str, record: Any) -> tuple[str, tuple[int, ...], int, int]:
     try:
         name.encode("utf-8")
         code, shape, (begin, stop) = record["dtype"], record["shape"], record["data_offsets"]
-        well_formed = isinstance(shape, list) and all(_is_count(number) for number in (*shape, begin, stop))
+        well_formed = (
+            isinstance(code, str)
+            and isinstance(shape, list)
+            and all(_is_count(number) for number in (*shape, begin, stop))
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"its record of tensor {_quoted(name)} is malformed; the file is damaged") from error
     if not well_formed:

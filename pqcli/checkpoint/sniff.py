@@ -66,7 +66,7 @@ def kind_of(head: bytes, n_bytes: int) -> Literal["zip", "legacy", "safetensors"
     """The kind of checkpoint that begins with `head`, or None."""
     if head.startswith(b"PK\x03\x04"):
         return "zip"
-    if head[:1] == b"\x80" and head[2:].startswith(_LEGACY_MAGIC):
+    if head[:1] == b"\x80" and _LEGACY_MAGIC in head[2:24]:  # protocol 4 puts a frame before it
         return "legacy"
     if len(head) > 9 and head[8:9] == b"{":
         (header_bytes,) = struct.unpack("<Q", head[:8])

@@ -211,6 +211,11 @@ def _bytes(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
+def _empty_bytes() -> bytes:
+    """How protocol 2 writes `b""`; with an argument it would be an allocation."""
+    return b""
+
+
 def _complex(real: Any = 0.0, imaginary: Any = 0.0) -> complex:
     return complex(float(real), float(imaginary))
 
@@ -287,6 +292,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "builtins.frozenset": _foreign("frozenset"),
     "builtins.complex": _complex,
     "builtins.bytearray": _bytearray,
+    "builtins.bytes": _empty_bytes,
     "_codecs.encode": _bytes,
     "numpy.dtype": _numpy_type,
     "numpy.core.multiarray.scalar": _numpy_scalar,

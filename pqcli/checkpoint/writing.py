@@ -11,6 +11,7 @@ import contextlib
 import json
 import secrets
 import shutil
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -80,6 +81,7 @@ def _own_skeleton(skeleton: Json, format_: str) -> dict[str, Json]:
 
 
 def _file_job(name: str, format_: str, tensors: Sequence[TensorInfo], read: Read, skeleton: dict[str, Json]) -> _Job:
+    _check_aliases(tensors)
     if format_ == "safetensors":
         check_writable(tensors)
         metadata = skeleton.get("metadata") if skeleton else _FOR_TORCH
@@ -96,12 +98,22 @@ def _file_job(name: str, format_: str, tensors: Sequence[TensorInfo], read: Read
     return _Job(name, lambda file: write_pt(file, value, tensors, read))
 
 
+def _check_aliases(tensors: Sequence[TensorInfo]) -> None:
+    """Raise `ContainerError` unless every alias names an owner of its own shape and dtype."""
+    owners = {info.name: (info.shape, info.dtype) for info in tensors if info.alias_of is None}
+    for info in tensors:
+        if info.alias_of is not None and owners.get(info.alias_of) != (info.shape, info.dtype):
+            raise ContainerError(
+                f"tensor '{info.name}' is tied to '{info.alias_of}', which is no tensor of the same shape and dtype"
+            )
+
+
 @contextlib.contextmanager
 def _trusting_nothing() -> Any:
     """The skeleton may come from a damaged or hostile file: what goes wrong in here is its fault."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, zlib.error) as error:
         raise ContainerError(
             f"the stored structure of the checkpoint does not fit its tensors ({type(error).__name__}: "
             f"{str(error)[:160]}); the file is damaged"
@@ -167,7 +179,7 @@ def _write_folder(target: Path, jobs: list[_Job], *, force: bool) -> int:
 def _write_new_folder(target: Path, jobs: list[_Job]) -> int:
     """Fill a folder beside the target, then move it into place."""
     real = final_path(target)
-    temporary = real.with_name(f".{real.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = real.with_name(f".{real.name[:50]}.{secrets.token_hex(4)}.tmp")
     with output_errors(target):
         temporary.mkdir()
         try:
