@@ -313,7 +313,7 @@ class Writer:
 
     def _put(self, key: str, data: bytes | NDArray[np.uint8]) -> None:
         self._spooled[key] = self._length
-        self._spool.write(data)
+        self._spool.write(data if isinstance(data, bytes) else data.data)
         self._length += len(data)
 
 

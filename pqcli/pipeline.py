@@ -1,5 +1,4 @@
-"""The verbs: plan, compress, decode, report, verify. Each joins a checkpoint, a plan and a container, and shows
-nothing.
+"""The verbs: plan, compress, decode, report, verify. Each joins a checkpoint, a plan and a container.
 
 Progress goes to an optional hook `progress(weights, name)`, called as tensors get done.
 """
