@@ -328,11 +328,6 @@ def _trellis(n_states: int) -> NDArray[np.int64]:
     return table
 
 
-def _ways_in(next_state: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The two transitions into each state, (n_states, 2): 2 * state + bit."""
-    return np.argsort(next_state.ravel(), kind="stable").reshape(-1, 2).astype(np.int64)
-
-
 # --- one stream -------------------------------------------------------------------------------------------------------
 
 _N_INTEGER_KINDS = 2
@@ -451,7 +446,7 @@ def _block(weights: Matrix, period: int) -> _Block:
 
 def _search(blocks: Sequence[_Block], params: TrellisParams) -> Matrix:
     """Fill in the blocks' levels; the reconstruction points (3, N_POINTS) that fit them."""
-    from pqcli.core.trellis_kernels import N_CLASSES, N_COSTS, N_POINTS, gather, search
+    from pqcli.core.trellis_kernels import N_CLASSES, N_COSTS, N_POINTS, gather, search, trellis_moves
 
     prior = _prior_probabilities(N_CLASSES, N_COSTS)
     scale = 2.0 ** ((np.arange(N_CLASSES) + 0.5) / 4 - 6)
@@ -462,13 +457,13 @@ def _search(blocks: Sequence[_Block], params: TrellisParams) -> Matrix:
     schedule = [(trial, _TRIAL_STATES)] * _TRIAL_PASSES + [(blocks, params.n_states)]
     for some, n_states in schedule:
         next_state = _trellis(n_states)
-        previous = _ways_in(next_state)
+        butterflies, backward = trellis_moves(next_state)
         counts = np.zeros((N_CLASSES, 3, N_COSTS))
         sums = np.zeros((3, N_POINTS, 2))
         for block in some:
             search(
                 block.weights, block.row_scale, block.column_scale, block.labels, cost, slope, points,
-                np.float32(params.rate_weight), previous, block.levels,
+                np.float32(params.rate_weight), butterflies, backward, block.levels,
             )  # fmt: skip
             gather(
                 block.weights, block.row_scale, block.column_scale, block.levels, block.labels, next_state,
