@@ -167,9 +167,7 @@ def _assigned(groups: _Groups, magnitudes: NDArray[np.uint16], n_classes: int) -
     return np.concatenate([np.zeros((n_classes, 1)), counts], axis=1)
 
 
-def _tabulate(
-    magnitudes: NDArray[np.uint16], low: int, table: NDArray[np.float64], mean_weight: float
-) -> Book:
+def _tabulate(magnitudes: NDArray[np.uint16], low: int, table: NDArray[np.float64], mean_weight: float) -> Book:
     """The book whose tables fit the counts `table` (n_classes, 1 + k), the escape first."""
     n_classes = len(table)
     counts = table[:, 1:] / mean_weight
@@ -238,4 +236,3 @@ def _tilts(
     weight = np.sqrt(counts.sum(0))[:, None]
     gauge = np.linalg.lstsq(plane * weight, offsets[:, None] * weight, rcond=None)[0][:, 0]
     return slopes + gauge[:2], offsets - plane @ gauge
-

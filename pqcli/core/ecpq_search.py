@@ -89,7 +89,9 @@ def moments(matrix: NDArray[np.float32]) -> Moments:
         squares = np.square(matrix[start : start + step], dtype=np.float64)
         means = squares.mean(axis=1)
         of_rows[start : start + step] = means
-        of_columns += np.divide(squares, means[:, None], out=np.zeros_like(squares), where=means[:, None] > 0).sum(axis=0)
+        of_columns += np.divide(squares, means[:, None], out=np.zeros_like(squares), where=means[:, None] > 0).sum(
+            axis=0
+        )
     return Moments(float(of_rows.mean()) if rows else 0.0, of_rows, of_columns / max(rows, 1))
 
 

@@ -110,12 +110,14 @@ class TrellisParams:
 class EncodedStreams:
     """All that decoding needs beside the sources: `side` (steps, rotations) and one byte string per stream.
 
-    `squared_errors` tells, by key, the squared error the encoder caused; it is not part of the data.
+    `squared_errors` and `coded_bytes` tell, by key, the squared error the encoder caused and the share of the streams
+    that a source takes; they are not part of the data.
     """
 
     side: bytes
     streams: tuple[bytes, ...]
     squared_errors: Mapping[str, float] = field(default_factory=dict, compare=False)
+    coded_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def n_bytes(self) -> int:
@@ -196,14 +198,16 @@ def encode(
     )
     streams: list[bytes] = []
     errors = {source.key: 0.0 for source in sources}
-    pending: deque[tuple[tuple[Segment, ...], Future[tuple[bytes, list[float]]]]] = deque()
+    sizes = {source.key: 0 for source in sources}
+    pending: deque[tuple[tuple[Segment, ...], Future[tuple[bytes, list[float], list[int]]]]] = deque()
 
     def collect() -> None:
         segments, future = pending.popleft()
-        data, squared = future.result()
+        data, squared, lengths = future.result()
         streams.append(data)
-        for segment, error in zip(segments, squared, strict=True):
+        for segment, error, length in zip(segments, squared, lengths, strict=True):
             errors[sources[segment.source].key] += error * float(side.step_of(segment.source)) ** 2
+            sizes[sources[segment.source].key] += length
 
     with ThreadPoolExecutor(n_threads) as pool:
         held: tuple[int, Matrix] | None = None
@@ -218,7 +222,7 @@ def encode(
                 collect()
         while pending:
             collect()
-    return EncodedStreams(_code_side(side, sources), tuple(streams), errors)
+    return EncodedStreams(_code_side(side, sources), tuple(streams), errors, sizes)
 
 
 def decode(
@@ -355,8 +359,8 @@ def _encode_stream(
     sources: Sequence[Source],
     params: TrellisParams,
     rotations: Rotations,
-) -> tuple[bytes, list[float]]:
-    """One stream's bytes, and the squared error of each segment in squared steps."""
+) -> tuple[bytes, list[float], list[int]]:
+    """One stream's bytes, the squared error of each segment in squared steps, and its share of the bytes."""
     from pqcli.core.trellis_kernels import dequantize
 
     blocks = []
@@ -369,7 +373,7 @@ def _encode_stream(
     next_state = _trellis(params.n_states)
     coder = _level_coder_for_writing(sum(block.weights.size for block in blocks))
     points = _code_points(coder, points)
-    errors = []
+    errors, ends = [], []
     previous_class = 0
     for block in blocks:
         previous_class = _code_block(coder, block.levels, block.labels, block.period, previous_class, next_state)
@@ -377,7 +381,10 @@ def _encode_stream(
         dequantize(block.levels, block.labels, next_state, points, decoded)
         decoded -= block.weights
         errors.append(float(np.sum(np.square(decoded, dtype=np.float64))))
-    return coder.finish(), errors
+        ends.append(int(coder.window[3]))
+    data = coder.finish()
+    ends[-1] = len(data)
+    return data, errors, [min(end, len(data)) - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _decode_stream(data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side) -> list[Matrix]:

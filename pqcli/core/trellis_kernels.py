@@ -237,7 +237,9 @@ def gather(weights, row_scale, column_scale, levels, labels, next_state, counts,
 
 
 @kernel
-def search(weights, row_scale, column_scale, labels, cost, slope, reconstruction, rate_weight, butterflies, backward, levels):
+def search(
+    weights, row_scale, column_scale, labels, cost, slope, reconstruction, rate_weight, butterflies, backward, levels
+):
     """Viterbi: levels that minimise sum (weight - point)^2 + rate_weight * bits over every run.
 
     Two states share each pair of successors; `butterflies (n_states / 2, 6)` and `backward (n_states, 3)` of
@@ -295,7 +297,9 @@ def search(weights, row_scale, column_scale, labels, cost, slope, reconstruction
                     which = parity + (parity & label)
                     first = which * N_COSTS
                     mirrored = label == 1 or parity == 0
-                    lowest = np.int32(-4) if label else np.int32(0 if parity and not half else 2 - parity if half else 0)
+                    lowest = (
+                        np.int32(-4) if label else np.int32(0 if parity and not half else 2 - parity if half else 0)
+                    )
                     for lane in range(LANES):
                         # the level of this subset that is nearest, mirrored so that the weight is not negative
                         residue = np.int32(parity + 2 * half if mirrored else 3 - 2 * half)
@@ -346,8 +350,8 @@ def search(weights, row_scale, column_scale, labels, cost, slope, reconstruction
                         straight_b = b + price[way_b, lane]
                         crossed_a = a + price[way_a ^ 1, lane]
                         crossed_b = b + price[way_b ^ 1, lane]
-                        there[to_a, lane] = straight_b if straight_b < straight_a else straight_a
-                        there[to_b, lane] = crossed_b if crossed_b < crossed_a else crossed_a
+                        there[to_a, lane] = min(straight_a, straight_b)
+                        there[to_b, lane] = min(crossed_a, crossed_b)
                         bits = np.uint32(1) if straight_b < straight_a else np.uint32(0)
                         bits |= np.uint32(2) if crossed_b < crossed_a else np.uint32(0)
                         taken[step, word, lane] |= bits << place
