@@ -27,6 +27,9 @@ from pqcli.recipe import Recipe, Rule, matches
 from pqcli.tensorinfo import TensorInfo
 
 QUANTIZABLE_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+Action = Literal["pq", "trellis", "ecpq", "keep", "alias"]
+LEAST_CODED = 64
+"""Tensors of fewer weights gain nothing from a codec for whole checkpoints."""
 BOOKKEEPING_BYTES = 200
 """About what a quantized tensor costs beside its payload: headers and its record in the manifest."""
 
@@ -56,7 +59,7 @@ class PlanEntry:
 
     info: TensorInfo
     kind: str
-    action: Literal["pq", "keep", "alias"]
+    action: Action
     reason: str
     scheme: Scheme | None
     rows: int
@@ -142,7 +145,7 @@ def _entry(info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: _Numbe
     kind = kind_of(info)
     rows, columns = rows_and_columns(info)
 
-    def entry(action: Literal["pq", "keep", "alias"], reason: str, scheme: Scheme | None, n_bytes: int) -> PlanEntry:
+    def entry(action: Action, reason: str, scheme: Scheme | None, n_bytes: int) -> PlanEntry:
         return PlanEntry(info, kind, action, reason, scheme, rows, columns, n_bytes)
 
     if info.alias_of is not None:
@@ -154,6 +157,10 @@ def _entry(info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: _Numbe
         unfit = f"rule {number} of {recipe.name}: keep{because}"
     if unfit is not None:
         return entry("keep", unfit, None, info.n_bytes)
+    if recipe.whole_codec is not None:
+        if info.numel < LEAST_CODED:
+            return entry("keep", f"only {info.numel} weights: kept exactly", None, info.n_bytes)
+        return entry(recipe.whole_codec, kind, None, info.n_bytes)
     scheme, notes = _scheme(info, recipe, rule)
     n_vectors = rows * -(-columns // scheme.block_size)
     predicted_bytes = scheme.payload_bytes(n_vectors)
