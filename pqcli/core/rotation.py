@@ -142,7 +142,7 @@ def _pooled(members: Sequence[tuple[NDArray[np.float64], int]]) -> Rotation | No
         basis = _complete(vectors[:, :k])
         after = sum(float(n * _rate(np.einsum("ij,jk,ki->i", basis.T, gram, basis) / n).sum()) for gram, n in members)
         rest = float(np.mean(energies[k:])) / n_vectors
-        cost = float(_precisions(energies[:k], rest).sum() + 2.5 * k) * size
+        cost = _cost(_precisions(energies[:k], rest), size)
         if (after + cost) * _MARGIN < best[0]:
             best = (after + cost, k)
     if best[1] == 0:
@@ -171,7 +171,7 @@ def _own(weights: Matrix) -> tuple[Rotation, bool] | None:
         n_vectors = n_rows if not transpose else n_columns
         for k, rate in _trial_rates(matrix, vectors, energies):
             rest = max(float((sample.astype(np.float64) ** 2).sum() - energies[:k].sum()), 0.0) / matrix.size
-            cost = float(_precisions(energies[:k] * (n_vectors / len(matrix)), rest).sum() + 2.5 * k) * size
+            cost = _cost(_precisions(energies[:k] * (n_vectors / len(matrix)), rest), size)
             if (rate * weights.size + cost) * _MARGIN < best[0]:
                 best = (rate * weights.size + cost, k, transpose)
     _, k, transpose = best
@@ -245,6 +245,12 @@ def _precisions(energies: NDArray[np.float64], rest: float) -> NDArray[np.int64]
     floor = max(rest, _ERROR_PER_STEP)
     ideal = 0.5 * np.log2(np.maximum(energies, 1e-30) / (6.0 * floor))
     return np.clip(np.round(ideal), 3, _MAX_PRECISION).astype(np.int64)
+
+
+def _cost(precisions: NDArray[np.int64], size: int) -> float:
+    """Bits that basis vectors cost: the entropy of their entries (of variance 1 / size), and what their rounding leaks."""
+    entropies = np.maximum(precisions + 2.05 - 0.5 * np.log2(size), 0.5)
+    return float((entropies + 0.72).sum()) * size
 
 
 def _quantize(vectors: NDArray[np.float64], energies: NDArray[np.float64], rest: float) -> Rotation:

@@ -66,7 +66,7 @@ N_STATES = tuple(n for n in _POLYNOMIALS if n > 1)
 
 _LABEL_GROUP = 16
 """Columns that share a label where there are no kernel positions."""
-_PURE_ABOVE = 0.85
+_PURE_ABOVE = 0.75
 """The odd set is pure where rms / step exceeds this."""
 _TRIAL_STATES = 8
 _TRIAL_PASSES = 2

@@ -172,7 +172,7 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
             met = max(met + statistic - (met >> 8), 256)
             expected = max(expected + mean - (expected >> 8), 256)
             column_mean[j] = mean + (((statistic - mean) * rates[column_count[j]]) >> 16)
-            if column_count[j] < 60:
+            if column_count[j] < 250:
                 column_count[j] += 1
             phase_mean[phase] += ((statistic - phase_mean[phase]) * rates[phase_count[phase]]) >> 16
             if phase_count[phase] < 500:
