@@ -69,7 +69,9 @@ def test_strange_item_sizes_are_refused():
 
 
 @settings(deadline=None, max_examples=80)
-@given(st.binary(max_size=200), st.lists(st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.integers(0, 10**12)), max_size=3))
+@given(
+    st.binary(max_size=200), st.lists(st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.integers(0, 10**12)), max_size=3)
+)
 def test_random_bytes_end_in_a_value_error_or_in_tensors(data, wanted):
     try:
         found = decompress(data, wanted)

@@ -117,12 +117,13 @@ def _restore(planes: NDArray[np.uint8], way: int, starts: NDArray[np.int64]) -> 
     if way == _DIFFERENCES:
         sums = np.cumsum(moved, dtype=moved.dtype)
         before = sums[starts[:-1]] - moved[starts[:-1]]
-        return (sums - np.repeat(before, np.diff(starts))).view(np.uint8)
+        return np.asarray(sums - np.repeat(before, np.diff(starts))).view(np.uint8)
     n_bits = 8 * size
     exponent = moved >> (n_bits - 8)
     sign = (moved >> (n_bits - 9)) & 1
     rest = moved & ((1 << (n_bits - 9)) - 1)
-    return ((sign << (n_bits - 1)) | (exponent << (n_bits - 9)) | rest).view(np.uint8)
+    restored: NDArray[np.uint8] = ((sign << (n_bits - 1)) | (exponent << (n_bits - 9)) | rest).view(np.uint8)
+    return restored
 
 
 # --- planes -----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from pqcli.core.sources import Source
 Matrix = NDArray[np.float32]
 Reader = Callable[[str], Matrix]
 
-_RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _MAX_OWN_SIZE = 16384
 _MAX_POOLED_SIZE = 256
 _GRAM_ROWS = 8192
@@ -35,7 +35,8 @@ _TRIAL_ROWS = 256
 """... and those that the saving is predicted on."""
 _ERROR_PER_STEP = 0.2
 """Mean squared error of a trellis-coded weight in squared steps, near enough to predict rates with."""
-_MARGIN = 1.02
+_MARGIN = 1.0005
+"""A saving must show above the noise of predicting it."""
 _MAX_PRECISION = 20
 
 
@@ -160,7 +161,7 @@ def _own(weights: Matrix) -> tuple[Rotation, bool] | None:
     stride = -(-n_rows // _GRAM_ROWS)
     sample = np.ascontiguousarray(weights[::stride])
     energies, right = _principal(sample)
-    left: Matrix = sample @ right / np.sqrt(energies).astype(np.float32)
+    left = np.asarray(sample @ right / np.sqrt(energies), np.float32)
     plain = _trial_rate(sample, None, 0) * weights.size
     best: tuple[float, int, bool] = (plain, 0, False)
     for transpose, vectors in ((False, right), (True, left)):
@@ -248,7 +249,7 @@ def _precisions(energies: NDArray[np.float64], rest: float) -> NDArray[np.int64]
 
 
 def _cost(precisions: NDArray[np.int64], size: int) -> float:
-    """Bits that basis vectors cost: the entropy of their entries (of variance 1 / size), and what their rounding leaks."""
+    """Bits that basis vectors cost: the entropy of their entries, of variance 1 / size, plus what rounding leaks."""
     entropies = np.maximum(precisions + 2.05 - 0.5 * np.log2(size), 0.5)
     return float((entropies + 0.72).sum()) * size
 

@@ -513,7 +513,7 @@ def _bits(weights: NDArray[np.float64]) -> Matrix:
     """Bits by (class, set, magnitude), the sign's included, from unnormalised probabilities."""
     probability = weights / weights.sum(axis=2, keepdims=True)
     bits = -np.log2(np.maximum(probability, 1e-12)) + (np.arange(weights.shape[2]) > 0)
-    return np.minimum(bits, 40).astype(np.float32)
+    return np.asarray(np.minimum(bits, 40), np.float32)
 
 
 # --- the layout of a stream -------------------------------------------------------------------------------------------
