@@ -75,7 +75,7 @@ _TRIAL_ALL_BELOW = 1 << 18
 _MAX_SIZE = float(1 << 29)
 """Largest weight in steps; a level must stay an int32."""
 _WEIGHTS_PER_BYTE = 12_000
-"""No stream holds more weights per byte: the surest decision costs 32/65536 of a nat."""
+"""No stream holds more weights per byte: the surest decision has a probability of 1 - 32/65536."""
 _LARGEST = float(np.finfo(np.float32).max)
 _MAX_RANK = 256
 _HEADER = struct.Struct("<fBB")
@@ -689,6 +689,8 @@ def _code_rotation(
     k = coder.integer(first_model, len(rotation.basis) if rotation else 0)
     if not 1 <= k <= min(size, _MAX_RANK):
         raise ValueError(f"{k} basis vectors of size {size}")
+    if not coder.encoding and k * size > (len(coder.buffer) + 8) * _WEIGHTS_PER_BYTE:
+        raise ValueError(f"{len(coder.buffer)} bytes cannot hold {k} basis vectors of size {size}")
     precisions: list[int] = []
     last = 0
     for i in range(k):
