@@ -129,7 +129,7 @@ class _Bracket:
         if self._points:
             last_x, last_y = self._points[-1]
             slope = (y - last_y) / (x - last_x) if x != last_x else 0.0
-            if (slope > 0) == self._rises and 0.02 < abs(slope) < 4:  # noqa: PLR2004 - else noise
+            if (slope > 0) == self._rises and 0.02 < abs(slope) < 4:
                 self.slope = slope
         self._points.append((x, y))
 

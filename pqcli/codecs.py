@@ -80,9 +80,7 @@ class Coder(ABC):
     effort: int | None = None
 
     @staticmethod
-    def of(
-        codec: str, sources: Sequence[Source], read: Read, steps: Steps, effort: int | None = None
-    ) -> Coder:
+    def of(codec: str, sources: Sequence[Source], read: Read, steps: Steps, effort: int | None = None) -> Coder:
         """The coder of that name. `effort` is the number of trellis states, where there is a trellis."""
         kinds: dict[str, type[Coder]] = {"trellis": TrellisCoder, "ecpq": EcpqCoder}
         return kinds[codec](sources, read, steps, effort)
@@ -138,8 +136,7 @@ class EcpqCoder(Coder):
             return torch.from_numpy(self.read(key))
 
         self._samples = {
-            (key, scale): self._samples.get((key, scale))
-            or ecpq.draw(matrix(key), scale=scale, seed=self._seed(key))
+            (key, scale): self._samples.get((key, scale)) or ecpq.draw(matrix(key), scale=scale, seed=self._seed(key))
             for key, scale in scales.items()
         }
         self._model = model = ecpq.fit(self._samples.values(), price, start=self._model)

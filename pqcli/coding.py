@@ -91,7 +91,7 @@ def as_matrix(weight: torch.Tensor, record: Record) -> NDArray[np.float32]:
 
 
 def encode(
-    codec: str, survey: Survey, read: Read, recipe: Recipe, frame: Frame, original_bytes: int, seed: int = 0
+    codec: str, survey: Survey, read: Read, recipe: Recipe, frame: Frame, original_bytes: int
 ) -> Outcome:
     """All surveyed tensors at the level or to the budget that the recipe asks for."""
     by_name = {record.name: record for record in survey.records}
@@ -110,9 +110,7 @@ def encode(
     return search(goal, attempt, _guess(goal, survey, steps, frame), unit).result
 
 
-def measure(
-    codec: str, outcome: Outcome, read: Read
-) -> Iterator[tuple[Record, metrics.Error, bytes]]:
+def measure(codec: str, outcome: Outcome, read: Read) -> Iterator[tuple[Record, metrics.Error, bytes]]:
     """Every coded tensor with its error and the hash of what it decodes to, in order."""
     decoding = decoder(codec, outcome.coded, [record.source for record in outcome.records])
     for record in outcome.records:
@@ -175,7 +173,7 @@ def _guess(goal: Goal, survey: Survey, steps: Steps, frame: Frame) -> float:
 
 def kernel_of(shape: tuple[int, ...], rows: int) -> int:
     """Kernel positions of a convolution's weight; 1 for anything else."""
-    is_convolution = len(shape) > 2 and rows == shape[0]  # noqa: PLR2004
+    is_convolution = len(shape) > 2 and rows == shape[0]
     return math.prod(shape[2:]) if is_convolution else 1
 
 

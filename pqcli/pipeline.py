@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli import container as containers
 from pqcli import coding, executors
+from pqcli import container as containers
 from pqcli import plan as plans
 from pqcli import recipe as recipes
 from pqcli.atomic import atomic_writer, check_target
@@ -192,7 +192,7 @@ def _compress_whole(
     if not survey.records:
         size = writer.finish(order, frame.source, frame.recipe)
         return tuple(_tensor_report(record, None, None) for record in writer.records(order)), size
-    outcome = coding.encode(codec, survey, checkpoint.read, recipe, frame, checkpoint.n_bytes, recipe.seed)
+    outcome = coding.encode(codec, survey, checkpoint.read, recipe, frame, checkpoint.n_bytes)
     errors = {}
     for record, error, digest in coding.measure(codec, outcome, checkpoint.read):
         writer.add_coded(record, digest, error)
@@ -616,6 +616,12 @@ def write_text(path: Path, text: str, *, force: bool = False) -> None:
     """Write a text file whole or not at all."""
     with atomic_writer(path, force=force) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def weights_to_compress(source: str | Path) -> int:
+    """Weights that compressing `source` has to read: the unit of work of `compress`."""
+    with checkpoints.open(source) as checkpoint:
+        return sum(info.numel for info in checkpoint.tensors if info.alias_of is None)
 
 
 def n_weights(file: str | Path) -> int:

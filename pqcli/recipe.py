@@ -79,7 +79,8 @@ class Recipe:
     kill-the-bits papers do. At most one of `rate_weight`, `quality`, the three targets and the two bounds sets how much
     to spend (`spending`); without one, and with codec "pq", every tensor is quantized by itself as `block_size` and
     `n_centroids` say. `objective` 0 gives all weights one absolute error, 1 gives all tensors one relative error;
-    `effort` is the number of states of the trellis. `sample` is the number of vectors EM trains on; `eps` is relative to the data.
+    `effort` is the number of states of the trellis. `sample` is the number of vectors EM trains on; `eps` is
+    relative to the data.
     `include` and `exclude` choose tensors; with no `include` every tensor fit for it is quantized.
     """
 

@@ -1,7 +1,7 @@
 """Entropy-constrained PQ: one error level for all tensors, shared codebooks, entropy-coded assignments.
 
-    samples = [draw(matrix, seed=...) for each tensor]      a few percent of the weights, and every row's and column's scale
-    model   = fit(samples, lam)                             codebooks and tables that all tensors share
+    samples = [draw(matrix, seed=...) for each tensor]      a few percent of the weights, and every row's and
+    column's scale model   = fit(samples, lam)                             codebooks and tables that all tensors share
     encoded = encode(matrix, model, lam)                    payload, and the matrix that it decodes to
     matrix  = decode(payload, model, rows, columns)
 

@@ -205,7 +205,8 @@ def _tilts(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Slopes (n_classes, 2) and offsets (k,), in nats: the most likely logits `offset + slope . shape + signs ln 2`.
 
-    Starts from the Gaussian of each class's scale, whose slope over |c|^2 is -1 / (2 sigma^2), and keeps a little of it.
+    Starts from the Gaussian of each class's scale, whose slope over |c|^2 is -1 / (2 sigma^2), and keeps a little of
+    it.
     """
     n_classes = len(counts)
     variance = 2.0 ** ((low + np.arange(n_classes)) / 2.0)

@@ -5,8 +5,8 @@ a codebook (an *orbit*) stands for all vectors that differ from it in signs. So 
 does the work of 8,000 centroids, costs as little as 500 to store, to learn and to search, and needs as little data.
 Zeros have no sign and cost no sign bit.
 
-How likely an orbit is goes by the *class* of a vector: its expected scale, in quarter-octaves. Stored are two slopes per
-class, over the squared length and over the sum of an orbit's magnitudes (a Gaussian and a Laplacian source are such
+How likely an orbit is goes by the *class* of a vector: its expected scale, in quarter-octaves. Stored are two slopes
+per class, over the squared length and over the sum of an orbit's magnitudes (a Gaussian and a Laplacian source are such
 tilts), one correction per orbit, and one per orbit and class (mostly 0). Tables follow from them by integer arithmetic.
 
 All lengths are integers in units of `grid`, so nothing depends on the scale of the weights. FORMAT.md has every byte.

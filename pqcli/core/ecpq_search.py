@@ -1,7 +1,7 @@
 """Which orbit a vector takes: the E-step of entropy-constrained PQ, and the scales that decide its table.
 
-A vector's scale is the expected root mean square of its values, in quarter-octaves above the model's grid. It is the sum
-of a tensor's own scale, its row's and its block-column's: weights differ in size from row to row and from column to
+A vector's scale is the expected root mean square of its values, in quarter-octaves above the model's grid. It is the
+sum of a tensor's own scale, its row's and its block-column's: weights differ in size from row to row and from column to
 column, and a table for each size saves 0.1 to 0.7 dB.
 
 Shapes: matrix (rows, columns), vectors (n, d) as magnitudes in grid units, classes (n,), symbols (n,).

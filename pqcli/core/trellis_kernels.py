@@ -8,7 +8,7 @@ levels alone. A state's low bit says whether its weight takes an even or an odd 
 
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, check-untyped-defs=False
 # ruff: noqa: C901 - a fused loop is one function on purpose
-# ruff: noqa: FURB136 - `min` minds NaN, which costs a third of the search
+
 from __future__ import annotations
 
 import numpy as np
