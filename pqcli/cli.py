@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from enum import Enum, StrEnum
 from pathlib import Path
@@ -498,7 +499,8 @@ def _run(work: Callable[[Console], None], *, json: bool = False, quiet: bool = F
             _exit(error.exit_code)
         except KeyboardInterrupt:
             console.error(OutputError("interrupted; nothing was written"))
-            _exit(EXIT_INTERRUPTED)
+            sys.stdout.flush()
+            os._exit(EXIT_INTERRUPTED)  # at once: the interpreter would wait for threads deep inside a kernel
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has left: nothing to tell, and nothing to flush
             _exit(0)
