@@ -43,9 +43,12 @@ PIECE = 8
 """Values in a row that a sample takes together: a multiple of every block size."""
 FRACTION = 0.1
 LEAST = 1 << 17
-"""A sample is this fraction of a tensor, and at least so many weights."""
+MOST = 1 << 20
+"""A sample is this fraction of a tensor, but no fewer and no more weights than these."""
 WARM = 1
 """Iterations of EM from a known model."""
+NEAR = 1.2
+"""Grids within this factor (a quarter of a bit per weight) go with the same block sizes."""
 CHOOSE_FROM = 1 << 16
 """Weights of the sample that decide a tensor's block size."""
 STREAM_SYMBOLS = 1 << 20
@@ -94,9 +97,15 @@ class Estimate:
 
 
 def draw(
-    matrix: Tensor, *, scale: float = 1.0, seed: int = 0, fraction: float = FRACTION, least: int = LEAST
+    matrix: Tensor,
+    *,
+    scale: float = 1.0,
+    seed: int = 0,
+    fraction: float = FRACTION,
+    least: int = LEAST,
+    most: int = MOST,
 ) -> Sample:
-    """A random sample of `matrix`: `fraction` of it, `least` weights at least; all of a small one.
+    """A random sample of `matrix`: `fraction` of it, at least `least` and at most `most` weights.
 
     Raises ValueError if `matrix` holds NaN or infinity.
     """
@@ -105,7 +114,7 @@ def draw(
     width = min(PIECE, n_columns)
     per_row = n_columns // width if width else 0
     n_pieces = n_rows * per_row
-    wanted = math.ceil(max(least, fraction * weights.size) / max(width, 1))
+    wanted = math.ceil(min(max(least, fraction * weights.size), most) / max(width, 1))
     if wanted >= n_pieces:
         at = np.arange(n_pieces)
     else:
@@ -116,8 +125,9 @@ def draw(
 
 
 def fit(samples: Iterable[Sample], lam: float, start: Model | None = None) -> Model:
-    """The model that serves the sampled tensors best at `lam`; `start` is a model for a nearby `lam`, to save time.
+    """The model that serves the sampled tensors best at `lam`.
 
+    `start` is a model for another `lam`, to save time: where that is near, only its block sizes are looked at.
     Nothing in it is left to chance but the samples: EM starts from a lattice.
 
     Raises ValueError if `lam` is not positive or beyond what float32 can count in.
@@ -127,13 +137,15 @@ def fit(samples: Iterable[Sample], lam: float, start: Model | None = None) -> Mo
     if not is_grid(grid):
         raise ValueError(f"a rate weight of {lam}; it must be positive, and its root within 1e-29 .. 1e31")
     books = []
-    for d in BLOCK_SIZES:
+    near = start is not None and 1 / NEAR <= grid / start.grid <= NEAR
+    for d in start.block_sizes if start is not None and near else BLOCK_SIZES:
         parts = [_vectors(sample, d, grid) for sample in samples if sample.pieces.shape[1] >= d]
         if not parts:
             continue
-        known = start is not None and d in start.block_sizes
-        codebook = start.book(d).magnitudes.astype(np.float32) if start is not None and known else None
-        book = fit_book(_joined(parts), codebook) if codebook is None else fit_book(_joined(parts), codebook, WARM)
+        if start is not None and d in start.block_sizes:
+            book = fit_book(_joined(parts), start.book(d), WARM)
+        else:
+            book = fit_book(_joined(parts))
         if book is not None:
             books.append(book)
     if not books:

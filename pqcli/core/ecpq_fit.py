@@ -26,6 +26,8 @@ from pqcli.core.ecpq_search import HIGHEST_SCALE, choose
 
 RATE_WEIGHT = float(GRID_PER_RATE**2)
 MOST_ORBITS = {1: 255, 2: 1023, 4: 2047, 8: 2047}
+MOST_VECTORS = {1: 1 << 17, 2: 1 << 18, 4: 3 << 18, 8: 1 << 19}
+"""Vectors of the sample that EM looks at."""
 COVERAGE = 0.97
 """Share of the vectors that the most populated lattice points must take for a block size to be worth a book."""
 LOWEST_CLASS = 4
@@ -51,8 +53,10 @@ class Vectors:
     weights: NDArray[np.float32]
 
 
-def fit_book(sample: Vectors, start: NDArray[np.float32] | None = None, n_iter: int = N_ITER) -> Book | None:
-    """The book that EM learns for `sample`, from codebook `start` if given; None where no bounded book would do."""
+def fit_book(sample: Vectors, start: Book | None = None, n_iter: int = N_ITER) -> Book | None:
+    """The book that EM learns for `sample`, from book `start` if given; None where no bounded book would do."""
+    step = -(-len(sample.values) // MOST_VECTORS[sample.values.shape[1]])
+    sample = Vectors(sample.values[::step], sample.scales[::step], sample.weights[::step] * np.float32(step))
     low, n_classes = _classes(sample)
     classes = np.clip(sample.scales.astype(np.int64) - low, 0, n_classes - 1).astype(np.uint8)
     order = np.argsort(classes, kind="stable")
@@ -64,9 +68,11 @@ def fit_book(sample: Vectors, start: NDArray[np.float32] | None = None, n_iter: 
         if first is None:
             return None
         codebook, prior = first
+        probabilities = np.tile(prior, (n_classes, 1))
     else:
-        codebook, prior = torch.from_numpy(start), np.full(len(start), 1.0 / len(start))
-    probabilities = np.tile(prior, (n_classes, 1))
+        codebook = torch.from_numpy(start.magnitudes.astype(np.float32))
+        known = start.tables.frequencies[start.classes(np.arange(low, low + n_classes)), 1:]
+        probabilities = known / known.sum(1, keepdims=True).clip(1)
     counts = np.zeros((n_classes, len(codebook)))
     for _ in range(n_iter):
         sums, counts = groups.sweep(codebook, probabilities)
