@@ -2,9 +2,9 @@
 
 Shapes: vectors (n, d), codebook (k, d), bias (k,), weights (n,), assignments (n,), sums (k, d), counts (k,).
 
-With `b_j = -|c_j|^2 / 2` the winner is the nearest centroid; with `b_j = -|c_j|^2 / 2 + (lambda / 2) log2 p_j` it is the
-entropy-constrained choice (Chou, Lookabaugh, Gray 1989). So one primitive per kind of hardware serves every kind of EM.
-One `sweep` is the E-step over all vectors and, because each vector is in cache at that moment, the sums of the M-step.
+With `b_j = -|c_j|^2 / 2` the winner is the nearest centroid; with `b_j = -|c_j|^2 / 2 + (lambda / 2) log2 p_j` it is
+the entropy-constrained choice (Chou, Lookabaugh, Gray 1989). So one primitive per kind of hardware serves every kind of
+EM. One `sweep` is the E-step over all vectors and, because each vector is in cache just then, the sums of the M-step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def sweep(
 ) -> Pass:
     """Assign every vector to its best centroid, and (if `accumulate`) add up the vectors of each centroid.
 
-    vectors: (n, d) float32, float16 or bfloat16, rows contiguous (`stride(1) == 1`) but possibly apart; computed in float32.
+    vectors: (n, d) float32, float16 or bfloat16, each row contiguous (`stride(1) == 1`), rows possibly apart;
+        scores are computed in float32.
     codebook, bias, weights: float32, on the device of vectors; weights None means all ones.
     budget_bytes: the most memory for scores; only the reference holds any.
     backend: "auto" goes by the device and the size of the job, never by its values or by the number of threads.
