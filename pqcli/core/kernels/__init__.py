@@ -20,6 +20,9 @@ Backend = Literal["auto", "reference", "cpu", "cuda"]
 
 DEFAULT_BUDGET_BYTES = 256 << 20
 
+_COMPILED_FROM = 1 << 23  # multiply-adds; below, 20 sweeps in torch take less time than compiling a kernel
+_MAX_COMPILED_BLOCK_SIZE = 64  # beyond, a matrix product is as fast
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -55,8 +58,22 @@ def sweep(
     budget_bytes: the most memory for scores; only the reference holds any.
     backend: "auto" goes by the device and the size of the job, never by its values or by the number of threads.
     """
-    from pqcli.core.kernels import reference
-
     if backend not in ("auto", "reference", "cpu", "cuda"):
         raise UsageError(f"unknown kernel backend {backend!r}; use auto, reference, cpu or cuda")
+    if backend == "auto":
+        backend = _choose(vectors, codebook)
+    if backend == "cpu":
+        from pqcli.core.kernels import cpu
+
+        return cpu.sweep(vectors, codebook, bias, weights, accumulate)
+    from pqcli.core.kernels import reference
+
     return reference.sweep(vectors, codebook, bias, weights, accumulate, budget_bytes)
+
+
+def _choose(vectors: torch.Tensor, codebook: torch.Tensor) -> Backend:
+    """The backend for a job, by its shape and device alone."""
+    n, (k, d) = len(vectors), codebook.shape
+    if vectors.device.type == "cpu" and d <= _MAX_COMPILED_BLOCK_SIZE and n * k * d >= _COMPILED_FROM:
+        return "cpu"
+    return "reference"
