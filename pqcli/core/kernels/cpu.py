@@ -12,7 +12,7 @@ How a core is kept busy with multiply-adds
 - The vector is in cache when its winner is known, so that is when it is added to the sums.
 - Centroids are visited in tiles that fit in the L2 cache, for a block of vectors at a time.
 
-What binds: the d multiply-adds of a score share two ports with 1 max and 3/16 of a chunk's bookkeeping, so d / (d + 1.2)
+What binds: the d multiply-adds of a score share two ports with 1 max and 3/16 of bookkeeping, so d / (d + 1.2)
 of the multiply-add peak is the roof: 87 % at d = 8, 77 % at d = 4.
 
 One answer: the vectors are cut into slabs by n, k and d alone, each slab has its own sums, and these are added in
