@@ -24,6 +24,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import threading
 from typing import Any
 
@@ -56,13 +57,13 @@ _ARGUMENTS: tuple[tuple[str, Any], ...] = (
     ("scratch", _PTR),  # (groups, d, group) coordinates of a block of vectors
     ("best", _PTR),  # (groups * group,) float
     ("chunk", _PTR),  # (groups * group,) i32
-    ("weights", _PTR),
-    ("weight_step", _INT),  # 0: one weight for all
+    ("weights", _PTR),  # readable for a whole register, whatever n
+    ("weight_step", _INT),  # 0: the same register of weights for all
     ("assignments", _PTR),
     ("accumulate", _INT),
     ("sums", _PTR),
     ("counts", _PTR),
-    ("score", _PTR),
+    ("score", _PTR),  # (lanes,) double
 )
 
 
@@ -75,15 +76,15 @@ def sweep(
     rows, padded_bias, columns = _layouts(codebook, bias, lanes)
     n_chunks = len(columns)
     tile = max(1, _CODEBOOK_TILE_BYTES // (4 * lanes * (d + 1)))
-    weights = torch.ones(1) if weights is None else weights.contiguous()
-    weight_step = 0 if len(weights) == 1 else 1
+    weight_step = 0 if weights is None else 1
+    padded_weights = torch.ones(lanes) if weights is None else torch.cat([weights, torch.ones(lanes)])
 
     bounds = _slabs(n, k, d)
     n_slabs = len(bounds) - 1
     assignments = torch.empty(n, dtype=torch.int32)
     sums = torch.zeros(n_slabs, k, d, dtype=torch.float64) if accumulate else None
     counts = torch.zeros(n_slabs, k, dtype=torch.float64) if accumulate else None
-    scores = torch.zeros(n_slabs, dtype=torch.float64)
+    scores = torch.zeros(n_slabs, lanes, dtype=torch.float64)
     kernel = _kernel(d, vectors.dtype, lanes)
     group = _GROUP * lanes
     queue = itertools.count()
@@ -98,11 +99,11 @@ def sweep(
                 vectors[start:].data_ptr(), vectors.stride(0), stop - start,
                 rows.data_ptr(), padded_bias.data_ptr(), columns.data_ptr(), n_chunks, tile, k,
                 scratch.data_ptr(), best.data_ptr(), chunk.data_ptr(),
-                weights[start * weight_step :].data_ptr(), weight_step,
+                padded_weights[start * weight_step :].data_ptr(), weight_step,
                 assignments[start:].data_ptr(), accumulate,
                 sums[slab].data_ptr() if sums is not None else None,
                 counts[slab].data_ptr() if counts is not None else None,
-                scores[slab:].data_ptr(),
+                scores[slab].data_ptr(),
             )  # fmt: skip
 
     # Threads live for one sweep: 50 microseconds each, and no pool to share, to fork or to shut down.
@@ -112,7 +113,7 @@ def sweep(
     work()
     for helper in helpers:
         helper.join()
-    return Pass(assignments, _total(sums), _total(counts), float(scores.numpy().cumsum()[-1]) if n_slabs else 0.0)
+    return Pass(assignments, _total(sums), _total(counts), math.fsum(scores.flatten().tolist()))
 
 
 def _total(partial: torch.Tensor | None) -> torch.Tensor | None:
@@ -149,7 +150,8 @@ def _module(d: int, element: str, lanes: int) -> str:
     """LLVM IR of the function that sweeps one slab, a block of vectors at a time."""
     code = Code(lanes)
     block = _BLOCK_GROUPS * _GROUP * lanes
-    with code.loop(0, "%n", block, [("double", "0.0")]) as blocks:
+    wanted = code.let("icmp ne i64 %accumulate, 0")
+    with code.loop(0, "%n", block, [(f"<{lanes} x double>", "zeroinitializer")]) as blocks:
         left = code.let(f"sub i64 %n, {blocks.index}")
         n_block = code.least(left, str(block))
         vectors = code.at(element, "%vectors", code.let(f"mul i64 {blocks.index}, %stride"))
@@ -157,8 +159,11 @@ def _module(d: int, element: str, lanes: int) -> str:
         with code.loop(0, "%n_chunks", "%tile") as tiles:
             last = code.least(code.let(f"add i64 {tiles.index}, %tile"), "%n_chunks")
             _visit(code, d, n_block, tiles.index, last)
-        blocks.following.append(_finish(code, d, element, vectors, n_block, blocks.index, blocks.carried[0]))
-    code.store("double", blocks.following[0], "%score", 8)
+        _settle(code, d, n_block, blocks.index)
+        blocks.following.append(_score(code, n_block, blocks.index, blocks.carried[0]))
+        with code.when(wanted):
+            _add_up(code, d, element, vectors, n_block, blocks.index)
+    code.store(f"<{lanes} x double>", blocks.following[0], "%score", 8)
     code.do("ret void")
 
     arguments = ", ".join(f"{'ptr' if kind is _PTR else 'i64'} %{name}" for name, kind in _ARGUMENTS)
@@ -178,22 +183,60 @@ def _module(d: int, element: str, lanes: int) -> str:
 
 def _transpose(code: Code, d: int, element: str, vectors: str, n_block: str) -> None:
     """Fill scratch, best and chunk for a block; the last vector is repeated to fill its group."""
-    group = _GROUP * code.lanes
+    lanes, group = code.lanes, _GROUP * code.lanes
+    floats, ints = f"<{lanes} x float>", f"<{lanes} x i32>"
     last = code.let(f"sub i64 {n_block}, 1")
     lowest = code.splat("float", "0xFFF0000000000000")
     with code.loop(0, n_block, group) as groups:
         target = code.at("float", "%scratch", code.let(f"mul i64 {groups.index}, {d}"))
-        for register in range(_GROUP):
-            offset = code.let(f"add i64 {groups.index}, {register * code.lanes}")
-            code.store(f"<{code.lanes} x float>", lowest, code.at("float", "%best", offset))
-            code.store(f"<{code.lanes} x i32>", "zeroinitializer", code.at("i32", "%chunk", offset))
-        with code.loop(0, group, 1) as members:
-            row = code.least(code.let(f"add i64 {groups.index}, {members.index}"), last)
-            source = code.at(element, vectors, code.let(f"mul i64 {row}, %stride"))
-            column = code.at("float", target, members.index)
-            for t in range(d):
-                value = _as_float(code, element, code.load(element, code.at(element, source, t), _bytes(element)))
-                code.store("float", value, code.at("float", column, t * group))
+        with code.loop(0, group, lanes) as registers:
+            first = code.let(f"add i64 {groups.index}, {registers.index}")
+            code.store(floats, lowest, code.at("float", "%best", first), 64)
+            code.store(ints, "zeroinitializer", code.at("i32", "%chunk", first), 64)
+            members = [code.least(code.let(f"add i64 {first}, {lane}"), last) for lane in range(lanes)]
+            rows = [code.at(element, vectors, code.let(f"mul i64 {member}, %stride")) for member in members]
+            target_lanes = code.at("float", target, registers.index)
+            t = 0
+            for width in _powers_of_two(d, lanes):
+                sources = [code.at(element, row, t) for row in rows]
+                columns = _columns(code, element, sources, width)
+                for offset, column in enumerate(columns):
+                    code.store(floats, column, code.at("float", target_lanes, (t + offset) * group), 64)
+                t += width
+
+
+def _powers_of_two(d: int, largest: int) -> list[int]:
+    """Widths that add up to d, wide ones first: 18 is 16 + 2."""
+    widths = [largest] * (d // largest)
+    while largest > 1:
+        largest //= 2
+        if d & largest:
+            widths.append(largest)
+    return widths
+
+
+def _columns(code: Code, element: str, rows: list[str], width: int) -> list[str]:
+    """The `width` columns, as registers, of as many rows as there are lanes; width is a power of two, at most that.
+
+    Rows half the list apart are interleaved, again and again, until all are in one vector: that is the transpose.
+    """
+    kind = f"<{width} x {element}>"
+    vectors = [[_as_float(code, element, code.load(kind, row, _bytes(element)), width)] for row in rows]
+    while len(vectors) > 1:
+        half = len(vectors) // 2
+        low = range(width // 2) if width == code.lanes else range(width)
+        high = range(width // 2, width) if width == code.lanes else range(0)
+        vectors = [
+            [
+                code.shuffle(a, b, width, [index for i in part for index in (i, i + width)])
+                for a, b in zip(first, second, strict=True)
+                for part in (low, high)
+                if part
+            ]
+            for first, second in zip(vectors[:half], vectors[half:], strict=True)
+        ]
+        width = min(2 * width, code.lanes)
+    return vectors[0]
 
 
 def _visit(code: Code, d: int, n_block: str, start: str, stop: str) -> None:
@@ -246,47 +289,75 @@ def _tile_maximum(code: Code, d: int, coordinates: str, first: str, maximum: lis
     return maximum
 
 
-def _finish(code: Code, d: int, element: str, vectors: str, n_block: str, first: str, score: str) -> str:
-    """Turn chunks into assignments, and add up; the score of all blocks so far."""
+def _settle(code: Code, d: int, n_block: str, first: str) -> None:
+    """Turn the chunk of every vector in a block into its assignment."""
     lanes, group = code.lanes, _GROUP * code.lanes
-    floats, doubles = f"<{lanes} x float>", f"<{d} x double>"
-    weights = code.at("float", "%weights", code.let(f"mul i64 {first}, %weight_step"))
+    floats = f"<{lanes} x float>"
     assignments = code.at("i32", "%assignments", first)
     largest = code.let("sub i64 %k, 1")
-    wanted = code.let("icmp ne i64 %accumulate, 0")
-    with code.loop(0, n_block, 1, [("double", score)]) as members:
-        i = members.index
-        best = code.load("float", code.at("float", "%best", i))
-        chunk = code.let(f"zext i32 {code.load('i32', code.at('i32', '%chunk', i))} to i64")
-        place = code.let(f"urem i64 {i}, {group}")
-        base = code.let(f"mul i64 {code.let(f'sub i64 {i}, {place}')}, {d}")
-        coordinates = code.at("float", "%scratch", code.let(f"add i64 {base}, {place}"))
-        columns = code.at("float", "%columns", code.let(f"mul i64 {chunk}, {(d + 1) * lanes}"))
-        again = code.load(floats, code.at("float", columns, d * lanes))
-        for t in range(d):
-            x = code.splat("float", code.load("float", code.at("float", coordinates, t * group)))
-            again = code.fma(code.load(floats, code.at("float", columns, t * lanes)), x, again)
-        equal = code.let(f"fcmp oeq {floats} {again}, {code.splat('float', best)}")
-        bits = code.let(f"bitcast <{lanes} x i1> {equal} to i{lanes}")
-        lane = code.let(f"call i{lanes} @llvm.cttz.i{lanes}(i{lanes} {bits}, i1 false)")
-        index = code.let(f"add i64 {code.let(f'mul i64 {chunk}, {lanes}')}, {code.let(f'zext i{lanes} {lane} to i64')}")
-        winner = code.least(index, largest)  # a NaN equals nothing: then any index will do, but it must be one
-        code.store("i32", code.let(f"trunc i64 {winner} to i32"), code.at("i32", assignments, i))
+    with code.loop(0, n_block, group) as groups:
+        scratch = code.at("float", "%scratch", code.let(f"mul i64 {groups.index}, {d}"))
+        n_group = code.least(code.let(f"sub i64 {n_block}, {groups.index}"), str(group))
+        with code.loop(0, n_group, 1) as members:
+            i = code.let(f"add i64 {groups.index}, {members.index}")
+            coordinates = code.at("float", scratch, members.index)
+            chunk = code.let(f"zext i32 {code.load('i32', code.at('i32', '%chunk', i))} to i64")
+            columns = code.at("float", "%columns", code.let(f"mul i64 {chunk}, {(d + 1) * lanes}"))
+            score = code.load(floats, code.at("float", columns, d * lanes), 64)
+            for t in range(d):
+                x = code.splat("float", code.load("float", code.at("float", coordinates, t * group)))
+                score = code.fma(code.load(floats, code.at("float", columns, t * lanes), 64), x, score)
+            best = code.splat("float", code.load("float", code.at("float", "%best", i)))
+            equal = code.let(f"fcmp oeq {floats} {score}, {best}")
+            bits = code.let(f"bitcast <{lanes} x i1> {equal} to i{lanes}")
+            lane = code.let(f"call i{lanes} @llvm.cttz.i{lanes}(i{lanes} {bits}, i1 false)")
+            lane = code.let(f"zext i{lanes} {lane} to i64")
+            index = code.let(f"add i64 {code.let(f'mul i64 {chunk}, {lanes}')}, {lane}")
+            winner = code.least(index, largest)  # a NaN equals nothing: then any index will do, but it must be one
+            code.store("i32", code.let(f"trunc i64 {winner} to i32"), code.at("i32", assignments, i))
 
+
+def _score(code: Code, n_block: str, first: str, before: str) -> str:
+    """The sum, lane by lane, of weight * best over all blocks so far."""
+    lanes = code.lanes
+    floats, doubles, longs = f"<{lanes} x float>", f"<{lanes} x double>", f"<{lanes} x i64>"
+    weights = code.at("float", "%weights", code.let(f"mul i64 {first}, %weight_step"))
+    ends = code.splat("i64", n_block)
+    with code.loop(0, n_block, lanes, [(doubles, before)]) as registers:
+        i = registers.index
+        best = code.let(f"fpext {floats} {code.load(floats, code.at('float', '%best', i), 64)} to {doubles}")
+        weight = code.load(floats, code.at("float", weights, code.let(f"mul i64 {i}, %weight_step")))
+        product = code.let(f"fmul {doubles} {best}, {code.let(f'fpext {floats} {weight} to {doubles}')}")
+        numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
+        member = code.let(f"add {longs} {code.splat('i64', i)}, <{numbers}>")
+        present = code.let(f"icmp slt {longs} {member}, {ends}")
+        product = code.let(f"select <{lanes} x i1> {present}, {doubles} {product}, {doubles} zeroinitializer")
+        registers.following.append(code.let(f"fadd {doubles} {registers.carried[0]}, {product}"))
+    return registers.following[0]
+
+
+def _add_up(code: Code, d: int, element: str, vectors: str, n_block: str, first: str) -> None:
+    """Add the vectors of a block to the sums of their centroids.
+
+    A loop of its own: the processor must know where the last vector went before it may load the next sum, and here
+    it reads that from memory well ahead.
+    """
+    doubles = f"<{d} x double>"
+    weights = code.at("float", "%weights", code.let(f"mul i64 {first}, %weight_step"))
+    assignments = code.at("i32", "%assignments", first)
+    with code.loop(0, n_block, 1) as members:
+        i = members.index
         weight_at = code.at("float", weights, code.let(f"mul i64 {i}, %weight_step"))
         weight = code.let(f"fpext float {code.load('float', weight_at)} to double")
-        weighted = code.let(f"fmul double {weight}, {code.let(f'fpext float {best} to double')}")
-        members.following.append(code.let(f"fadd double {members.carried[0]}, {weighted}"))
-        with code.when(wanted):
-            count_at = code.at("double", "%counts", winner)
-            code.store("double", code.let(f"fadd double {weight}, {code.load('double', count_at, 8)}"), count_at, 8)
-            source = code.at(element, vectors, code.let(f"mul i64 {i}, %stride"))
-            x = _as_float(code, element, code.load(f"<{d} x {element}>", source, _bytes(element)), d)
-            x = code.let(f"fpext <{d} x float> {x} to {doubles}")
-            x = code.let(f"fmul {doubles} {x}, {code.splat('double', weight, d)}")
-            sum_at = code.at("double", "%sums", code.let(f"mul i64 {winner}, {d}"))
-            code.store(doubles, code.let(f"fadd {doubles} {x}, {code.load(doubles, sum_at, 8)}"), sum_at, 8)
-    return members.following[0]
+        winner = code.let(f"zext i32 {code.load('i32', code.at('i32', assignments, i))} to i64")
+        count_at = code.at("double", "%counts", winner)
+        code.store("double", code.let(f"fadd double {weight}, {code.load('double', count_at, 8)}"), count_at, 8)
+        source = code.at(element, vectors, code.let(f"mul i64 {i}, %stride"))
+        x = _as_float(code, element, code.load(f"<{d} x {element}>", source, _bytes(element)), d)
+        x = code.let(f"fpext <{d} x float> {x} to {doubles}")
+        x = code.let(f"fmul {doubles} {x}, {code.splat('double', weight, d)}")
+        sum_at = code.at("double", "%sums", code.let(f"mul i64 {winner}, {d}"))
+        code.store(doubles, code.let(f"fadd {doubles} {x}, {code.load(doubles, sum_at, 8)}"), sum_at, 8)
 
 
 def _as_float(code: Code, element: str, value: str, n: int = 0) -> str:

@@ -94,6 +94,11 @@ class Code:
         """Write a value to an address."""
         self.do(f"store {kind} {value}, ptr {address}, align {align}")
 
+    def shuffle(self, a: str, b: str, width: int, indices: Sequence[int]) -> str:
+        """A vector picked from the elements of two float vectors of `width`, counted through both."""
+        mask = ", ".join(f"i32 {index}" for index in indices)
+        return self.let(f"shufflevector <{width} x float> {a}, <{width} x float> {b}, <{len(indices)} x i32> <{mask}>")
+
     def splat(self, kind: str, value: str, lanes: int | None = None) -> str:
         """A vector of equal values."""
         n = lanes or self.lanes
