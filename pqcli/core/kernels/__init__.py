@@ -10,6 +10,7 @@ EM. One `sweep` is the E-step over all vectors and, because each vector is in ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ Backend = Literal["auto", "reference", "cpu", "cuda"]
 DEFAULT_BUDGET_BYTES = 256 << 20
 
 _COMPILED_FROM = 1 << 23  # multiply-adds; below, 20 sweeps in torch take less time than compiling a kernel
+_COMPILED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_COMPILED_BLOCK_SIZE = 64  # beyond, a matrix product is as fast
 
 
@@ -62,18 +64,28 @@ def sweep(
         raise UsageError(f"unknown kernel backend {backend!r}; use auto, reference, cpu or cuda")
     if backend == "auto":
         backend = _choose(vectors, codebook)
+    if vectors.stride(1) != 1:
+        vectors = vectors.contiguous()
     if backend == "cpu":
         from pqcli.core.kernels import cpu
 
         return cpu.sweep(vectors, codebook, bias, weights, accumulate)
+    if backend == "cuda":
+        from pqcli.core.kernels import cuda
+
+        return cuda.sweep(vectors, codebook, bias, weights, accumulate)
     from pqcli.core.kernels import reference
 
     return reference.sweep(vectors, codebook, bias, weights, accumulate, budget_bytes)
 
 
 def _choose(vectors: torch.Tensor, codebook: torch.Tensor) -> Backend:
-    """The backend for a job, by its shape and device alone."""
+    """The backend for a job, by its shape, type and device alone."""
     n, (k, d) = len(vectors), codebook.shape
-    if vectors.device.type == "cpu" and d <= _MAX_COMPILED_BLOCK_SIZE and n * k * d >= _COMPILED_FROM:
+    if d > _MAX_COMPILED_BLOCK_SIZE or vectors.dtype not in _COMPILED_TYPES:
+        return "reference"
+    if vectors.device.type == "cpu" and n * k * d >= _COMPILED_FROM:
         return "cpu"
+    if vectors.device.type == "cuda" and find_spec("triton"):
+        return "cuda"
     return "reference"
