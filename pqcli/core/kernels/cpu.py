@@ -25,7 +25,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from typing import Any
 
 import numpy as np
@@ -75,54 +75,59 @@ def sweep(
     n, (k, d) = len(vectors), codebook.shape
     lanes = host_lanes()
     rows, padded_bias, columns = _layouts(codebook, bias, lanes)
-    n_chunks = len(columns)
-    tile = max(1, _CODEBOOK_TILE_BYTES // (4 * lanes * (d + 1)))
+    kernel = _kernel(d, vectors.dtype, lanes)
+    chunks_in_cache = max(1, _CODEBOOK_TILE_BYTES // (4 * lanes * (d + 1)))
     weight_step = 0 if weights is None else 1
     padded_weights = torch.ones(lanes) if weights is None else torch.cat([weights, torch.ones(lanes)])
 
     bounds = _slabs(n, k, d)
     n_slabs = len(bounds) - 1
-    assignments = torch.empty(n, dtype=torch.int32)
-    sums = torch.zeros(n_slabs, k, d, dtype=torch.float64) if accumulate else None
-    counts = torch.zeros(n_slabs, k, dtype=torch.float64) if accumulate else None
-    scores = torch.zeros(n_slabs, lanes, dtype=torch.float64)
-    kernel = _kernel(d, vectors.dtype, lanes)
+    n_threads = max(1, min(torch.get_num_threads(), n_slabs))
     group = _GROUP * lanes
-    queue = itertools.count()
+    block = _BLOCK_GROUPS * group
+    assignments = torch.empty(n, dtype=torch.int32)
+    scratch = torch.empty(n_threads, block * (d + 2))
+    partial = np.zeros((n_slabs, k * (d + 1) if accumulate else 0))
+    scores = np.zeros((n_slabs, lanes))
 
-    def work() -> None:
-        scratch = torch.empty(_BLOCK_GROUPS * group * (d + 2))
-        best = scratch[_BLOCK_GROUPS * group * d :]
-        chunk = best[_BLOCK_GROUPS * group :]
+    # Plain integers: a tensor's slice and its address cost a microsecond each, which a small sweep would feel.
+    at_vectors, row_bytes = vectors.data_ptr(), vectors.stride(0) * vectors.itemsize
+    at_weights, at_assignments = padded_weights.data_ptr(), assignments.data_ptr()
+    at_partial, at_scores = partial.ctypes.data, scores.ctypes.data
+    codebook_arguments = rows.data_ptr(), padded_bias.data_ptr(), columns.data_ptr(), len(columns), chunks_in_cache, k
+    queue = itertools.count()
+    done: list[int] = []
+
+    def work(thread: int) -> None:
+        at_scratch = scratch[thread].data_ptr()
+        scratch_arguments = at_scratch, at_scratch + 4 * block * d, at_scratch + 4 * block * (d + 1)
         while (slab := next(queue)) < n_slabs:
             start, stop = bounds[slab], bounds[slab + 1]
+            at_sums = at_partial + 8 * slab * k * (d + 1)
             kernel.call(
-                vectors[start:].data_ptr(), vectors.stride(0), stop - start,
-                rows.data_ptr(), padded_bias.data_ptr(), columns.data_ptr(), n_chunks, tile, k,
-                scratch.data_ptr(), best.data_ptr(), chunk.data_ptr(),
-                padded_weights[start * weight_step :].data_ptr(), weight_step,
-                assignments[start:].data_ptr(), accumulate,
-                sums[slab].data_ptr() if sums is not None else None,
-                counts[slab].data_ptr() if counts is not None else None,
-                scores[slab].data_ptr(),
+                at_vectors + start * row_bytes, vectors.stride(0), stop - start, *codebook_arguments,
+                *scratch_arguments, at_weights + 4 * start * weight_step, weight_step, at_assignments + 4 * start,
+                accumulate, at_sums, at_sums + 8 * k * d, at_scores + 8 * slab * lanes,
             )  # fmt: skip
+            done.append(slab)
 
-    n_helpers = min(torch.get_num_threads(), n_slabs) - 1
-    if n_helpers < 1:
-        work()
-    else:
-        # Threads live for one sweep: 50 microseconds each, and no pool to share, to fork or to shut down.
-        with ThreadPoolExecutor(n_helpers) as pool:
-            helpers = [pool.submit(work) for _ in range(n_helpers)]
-            work()
-            for helper in helpers:
-                helper.result()
-    return Pass(assignments, _total(sums), _total(counts), float(scores.numpy().sum()))
+    # Threads live for one sweep: 30 microseconds each, and no pool to share, to fork or to shut down.
+    helpers = [threading.Thread(target=work, args=(thread,)) for thread in range(1, n_threads)]
+    for helper in helpers:
+        helper.start()
+    work(0)
+    for helper in helpers:
+        helper.join()
+    if len(done) != n_slabs:
+        raise RuntimeError(f"{n_slabs - len(done)} of {n_slabs} slabs were lost by a failing thread")
 
-
-def _total(partial: torch.Tensor | None) -> torch.Tensor | None:
-    """The sum over slabs, in order: numpy adds along the first axis one by one, torch may split it over threads."""
-    return None if partial is None else torch.from_numpy(np.add.reduce(partial.numpy(), axis=0))
+    score = float(scores.sum())
+    if not accumulate:
+        return Pass(assignments, None, None, score)
+    total = torch.from_numpy(
+        np.add.reduce(partial, axis=0)
+    )  # one slab after the other; torch may split it over threads
+    return Pass(assignments, total[: k * d].view(k, d), total[k * d :], score)
 
 
 def _slabs(n: int, k: int, d: int) -> list[int]:
@@ -137,11 +142,12 @@ def _layouts(codebook: torch.Tensor, bias: torch.Tensor, lanes: int) -> tuple[to
     """rows, bias and columns, as described at _ARGUMENTS."""
     k, d = codebook.shape
     n_chunks = -(-k // lanes)
-    rows = torch.zeros(n_chunks * lanes, d)
-    rows[:k] = codebook
-    padded_bias = torch.full((n_chunks * lanes,), -torch.inf)
-    padded_bias[:k] = bias
-    columns = torch.cat([rows, padded_bias[:, None]], dim=1).view(n_chunks, lanes, d + 1).transpose(1, 2).contiguous()
+    padding = n_chunks * lanes - k
+    rows = torch.nn.functional.pad(codebook, (0, 0, 0, padding)) if padding else codebook.contiguous()
+    padded_bias = torch.nn.functional.pad(bias, (0, padding), value=-torch.inf) if padding else bias.contiguous()
+    columns = torch.empty(n_chunks, d + 1, lanes)
+    columns[:, :d] = rows.view(n_chunks, lanes, d).transpose(1, 2)
+    columns[:, d] = padded_bias.view(n_chunks, lanes)
     return rows, padded_bias, columns
 
 
