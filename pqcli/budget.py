@@ -24,8 +24,10 @@ FINE_ABOVE_BYTES: Final = 5_000_000
 ERROR_TOLERANCE: Final = 0.02
 MOST_DRAFTS: Final = 4
 MOST_TRIALS: Final = 10
-NEAR: Final = 0.02
-"""A draft within this fraction of the goal ends drafting."""
+NEAR: Final = 0.01
+"""A draft within this fraction of the goal ends drafting: the next step along the slope lands close enough."""
+DRAFT_EXCESS: Final = 0.0025
+"""A draft is about this fraction larger than the final result at the same level."""
 SMALLEST, LARGEST = 2.0**-24, 2.0**10
 """Levels tried, in units of the root mean square weight."""
 
@@ -87,32 +89,43 @@ def search(goal: Goal, attempt: Callable[[float, bool], Trial[Result]], start: f
     BudgetError where even the coarsest level does not reach the goal.
     """
     aim = math.log(goal.value * (1 - goal.tolerance / 2))
-    level, draft = start, True
-    best: Trial[Result] | None = None
     bracket = _Bracket(rises=goal.rises)
-    for i in range(MOST_DRAFTS + MOST_TRIALS):
-        trial = attempt(level, draft)
-        if not draft and trial.measured <= goal.value and (best is None or trial.measured > best.measured):
+    level = start
+    for _ in range(MOST_DRAFTS):
+        found = math.log(max(attempt(level, True).measured, 1e-300)) - DRAFT_EXCESS
+        bracket.add(math.log(level), found)
+        if abs(found - aim) < NEAR:
+            break
+        level = _within(bracket.next(aim), unit)
+    level = _within(bracket.next(aim), unit)
+    bracket = _Bracket(rises=goal.rises, slope=bracket.slope)  # drafts say where to look, not what will be found
+    best: Trial[Result] | None = None
+    for _ in range(MOST_TRIALS):
+        trial = attempt(level, False)
+        if trial.measured <= goal.value and (best is None or trial.measured > best.measured):
             best = trial
-        if not draft and goal.is_met(trial.measured):
+        if goal.is_met(trial.measured):
             return trial
-        if draft and (abs(math.log(max(trial.measured, 1e-300)) - aim) < NEAR or i >= MOST_DRAFTS - 1):
-            draft = False
-            bracket = _Bracket(rises=goal.rises, slope=bracket.slope)  # a draft's size is not the final one
         bracket.add(math.log(level), math.log(max(trial.measured, 1e-300)))
-        following = math.exp(bracket.next(aim))
-        following = min(max(following, SMALLEST * unit), LARGEST * unit)
-        if following == level and not draft:
+        following = _within(bracket.next(aim), unit)
+        if following == level:
             break
         level = following
-    if best is not None:
-        return best
-    trial = attempt(LARGEST * unit, False)
+    return best or _coarsest(goal, attempt, unit)
+
+
+def _within(log_level: float, unit: float) -> float:
+    return min(max(math.exp(log_level), SMALLEST * unit), LARGEST * unit)
+
+
+def _coarsest(goal: Goal, attempt: Callable[[float, bool], Trial[Result]], unit: float) -> Trial[Result]:
+    extreme = SMALLEST if goal.rises else LARGEST
+    trial = attempt(extreme * unit, False)
     if trial.measured <= goal.value:
         return trial
     raise BudgetError(
-        f"{goal.quantity} of at most {goal.value:,.6g} cannot be reached: the coarsest result has {trial.measured:,.6g}; "
-        "what is kept exactly and the file's structure alone take that much"
+        f"{goal.quantity} of at most {goal.value:,.6g} cannot be reached: the most extreme setting gives "
+        f"{trial.measured:,.6g}; what is kept exactly, and the file's structure, count too"
     )
 
 

@@ -29,6 +29,8 @@ from pqcli.recipe import Recipe
 
 CEILING: Final = 1.6
 """Largest step of a tensor in units of its own root mean square: a relative MSE of about 0.4."""
+SIZE_WEIGHT: Final = 0.5
+"""How much steps grow with a tensor's size, between the two ends of the objective; see `Survey.steps`."""
 DEFAULT_QUALITY: Final = "balanced"
 
 Read = Callable[[str], torch.Tensor]
@@ -49,9 +51,19 @@ class Survey:
         return math.sqrt(energy / n) if energy else 1.0
 
     def steps(self, objective: float) -> Steps:
-        """How steps differ between tensors: as rms ** objective, under a ceiling."""
-        unit = self.unit
-        scales = {name: (rms / unit) ** objective if rms else 1.0 for name, rms in self.rms.items()}
+        """How steps differ between tensors: as rms ** objective and slightly with size, under a ceiling.
+
+        A tensor adds noise to a network's output about in proportion to its relative error, whatever its size; to keep
+        the sum of these small, a bit is better spent on a small tensor than on a large one. At either end of the scale
+        (0: one absolute error, 1: one relative error) the user has said otherwise, and sizes do not matter.
+        """
+        unit, mean_size = self.unit, sum(r.info.numel for r in self.records) / max(len(self.records), 1)
+        size_exponent = objective * (1 - objective) * SIZE_WEIGHT
+        scales = {
+            record.name: ((self.rms[record.name] or unit) / unit) ** objective
+            * (record.info.numel / mean_size) ** size_exponent
+            for record in self.records
+        }
         ceilings = {name: CEILING * rms if rms else math.inf for name, rms in self.rms.items()}
         return Steps(scales, ceilings)
 
@@ -90,9 +102,7 @@ def as_matrix(weight: torch.Tensor, record: Record) -> NDArray[np.float32]:
     return weight.reshape(record.matrix_shape).float().numpy()
 
 
-def encode(
-    codec: str, survey: Survey, read: Read, recipe: Recipe, frame: Frame, original_bytes: int
-) -> Outcome:
+def encode(codec: str, survey: Survey, read: Read, recipe: Recipe, frame: Frame, original_bytes: int) -> Outcome:
     """All surveyed tensors at the level or to the budget that the recipe asks for."""
     by_name = {record.name: record for record in survey.records}
     sources = [record.source for record in survey.records]
