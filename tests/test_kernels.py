@@ -245,3 +245,42 @@ def test_small_jobs_do_not_pay_for_a_compiler():
         "assert not {'numba', 'llvmlite', 'triton'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_narrow_registers_give_the_same_answer(monkeypatch, lanes):
+    vectors, codebook, bias = problem(3000, 200, 9)
+    weights = torch.rand(3000, generator=generator(1))
+    wide = sweep(vectors, codebook, bias, weights=weights, backend="cpu")
+    monkeypatch.setattr("pqcli.core.kernels.cpu.host_lanes", lambda: lanes)
+    narrow = sweep(vectors, codebook, bias, weights=weights, backend="cpu")
+    assert torch.equal(wide.assignments, narrow.assignments)
+    assert torch.equal(wide.sums, narrow.sums)
+    assert wide.score == pytest.approx(narrow.score, rel=1e-14)
+
+
+def test_a_home_that_cannot_be_written_does_not_matter():
+    code = (
+        "import torch; from pqcli.core.kernels import sweep\n"
+        "found = sweep(torch.randn(99, 8), torch.randn(16, 8), torch.randn(16), backend='cpu')\n"
+        "assert len(found.assignments) == 99\n"
+    )
+    environment = os.environ | {"HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_shapes_that_do_not_fit_are_refused(backend):
+    vectors, codebook, bias = problem(10, 4, 3)
+    with pytest.raises(UsageError, match=r"do not fit together: \[\(10, 3\), \(4, 3\), \(4,\), \(9,\)\]"):
+        sweep(vectors, codebook, bias, weights=torch.ones(9), backend=backend)
+    with pytest.raises(UsageError, match="do not fit together"):
+        sweep(vectors[:, :2], codebook, bias, backend=backend)
+
+
+def test_double_precision_is_converted_not_misread(backend):
+    vectors, codebook, bias = problem(100, 12, 5)
+    weights = torch.rand(100, generator=generator(1))
+    narrow = sweep(vectors, codebook, bias, weights=weights, backend=backend)
+    wide = sweep(vectors.double(), codebook.double(), bias.double(), weights=weights.double(), backend=backend)
+    assert torch.equal(narrow.assignments, wide.assignments)
+    assert torch.equal(narrow.sums, wide.sums)

@@ -209,7 +209,8 @@ def main() -> None:
 
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        peak = 2 * 128 * properties.multi_processor_count * properties.clock_rate / 1e6
+        clock = getattr(properties, "clock_rate", 1_980_000)  # kHz; that of an H200 where torch does not tell
+        peak = 2 * 128 * properties.multi_processor_count * clock / 1e6
         print(f"{properties.name}: {peak:.0f} GFLOP/s of float32 multiply-adds by its data sheet")
     else:
         peak = multiply_add_peak(n_threads)

@@ -62,10 +62,16 @@ def sweep(
     """
     if backend not in ("auto", "reference", "cpu", "cuda"):
         raise UsageError(f"unknown kernel backend {backend!r}; use auto, reference, cpu or cuda")
+    shapes = [tuple(tensor.shape) for tensor in (vectors, codebook, bias, *([] if weights is None else [weights]))]
+    (n, d), k = vectors.shape, len(codebook)
+    if shapes[1:] != [(k, d), (k,), (n,)][: len(shapes) - 1]:
+        raise UsageError(f"vectors (n, d), codebook (k, d), bias (k,), weights (n,) do not fit together: {shapes}")
     if backend == "auto":
         backend = _choose(vectors, codebook)
-    if vectors.stride(1) != 1:
-        vectors = vectors.contiguous()
+    # The kernels are given addresses: what they would misread is converted here (a no-op in the usual case).
+    vectors = vectors if vectors.stride(1) == 1 else vectors.contiguous()
+    vectors = vectors if vectors.dtype in _COMPILED_TYPES else vectors.float()
+    codebook, bias, weights = codebook.float(), bias.float(), None if weights is None else weights.float()
     if backend == "cpu":
         from pqcli.core.kernels import cpu
 
@@ -80,9 +86,9 @@ def sweep(
 
 
 def _choose(vectors: torch.Tensor, codebook: torch.Tensor) -> Backend:
-    """The backend for a job, by its shape, type and device alone."""
+    """The backend for a job, by its shape and device alone."""
     n, (k, d) = len(vectors), codebook.shape
-    if d > _MAX_COMPILED_BLOCK_SIZE or vectors.dtype not in _COMPILED_TYPES:
+    if d > _MAX_COMPILED_BLOCK_SIZE:
         return "reference"
     if vectors.device.type == "cpu" and n * k * d >= _COMPILED_FROM:
         return "cpu"

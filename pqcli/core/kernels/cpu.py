@@ -10,7 +10,7 @@ How a core is kept busy with multiply-adds
   The same multiply-adds in the same order give the same bits, so the first lane that equals the maximum is the answer,
   and ties go to the smallest index.
 - The vector is in cache when its winner is known, so that is when it is added to the sums.
-- Centroids are visited in tiles that fit in the L2 cache, for a block of vectors at a time.
+- Centroids are visited in parts that fit in the L1 cache, for a block of vectors at a time.
 
 What binds: the d multiply-adds of a score share two ports with 1 max and 3/16 of bookkeeping, so d / (d + 1.2)
 of the multiply-add peak is the roof: 87 % at d = 8, 77 % at d = 4.
@@ -37,7 +37,7 @@ from pqcli.core.kernels.ir import Code, Compiled, compile_function, host_lanes
 _GROUP = 3  # registers of vectors in a tile
 _TILE = 4  # centroids in a tile
 _BLOCK_GROUPS = 16  # groups of vectors transposed at a time: 24 KiB at d = 8
-_CODEBOOK_TILE_BYTES = 512 << 10  # a quarter of an L2 cache
+_CODEBOOK_TILE_BYTES = 24 << 10  # half of an L1 cache
 _SLAB_UNIT = 768  # whole blocks, whatever the lanes
 _SLAB_UNITS = 6
 _MAX_SLABS = 256
