@@ -23,6 +23,7 @@ from pqcli import plan as plans
 from pqcli import recipe as recipes
 from pqcli.atomic import atomic_writer, check_target
 from pqcli.checkpoint import Checkpoint
+from pqcli.codecs import n_threads
 from pqcli.container import Container, Record, Writer
 from pqcli.core import em, metrics, packing, pq
 from pqcli.errors import CheckpointError, ContainerError, OutputError, PQError, UsageError
@@ -34,6 +35,10 @@ from pqcli.tensorinfo import TensorInfo
 Progress = Callable[[int, str], None]
 Jsonable = Any
 
+WORKING_COPIES = 2
+"""Memory that encoding a tensor takes, in copies of the tensor: the weights, and what they decode to."""
+BASE_MEMORY_BYTES = 400 << 20
+"""Memory of a process that has torch loaded and kernels compiled."""
 NOT_FINITE = "holds NaN, infinite or out of float32 range values: kept bit-exact"
 
 
@@ -168,17 +173,36 @@ def _compress_each(
 ) -> tuple[tuple[TensorReport, ...], int]:
     """Every tensor by itself, with plain PQ."""
 
-    def run(entry: PlanEntry) -> _Encoded:
+    def run(entry: PlanEntry, device: torch.device) -> _Encoded:
         return _encode(checkpoint, entry, recipe, device)
 
-    reports = []
-    for done in executors.ordered(plan.entries, run, lambda entry: 2 * entry.info.n_bytes):
+    reports = {}
+    results = executors.largest_first(
+        plan.entries, run, lambda entry: WORKING_COPIES * entry.info.n_bytes, _devices(device), _in_flight(recipe)
+    )
+    for done in results:
         _write(writer, done)
         error = containers.StoredError.of(done.error) if done.error else None
-        reports.append(_tensor_report(done.record, error, done.used))
+        reports[done.record.name] = _tensor_report(done.record, error, done.used)
         progress(done.record.info.numel if done.record.alias_of is None else 0, done.record.name)
     order = [entry.info.name for entry in plan.entries]
-    return tuple(reports), writer.finish(order, _source(checkpoint), recipes.to_json(recipe))
+    size = writer.finish(order, _source(checkpoint), recipes.to_json(recipe))
+    return tuple(reports[name] for name in order), size
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    """A device per worker: the cores of the CPU, all GPUs where none was named, or the one that was."""
+    if device.type == "cpu":
+        return [device] * n_threads()
+    if device.type == "cuda" and device.index is None:
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [device]
+
+
+def _in_flight(recipe: Recipe) -> int:
+    if recipe.max_memory is None:
+        return executors.IN_FLIGHT_BYTES
+    return max(recipe.max_memory - BASE_MEMORY_BYTES, 0)
 
 
 def _compress_whole(
