@@ -277,6 +277,12 @@ def plan(
     exclude: Exclude = None,
     seed: Seed = None,
     codebook_dtype: CodebookType = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain", help="Show how --codec auto decides: candidates, bits, error, cost (reads the weights)."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show what compress would do to each tensor, why, and the size it would give; write nothing."""
@@ -306,7 +312,10 @@ def plan(
         )
         from pqcli import pipeline
 
-        console.plan(pipeline.preview(src, None, recipe))
+        if explain:
+            console.choices(pipeline.explain(src, recipe))
+        else:
+            console.plan(pipeline.preview(src, None, recipe))
 
     _run(work, json=json)
 

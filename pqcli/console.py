@@ -15,6 +15,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,9 @@ from pqcli.tables import N_DROPPED, field_lines, plan_document, plan_table, reco
 
 if TYPE_CHECKING:
     from pqcli.pipeline import Preview
+
+if TYPE_CHECKING:
+    from pqcli.choosing import Choice
 
 Format = Literal["table", "json", "csv", "html"]
 
@@ -131,6 +135,20 @@ class Console:
         self._lines(field_lines({key: value for key, value in document.items() if value is not tensors}))
         if isinstance(tensors, Sequence) and all(isinstance(tensor, Mapping) for tensor in tensors):
             self._lines([Text(), *record_table(tensors, self._width, ascii_only=self._out.options.ascii_only)])
+
+    def choices(self, choices: Sequence[Choice]) -> None:
+        """Print, for every tensor, the ways to code it with what they cost, the one taken first."""
+        if self._json:
+            self.json([asdict(choice) | {"winner": choice.winner.way} for choice in choices])
+            return
+        for choice in choices:
+            winner = choice.winner
+            losers = sorted((c for c in choice.candidates if c is not winner), key=lambda c: c.cost)
+            self._lines([Text(visible(choice.name), style="bold")])
+            for mark, way in [("->", winner), *(("  ", loser) for loser in losers)]:
+                figures = f"{way.bits_per_weight:6.2f} bits  relative MSE {readable.error(way.relative_mse):>8}"
+                scheme = f" {way.block_size}x{way.n_centroids}" if way.block_size else ""
+                self._lines([Text(f"  {mark} {way.way + scheme:<16} {figures}  cost {way.cost:8.4f}")])
 
     def presets(self, presets: Mapping[str, str]) -> None:
         """Print the names that `--config` takes, with what they are for."""
