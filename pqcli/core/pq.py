@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("pqcli")
 FP16_LOSS = 1e-6
 """Largest share of the codebook's energy that rounding to float16 may cost; beyond it the codebook stays float32."""
+FLOAT32 = torch.finfo(torch.float32)
 SAFE_EXPONENT = 30
 """Weights beyond 2^-30 .. 2^30 are scaled by a power of two first, so that their squares stay finite."""
 
@@ -94,9 +95,18 @@ def decode(tensor: PQTensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether `weight` can be quantized: no NaN, no infinity, and nothing that float32 cannot hold."""
-    largest = torch.finfo(torch.float32).max
-    return all(bool((piece.abs() <= largest).all()) for piece in weight.reshape(-1).split(metrics.CHUNK))  # type: ignore[no-untyped-call]
+    """Whether `weight` can be quantized: no NaN, no infinity, and nothing that float32 cannot hold.
+
+    Nor are weights quantized that are all so small that float32 holds them with few digits or as zero (a float64
+    tensor of 1e-200 would come back as nothing); a single small value among larger ones does no harm.
+    """
+    largest = 0.0
+    for piece in weight.reshape(-1).split(metrics.CHUNK):  # type: ignore[no-untyped-call]
+        top = float(piece.abs().max()) if piece.numel() else 0.0
+        if not top <= FLOAT32.max:  # NaN included
+            return False
+        largest = max(largest, top)
+    return largest == 0 or largest >= FLOAT32.tiny / FLOAT32.eps
 
 
 def _exponent(matrix: Tensor) -> int:
