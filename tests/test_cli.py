@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import REPOSITORY
+REPOSITORY = Path(__file__).parent.parent
 
 COMMANDS = ["compress", "plan", "decode", "report", "inspect", "verify", "presets"]
 

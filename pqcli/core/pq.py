@@ -90,7 +90,7 @@ def encode(
 
 def decode(tensor: PQTensor, dtype: torch.dtype | None = None) -> Tensor:
     """The dense tensor, in its original dtype or in `dtype`. Bitwise the same on every machine: it only looks up."""
-    codebook = _saturated(tensor.codebook, dtype or tensor.dtype)
+    codebook = saturated(tensor.codebook, dtype or tensor.dtype)
     return block_layout.join(codebook, tensor.assignments, *tensor.matrix_shape).view(tensor.shape)
 
 
@@ -129,10 +129,12 @@ def _rounded(codebook: Tensor, exponent: int, dtype: torch.dtype) -> tuple[Tenso
     return codebook, torch.float32
 
 
-def _saturated(codebook: Tensor, dtype: torch.dtype) -> Tensor:
-    """`codebook` in `dtype`, where rounding up must not turn a large finite value into infinity."""
+def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in `dtype`; rounding must not turn a large finite value into infinity."""
+    if torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
+        return values.to(dtype)
     limit = torch.finfo(dtype).max
-    return codebook.to(torch.float64).clamp(-limit, limit).to(dtype)
+    return values.clamp(-limit, limit).to(dtype)
 
 
 class PQ:

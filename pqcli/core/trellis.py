@@ -110,12 +110,14 @@ class TrellisParams:
 class EncodedStreams:
     """All that decoding needs beside the sources: `side` (steps, rotations) and one byte string per stream.
 
-    `squared_errors` tells, by key, the squared error the encoder caused; it is not part of the data.
+    `squared_errors` and `coded_bytes` tell, by key, the squared error the encoder caused and the share of the streams
+    that a source takes; they are not part of the data.
     """
 
     side: bytes
     streams: tuple[bytes, ...]
     squared_errors: Mapping[str, float] = field(default_factory=dict, compare=False)
+    coded_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def n_bytes(self) -> int:
@@ -196,14 +198,16 @@ def encode(
     )
     streams: list[bytes] = []
     errors = {source.key: 0.0 for source in sources}
-    pending: deque[tuple[tuple[Segment, ...], Future[tuple[bytes, list[float]]]]] = deque()
+    sizes = {source.key: 0 for source in sources}
+    pending: deque[tuple[tuple[Segment, ...], Future[tuple[bytes, list[float], list[int]]]]] = deque()
 
     def collect() -> None:
         segments, future = pending.popleft()
-        data, squared = future.result()
+        data, squared, lengths = future.result()
         streams.append(data)
-        for segment, error in zip(segments, squared, strict=True):
+        for segment, error, length in zip(segments, squared, lengths, strict=True):
             errors[sources[segment.source].key] += error * float(side.step_of(segment.source)) ** 2
+            sizes[sources[segment.source].key] += length
 
     with ThreadPoolExecutor(n_threads) as pool:
         held: tuple[int, Matrix] | None = None
@@ -218,7 +222,7 @@ def encode(
                 collect()
         while pending:
             collect()
-    return EncodedStreams(_code_side(side, sources), tuple(streams), errors)
+    return EncodedStreams(_code_side(side, sources), tuple(streams), errors, sizes)
 
 
 def decode(
@@ -328,11 +332,6 @@ def _trellis(n_states: int) -> NDArray[np.int64]:
     return table
 
 
-def _ways_in(next_state: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The two transitions into each state, (n_states, 2): 2 * state + bit."""
-    return np.argsort(next_state.ravel(), kind="stable").reshape(-1, 2).astype(np.int64)
-
-
 # --- one stream -------------------------------------------------------------------------------------------------------
 
 _N_INTEGER_KINDS = 2
@@ -360,8 +359,8 @@ def _encode_stream(
     sources: Sequence[Source],
     params: TrellisParams,
     rotations: Rotations,
-) -> tuple[bytes, list[float]]:
-    """One stream's bytes, and the squared error of each segment in squared steps."""
+) -> tuple[bytes, list[float], list[int]]:
+    """One stream's bytes, the squared error of each segment in squared steps, and its share of the bytes."""
     from pqcli.core.trellis_kernels import dequantize
 
     blocks = []
@@ -374,7 +373,7 @@ def _encode_stream(
     next_state = _trellis(params.n_states)
     coder = _level_coder_for_writing(sum(block.weights.size for block in blocks))
     points = _code_points(coder, points)
-    errors = []
+    errors, ends = [], []
     previous_class = 0
     for block in blocks:
         previous_class = _code_block(coder, block.levels, block.labels, block.period, previous_class, next_state)
@@ -382,7 +381,10 @@ def _encode_stream(
         dequantize(block.levels, block.labels, next_state, points, decoded)
         decoded -= block.weights
         errors.append(float(np.sum(np.square(decoded, dtype=np.float64))))
-    return coder.finish(), errors
+        ends.append(int(coder.window[3]))
+    data = coder.finish()
+    ends[-1] = len(data)
+    return data, errors, [min(end, len(data)) - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _decode_stream(data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side) -> list[Matrix]:
@@ -451,7 +453,7 @@ def _block(weights: Matrix, period: int) -> _Block:
 
 def _search(blocks: Sequence[_Block], params: TrellisParams) -> Matrix:
     """Fill in the blocks' levels; the reconstruction points (3, N_POINTS) that fit them."""
-    from pqcli.core.trellis_kernels import N_CLASSES, N_COSTS, N_POINTS, gather, search
+    from pqcli.core.trellis_kernels import N_CLASSES, N_COSTS, N_POINTS, gather, search, trellis_moves
 
     prior = _prior_probabilities(N_CLASSES, N_COSTS)
     scale = 2.0 ** ((np.arange(N_CLASSES) + 0.5) / 4 - 6)
@@ -462,13 +464,13 @@ def _search(blocks: Sequence[_Block], params: TrellisParams) -> Matrix:
     schedule = [(trial, _TRIAL_STATES)] * _TRIAL_PASSES + [(blocks, params.n_states)]
     for some, n_states in schedule:
         next_state = _trellis(n_states)
-        previous = _ways_in(next_state)
+        butterflies, backward = trellis_moves(next_state)
         counts = np.zeros((N_CLASSES, 3, N_COSTS))
         sums = np.zeros((3, N_POINTS, 2))
         for block in some:
             search(
                 block.weights, block.row_scale, block.column_scale, block.labels, cost, slope, points,
-                np.float32(params.rate_weight), previous, block.levels,
+                np.float32(params.rate_weight), butterflies, backward, block.levels,
             )  # fmt: skip
             gather(
                 block.weights, block.row_scale, block.column_scale, block.levels, block.labels, next_state,

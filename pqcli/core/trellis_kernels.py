@@ -29,7 +29,7 @@ N_CLASSES = 80
 N_UNARY = 15
 N_LEVEL_MODELS = N_CLASSES * 3 * N_UNARY
 
-LANES = 16
+LANES = 32
 """Runs searched side by side, one per SIMD lane."""
 
 BYTES_PER_LEVEL = 32
@@ -237,14 +237,17 @@ def gather(weights, row_scale, column_scale, levels, labels, next_state, counts,
 
 
 @kernel
-def search(weights, row_scale, column_scale, labels, cost, slope, reconstruction, rate_weight, previous, levels):
+def search(
+    weights, row_scale, column_scale, labels, cost, slope, reconstruction, rate_weight, butterflies, backward, levels
+):
     """Viterbi: levels that minimise sum (weight - point)^2 + rate_weight * bits over every run.
 
-    `previous (n_states, 2)` holds 2 * state + branch of the two ways into each state. Batches of LANES runs are
-    searched together.
+    Two states share each pair of successors; `butterflies (n_states / 2, 6)` and `backward (n_states, 3)` of
+    `trellis_moves` say how. LANES runs are searched side by side, so that the inner loops run along SIMD lanes.
     """
     n_rows, n_columns = weights.shape
-    n_states = previous.shape[0]
+    n_states = backward.shape[0]
+    n_butterflies = butterflies.shape[0]
     n_words = (n_states + 31) // 32
     run_rows = max(1, RUN_LENGTH // max(1, n_columns))
     n_steps = run_rows * min(n_columns, RUN_COLUMNS)
@@ -253,8 +256,18 @@ def search(weights, row_scale, column_scale, labels, cost, slope, reconstruction
     price = np.empty((4, LANES), np.float32)
     here = np.empty((n_states, LANES), np.float32)
     there = np.empty((n_states, LANES), np.float32)
-    x = np.empty(LANES, np.float32)
-    scale = np.empty(LANES, np.int64)
+    size = np.empty(LANES, np.float32)
+    negative = np.empty(LANES, np.bool_)
+    base = np.empty(LANES, np.int32)
+    steep = np.empty(LANES, np.float32)
+    nearest = np.empty(LANES, np.int32)
+    lower = np.empty(LANES, np.int32)
+    costs = cost.reshape(-1)
+    points = np.empty(3 * N_COSTS, np.float32)
+    for which in range(3):
+        for magnitude in range(N_COSTS):
+            entry = which * N_COSTS + magnitude
+            points[entry] = reconstruction[which, magnitude] if magnitude < N_POINTS else np.float32(magnitude)
     n_batches = (n_rows + run_rows * LANES - 1) // (run_rows * LANES)
     for batch in range(n_batches):
         row0 = batch * run_rows * LANES
@@ -269,72 +282,79 @@ def search(weights, row_scale, column_scale, labels, cost, slope, reconstruction
                 label = labels[j]
                 for lane in range(LANES):
                     r = row0 + lane * run_rows + in_run
+                    value = np.float32(0)
+                    scale = 0
                     if r < n_rows:
-                        x[lane] = weights[r, j]
-                        scale[lane] = _class_of(row_scale[r], column_scale[j])
-                    else:
-                        x[lane] = 0
-                        scale[lane] = 0
+                        value = weights[r, j]
+                        scale = _class_of(row_scale[r], column_scale[j])
+                    size[lane] = abs(value)
+                    negative[lane] = value < 0
+                    base[lane] = scale * (3 * N_COSTS)
+                    steep[lane] = slope[scale]
                 for subset in range(4):
                     parity = subset >> 1
                     half = subset & 1
                     which = parity + (parity & label)
+                    first = which * N_COSTS
+                    mirrored = label == 1 or parity == 0
+                    lowest = (
+                        np.int32(-4) if label else np.int32(0 if parity and not half else 2 - parity if half else 0)
+                    )
                     for lane in range(LANES):
-                        value = x[lane]
-                        size = abs(value)
-                        if label or parity == 0:
-                            # levels of one residue modulo 4, mirrored so that the weight is not negative
-                            residue = parity + 2 * half
-                            if value < 0:
-                                residue = (4 - residue) & 3
-                        else:
-                            residue = 1 if half else 3
-                        near = residue + 4 * int(np.floor((size - np.float32(residue - 2)) * np.float32(0.25)))
-                        best = _INFINITE
-                        level = near
-                        for k in range(2):
-                            candidate = near if k == 0 else near - 4
-                            if label == 0 and candidate < 0:
-                                if parity and half == 0:
-                                    candidate = 0
-                                elif k == 1:
-                                    candidate = near
-                                else:
-                                    candidate = near + 4
-                            magnitude = abs(candidate)
-                            if magnitude < N_COSTS:
-                                bits = cost[scale[lane], which, magnitude]
-                            else:
-                                bits = cost[scale[lane], which, N_COSTS - 2 + (magnitude & 1)] + slope[
-                                    scale[lane]
-                                ] * np.float32(magnitude - N_COSTS)
-                            point = np.float32(magnitude)
-                            if magnitude < N_POINTS:
-                                point = reconstruction[which, magnitude]
-                            if candidate < 0:
-                                point = -point
-                            error = size - point
-                            total = error * error + rate_weight * bits
-                            if total < best:
-                                best = total
-                                level = candidate
-                        price[subset, lane] = best
-                        choice[step, subset, lane] = -level if value < 0 else level
+                        # the level of this subset that is nearest, mirrored so that the weight is not negative
+                        residue = np.int32(parity + 2 * half if mirrored else 3 - 2 * half)
+                        if mirrored and negative[lane]:
+                            residue = np.int32(4 - residue) & np.int32(3)
+                        above = (size[lane] - np.float32(residue - 6)) * np.float32(0.25)
+                        near = max(residue - np.int32(4) + np.int32(4) * np.int32(above), lowest)
+                        nearest[lane] = near
+                        lower[lane] = max(near - np.int32(4), lowest)
+                    for lane in range(LANES):
+                        near = nearest[lane]
+                        magnitude = abs(near)
+                        entry = magnitude if magnitude < N_COSTS else N_COSTS - 2 + (magnitude & 1)
+                        beyond = np.float32(magnitude - entry)
+                        point = points[first + entry] + beyond
+                        error = size[lane] - (point if near > 0 else -point)
+                        bits = costs[base[lane] + first + entry] + steep[lane] * beyond
+                        price[subset, lane] = error * error + rate_weight * bits
+                    for lane in range(LANES):
+                        low = lower[lane]
+                        magnitude = abs(low)
+                        entry = magnitude if magnitude < N_COSTS else N_COSTS - 2 + (magnitude & 1)
+                        beyond = np.float32(magnitude - entry)
+                        point = points[first + entry] + beyond
+                        error = size[lane] - (point if low > 0 else -point)
+                        bits = costs[base[lane] + first + entry] + steep[lane] * beyond
+                        total = error * error + rate_weight * bits
+                        is_lower = total < price[subset, lane]
+                        price[subset, lane] = total if is_lower else price[subset, lane]
+                        level = low if is_lower else nearest[lane]
+                        choice[step, subset, lane] = -level if negative[lane] else level
                 for word in range(n_words):
                     for lane in range(LANES):
                         taken[step, word, lane] = 0
-                    for bit in range(min(32, n_states)):
-                        state = word * 32 + bit
-                        a = previous[state, 0]
-                        b = previous[state, 1]
-                        a_price = (a & 1) | ((a >> 1) & 1) << 1
-                        b_price = (b & 1) | ((b >> 1) & 1) << 1
-                        mask = np.uint32(1 << bit)
-                        for lane in range(LANES):
-                            one = here[a >> 1, lane] + price[a_price, lane]
-                            two = here[b >> 1, lane] + price[b_price, lane]
-                            there[state, lane] = min(one, two)
-                            taken[step, word, lane] |= mask if two < one else np.uint32(0)
+                for i in range(n_butterflies):
+                    from_a = butterflies[i, 0]
+                    from_b = butterflies[i, 1]
+                    to_a = butterflies[i, 2]
+                    to_b = butterflies[i, 3]
+                    way_a = butterflies[i, 4]
+                    way_b = butterflies[i, 5]
+                    word = i >> 4
+                    place = np.uint32((2 * i) & 31)
+                    for lane in range(LANES):
+                        a = here[from_a, lane]
+                        b = here[from_b, lane]
+                        straight_a = a + price[way_a, lane]
+                        straight_b = b + price[way_b, lane]
+                        crossed_a = a + price[way_a ^ 1, lane]
+                        crossed_b = b + price[way_b ^ 1, lane]
+                        there[to_a, lane] = min(straight_a, straight_b)
+                        there[to_b, lane] = min(crossed_a, crossed_b)
+                        bits = np.uint32(1) if straight_b < straight_a else np.uint32(0)
+                        bits |= np.uint32(2) if crossed_b < crossed_a else np.uint32(0)
+                        taken[step, word, lane] |= bits << place
                 here, there = there, here
             for lane in range(LANES):
                 r0 = row0 + lane * run_rows
@@ -346,12 +366,12 @@ def search(weights, row_scale, column_scale, labels, cost, slope, reconstruction
                     if here[s, lane] < here[state, lane]:
                         state = s
                 for step in range(n_live * width - 1, -1, -1):
-                    second = (taken[step, state >> 5, lane] >> np.uint32(state & 31)) & np.uint32(1)
-                    way = previous[state, np.int64(second)]
-                    subset = (way & 1) | ((way >> 1) & 1) << 1
+                    slot = backward[state, 0]
+                    second = np.int64((taken[step, slot >> 5, lane] >> np.uint32(slot & 31)) & np.uint32(1))
+                    origin = backward[state, 1 + second]
                     if step < n_valid:
-                        levels[r0 + step // width, column0 + step % width] = choice[step, subset, lane]
-                    state = way >> 1
+                        levels[r0 + step // width, column0 + step % width] = choice[step, origin & 3, lane]
+                    state = origin >> 2
 
 
 @kernel
@@ -384,3 +404,28 @@ def initial_models() -> NDArray[np.int32]:
                 models[scale_class, which, n, 0] = min(max(int(p * 65536.0), 200), 65300)
     models[..., 1] = 4
     return models.reshape(N_LEVEL_MODELS, 2)
+
+
+def trellis_moves(next_state: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What `search` wants to know of a trellis whose states pair up to share their successors.
+
+    butterflies (n_states / 2, 6): states a, b; successors u, v; subset that leads from a to u, and from b to u (to v
+    leads the other half of the set). backward (n_states, 3): the bit that tells how a state was reached, and
+    4 * origin + subset for bit 0 and for bit 1. A subset is 2 * parity + branch.
+    """
+    n_states = len(next_state)
+    ways_in = np.argsort(next_state.ravel(), kind="stable").reshape(n_states, 2)
+    butterflies: list[tuple[int, ...]] = []
+    backward = np.empty((n_states, 3), np.int64)
+    done = np.zeros(n_states, bool)
+    for u in range(n_states):
+        if done[u]:
+            continue
+        (a, branch_a), (b, branch_b) = (divmod(int(way), 2) for way in ways_in[u])
+        v = int(next_state[a, 1 - branch_a])
+        subset_a, subset_b = 2 * (a & 1) + branch_a, 2 * (b & 1) + branch_b
+        backward[u] = 2 * len(butterflies), 4 * a + subset_a, 4 * b + subset_b
+        backward[v] = 2 * len(butterflies) + 1, 4 * a + (subset_a ^ 1), 4 * b + (subset_b ^ 1)
+        butterflies.append((a, b, u, v, subset_a, subset_b))
+        done[[u, v]] = True
+    return np.array(butterflies, np.int64), backward

@@ -1,0 +1,206 @@
+"""Codecs that take a whole checkpoint at one error level: `trellis`, and `ecpq` (entropy-constrained PQ).
+
+Plain PQ treats every tensor by itself. These two share what they learn between tensors (rotations, codebooks,
+probabilities) and spend bits where they lower the error most. One number, the `level`, sets how coarse the result is:
+the quantization step in weight units; times a tensor's own `scale` it is that tensor's step. A bit may cost
+`RATE_WEIGHT * step^2` of squared error, in either codec, so that both answer a level with about the same error.
+
+    coder = Coder.of("trellis", sources, read, scales)
+    coded = coder.encode(level)                     -> Coded: bytes, and which tensor takes how many
+    decoder("trellis", coded, sources).matrix(key)  -> one matrix, bit for bit what the encoder meant
+
+Shapes: matrix (rows, columns) float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pqcli.core.sources import Source
+
+if TYPE_CHECKING:
+    from pqcli.core.ecpq import Model, Sample
+    from pqcli.core.rotation import Rotations
+
+Matrix = NDArray[np.float32]
+Read = Callable[[str], Matrix]
+
+CODECS: Final = ("trellis", "ecpq")
+RATE_WEIGHT: Final = 0.3
+"""What a bit may cost, in squared steps: close to the slope of the rate-distortion curve at all rates of interest."""
+FINEST_STATES: Final = 256
+COARSE_STATES: Final = 32
+FINE_BELOW: Final = 4_000_000
+"""Checkpoints with fewer weights than this afford the trellis with most states: 0.2 dB for five times the search."""
+DRAFT_STATES: Final = 8
+SKIPPED_TENSORS: Final = 16
+"""A decoder passes over so many tensors before it starts anew behind them."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """What a codec made of all tensors. `tensor_bytes` tells each one's share of the streams, and is not data."""
+
+    shared: bytes
+    streams: Sequence[bytes]
+    tensor_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all of it."""
+        return len(self.shared) + sum(map(len, self.streams))
+
+
+@dataclass
+class Coder(ABC):
+    """Encodes the same tensors at one level after another, remembering what serves the next level too."""
+
+    sources: Sequence[Source]
+    read: Read
+    scales: Mapping[str, float]
+    effort: int | None = None
+
+    @staticmethod
+    def of(
+        codec: str, sources: Sequence[Source], read: Read, scales: Mapping[str, float], effort: int | None = None
+    ) -> Coder:
+        """The coder of that name. `effort` is the number of trellis states, where there is a trellis."""
+        kinds: dict[str, type[Coder]] = {"trellis": TrellisCoder, "ecpq": EcpqCoder}
+        return kinds[codec](sources, read, scales, effort)
+
+    @abstractmethod
+    def encode(self, level: float, *, draft: bool = False) -> Coded:
+        """All tensors at this level. A `draft` is quicker and up to a percent off in size: for finding a level."""
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all tensors."""
+        return sum(source.n_weights for source in self.sources)
+
+
+@dataclass
+class TrellisCoder(Coder):
+    """Rotations, trellis-coded quantization and adaptive arithmetic coding (`pqcli.core.trellis`)."""
+
+    _rotations: Rotations | None = None
+
+    def encode(self, level: float, *, draft: bool = False) -> Coded:
+        """All tensors at this level; rotations are fitted for the first level asked for, and kept."""
+        from pqcli.core import trellis
+
+        steps = {source.key: level * self.scales[source.key] for source in self.sources}
+        if self._rotations is None:
+            self._rotations = trellis.fit_rotations(self.sources, self.read, steps)
+        states = self.effort or (FINEST_STATES if self.n_weights < FINE_BELOW else COARSE_STATES)
+        params = trellis.TrellisParams(level, min(states, DRAFT_STATES) if draft else states, RATE_WEIGHT)
+        encoded = trellis.encode(self.sources, self.read, params, self._rotations, steps)
+        return Coded(encoded.side, encoded.streams, encoded.coded_bytes)
+
+
+@dataclass
+class EcpqCoder(Coder):
+    """Shared codebooks learned under a price for bits, and entropy-coded assignments (`pqcli.core.ecpq`)."""
+
+    seed: int = 0
+    _samples: list[Sample] = field(default_factory=list)
+    _model: Model | None = None
+
+    def encode(self, level: float, *, draft: bool = False) -> Coded:
+        """All tensors at this level. The codebooks of the level before are a start for this one's."""
+        import torch
+
+        from pqcli.core import ecpq
+
+        del draft  # encoding is quick enough
+        price = RATE_WEIGHT * level**2
+        if not self._samples:
+            self._samples = [
+                ecpq.draw(torch.from_numpy(self.read(s.key)), scale=self.scales[s.key], seed=self._seed(s.key))
+                for s in self.sources
+            ]
+        self._model = ecpq.fit(self._samples, price, start=self._model)
+        streams = tuple(
+            ecpq.encode(
+                torch.from_numpy(self.read(s.key)), self._model, price, scale=self.scales[s.key], seed=self._seed(s.key)
+            ).payload
+            for s in self.sources
+        )
+        sizes = {source.key: len(stream) for source, stream in zip(self.sources, streams, strict=True)}
+        return Coded(self._model.to_bytes(), streams, sizes)
+
+    def _seed(self, key: str) -> int:
+        return int.from_bytes(hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=7).digest(), "little")
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+class Decoder(ABC):
+    """One matrix at a time. Raises ValueError for bytes that no encoder wrote."""
+
+    @abstractmethod
+    def matrix(self, key: str) -> Matrix:
+        """The matrix of that source. Asking in the sources' order is quickest."""
+
+
+def decoder(codec: str, coded: Coded, sources: Sequence[Source]) -> Decoder:
+    """The decoder of that codec. `coded.streams` is indexed as needed, so it may fetch a stream when asked for it."""
+    return TrellisDecoder(coded, sources) if codec == "trellis" else EcpqDecoder(coded, sources)
+
+
+class TrellisDecoder(Decoder):
+    """Reads ahead: tensors come out of streams in order, several streams being decoded at a time."""
+
+    def __init__(self, coded: Coded, sources: Sequence[Source]) -> None:
+        self._coded, self._sources = coded, sources
+        self._index = {source.key: i for i, source in enumerate(sources)}
+        self._running: Iterator[tuple[str, Matrix]] = iter(())
+        self._next = len(sources)
+        self._ahead: dict[str, Matrix] = {}
+
+    def matrix(self, key: str) -> Matrix:
+        """The matrix of that source; decodes from there on, unless it has been passed on the way just now."""
+        if key in self._ahead:
+            return self._ahead.pop(key)
+        if not self._next <= self._index[key] <= self._next + SKIPPED_TENSORS:
+            self._start(self._index[key])
+        for found, matrix in self._running:
+            self._next += 1
+            if found == key:
+                return matrix
+            self._ahead[found] = matrix
+        raise ValueError(f"no stream holds {key!r}")
+
+    def _start(self, index: int) -> None:
+        from pqcli.core import trellis
+
+        encoded = trellis.EncodedStreams(self._coded.shared, self._coded.streams)  # type: ignore[arg-type]
+        wanted = [source.key for source in self._sources[index:]]
+        self._ahead.clear()
+        self._running, self._next = trellis.decode(encoded, self._sources, wanted), index
+
+
+class EcpqDecoder(Decoder):
+    """Random access: every tensor has a payload of its own."""
+
+    def __init__(self, coded: Coded, sources: Sequence[Source]) -> None:
+        from pqcli.core.ecpq import Model
+
+        self._model = Model.from_bytes(coded.shared)
+        self._streams = coded.streams
+        self._sources = {source.key: (i, source) for i, source in enumerate(sources)}
+
+    def matrix(self, key: str) -> Matrix:
+        """The matrix of that source."""
+        from pqcli.core import ecpq
+
+        i, source = self._sources[key]
+        found: Matrix = ecpq.decode(self._streams[i], self._model, source.rows, source.columns).numpy()
+        return found

@@ -1,0 +1,319 @@
+"""`Container`: file -> records and tensors, one at a time. Everything in a file is checked before it is believed."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+import pydantic
+import safetensors
+import torch
+
+from pqcli.codecs import CODECS, Coded, Decoder, decoder
+from pqcli.container.layout import (
+    CODED,
+    ERRORS,
+    FEATURES,
+    HASHES,
+    KEPT,
+    KEPT_CODED,
+    MANIFEST,
+    SUFFIX,
+    VERSION,
+    is_bundled,
+    shared_entries,
+    tensor_entries,
+)
+from pqcli.container.records import ACTIONS, HASH_BYTES, Manifest, Record, StoredError, tensor_hash
+from pqcli.core import lossless, packing, pq
+from pqcli.errors import ContainerError
+from pqcli.tensorinfo import ITEM_BYTES, TensorInfo
+
+MAX_MANIFEST_BYTES = 1 << 28
+QUANTIZED_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+class Container:
+    """An open container: its manifest, and one decoded tensor at a time. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safetensors.safe_open(str(path), framework="pt", backend="pread")
+        except FileNotFoundError:
+            raise ContainerError(f"{path}: no such file") from None
+        except IsADirectoryError:
+            raise ContainerError(f"{path}: a folder; give the {SUFFIX} file inside it") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ContainerError(
+                f"{path}: not a readable container ({error}); was it made by pqcli compress?"
+            ) from error
+        self._keys = set(self._file.keys())  # type: ignore[no-untyped-call]
+        self.manifest = self._read_manifest()
+        self._by_name = {record.name: i for i, record in enumerate(self.records)}
+        self._check_records()
+        self._check_entries()
+        self._decoder: Decoder | None = None
+        self._kept_bundle: dict[str, torch.Tensor] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """One record per tensor, in the checkpoint's order."""
+        return self.manifest.tensors
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """The tensors as the checkpoint described them."""
+        return tuple(record.info for record in self.records)
+
+    def record(self, name: str) -> Record:
+        """The record of a tensor. Raises ContainerError for a name that is not there."""
+        if name not in self._by_name:
+            raise ContainerError(
+                f"{self.path}: no tensor {name!r}; `pqcli inspect` lists the {len(self.records)} there are"
+            )
+        return self.records[self._by_name[name]]
+
+    def error(self, name: str) -> StoredError | None:
+        """The error that compression measured; None for a tensor that is not quantized."""
+        return self._errors.get(self.record(name).name)
+
+    def pq_tensor(self, name: str) -> pq.PQTensor:
+        """Codebook and assignments of a tensor that plain PQ quantized, unpacked."""
+        record = self.record(name)
+        if record.action != "pq":
+            raise ContainerError(f"{self.path}: tensor {name!r} has no codebook, its action is {record.action!r}")
+        codebook = self._get(f"pq/{name}/codebook")
+        packed = self._get(f"pq/{name}/assignments").numpy()
+        try:
+            assignments = packing.unpack(packed, record.n_vectors, packing.n_bits(len(codebook)))
+        except ValueError as error:
+            raise self._damaged(f"assignments of {name!r}: {error}") from None
+        if assignments.size and int(assignments.max()) >= len(codebook):
+            raise self._damaged(f"tensor {name!r} refers to centroid {assignments.max()} of {len(codebook)}")
+        dtype = getattr(torch, record.dtype)
+        return pq.PQTensor(record.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
+
+    def decode(self, name: str, *, check: bool = True) -> torch.Tensor:
+        """The dense tensor, in its original dtype and in its own memory.
+
+        Raises ContainerError if its bytes are not those that compression saw (`check=False` skips this).
+        """
+        record = self.record(name)
+        if record.alias_of is not None:
+            return self.decode(record.alias_of, check=check)
+        if record.action == "keep":
+            tensor = self._kept(record)
+        elif record.action == "pq":
+            tensor = pq.decode(self.pq_tensor(name))
+        else:
+            tensor = self._coded(record)
+        if check and not self.is_intact(name, tensor):
+            raise self._damaged(f"tensor {name!r} decodes to other bytes than were compressed")
+        return tensor
+
+    def is_intact(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` has the bytes that `name` had when it was compressed."""
+        return tensor_hash(tensor).startswith(self._hashes[self._by_name[name]])
+
+    # --- tensors ------------------------------------------------------------------------------------------------------
+
+    def _kept(self, record: Record) -> torch.Tensor:
+        if is_bundled(record):
+            if self._kept_bundle is None:
+                self._kept_bundle = self._unbundled()
+            return self._kept_bundle[record.name].clone()
+        data = self._get(f"keep/{record.name}")
+        if KEPT_CODED in self.manifest.features:
+            data = self._inflated(data, [record])[0]
+        return data.view(getattr(torch, record.dtype)).reshape(record.shape)
+
+    def _unbundled(self) -> dict[str, torch.Tensor]:
+        """All tensors of `pqcli.kept`; they are small."""
+        records = [record for record in self.records if is_bundled(record)]
+        data = self._get(KEPT)
+        if KEPT_CODED in self.manifest.features:
+            pieces = self._inflated(data, records)
+        else:
+            pieces = [piece.clone() for piece in data.split([record.info.n_bytes for record in records])]  # type: ignore[no-untyped-call]
+        return {
+            record.name: piece.view(getattr(torch, record.dtype)).reshape(record.shape)
+            for record, piece in zip(records, pieces, strict=True)
+        }
+
+    def _inflated(self, data: torch.Tensor, records: Sequence[Record]) -> list[torch.Tensor]:
+        """The bytes of kept tensors that were coded without loss."""
+        specs = [(ITEM_BYTES[record.dtype], record.info.numel) for record in records]
+        try:
+            return [torch.from_numpy(piece) for piece in lossless.decompress(data.numpy().tobytes(), specs)]
+        except ValueError as error:
+            raise self._damaged(f"kept tensor {records[0].name!r}: {error}") from None
+
+    def _coded(self, record: Record) -> torch.Tensor:
+        """A tensor of a whole-checkpoint codec."""
+        codec = self.manifest.coded["codec"]
+        try:
+            if self._decoder is None:
+                sources = [other.source for other in self.records if other.action == codec]
+                self._decoder = decoder(codec, self._coded_bytes(), sources)
+            matrix = torch.from_numpy(self._decoder.matrix(record.name))
+        except (ValueError, OverflowError) as error:
+            raise self._damaged(f"tensor {record.name!r}: {error}") from None
+        dtype = getattr(torch, record.dtype)
+        return pq.saturated(matrix.reshape(record.shape), dtype)
+
+    def _coded_bytes(self) -> Coded:
+        """The coded bytes: what all tensors share now, a stream when it is asked for."""
+        lengths = [self.manifest.coded["shared"], *self.manifest.coded["streams"]]
+        ends = list(accumulate(lengths, initial=0))
+        data = self._file.get_slice(CODED)  # type: ignore[no-untyped-call]
+
+        def fetch(start: int, stop: int) -> bytes:
+            found: bytes = data[start:stop].numpy().tobytes()
+            return found
+
+        return Coded(fetch(0, ends[1]), _Streams(ends[1:], fetch))
+
+    # --- structure ----------------------------------------------------------------------------------------------------
+
+    def _damaged(self, what: str) -> ContainerError:
+        return ContainerError(f"{self.path}: {what}; the file is damaged")
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(key).get_shape())  # type: ignore[no-untyped-call]
+
+    def _get(self, key: str) -> torch.Tensor:
+        if key not in self._keys:
+            raise ContainerError(f"{self.path}: has no entry {key!r}; it is damaged or not a pqcli container")
+        try:
+            tensor: torch.Tensor = self._file.get_tensor(key)  # type: ignore[no-untyped-call]
+        except (OSError, safetensors.SafetensorError, RuntimeError, ValueError) as error:
+            raise self._damaged(f"entry {key!r} cannot be read ({error})") from error
+        return tensor
+
+    def _read_manifest(self) -> Manifest:
+        raw = self._get(MANIFEST)
+        try:
+            inflate = zlib.decompressobj()
+            text = inflate.decompress(raw.numpy().tobytes(), MAX_MANIFEST_BYTES)
+            plain = json.loads(text)
+            unknown = sorted(set(plain["features"]) - FEATURES)
+            version = plain["version"]
+        except (zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._damaged(f"the manifest cannot be read ({error})") from error
+        if version != VERSION or unknown:
+            what = f"features {', '.join(map(str, unknown))}" if unknown else f"format version {version}"
+            raise ContainerError(f"{self.path}: needs {what}, which this pqcli does not know; install a newer pqcli")
+        try:
+            return pydantic.TypeAdapter(Manifest).validate_json(text)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise self._damaged(f"manifest entry {place}: {first['msg']}") from None
+
+    def _check_records(self) -> None:
+        """Check what can be checked without reading payloads, so that decoding meets no surprise."""
+        if len(self._by_name) != len(self.records):
+            raise self._damaged("the manifest names a tensor twice")
+        for record in self.records:
+            if not (_makes_sense(record) and self._alias_leads_somewhere(record)):
+                raise self._damaged(f"the record of {record.name!r} makes no sense")
+        coded = self.manifest.coded
+        actions = {record.action for record in self.records} & set(CODECS)
+        if actions != ({coded.get("codec")} if coded else set()):
+            raise self._damaged("the manifest does not describe its coded tensors")
+        if coded and not _are_lengths([coded.get("shared"), *_list(coded.get("streams"))]):
+            raise self._damaged("the manifest does not describe its streams")
+
+    def _alias_leads_somewhere(self, record: Record) -> bool:
+        if record.alias_of is None:
+            return record.action != "alias"
+        target = self._by_name.get(record.alias_of)
+        if target is None or record.action != "alias":
+            return False
+        other = self.records[target]
+        return other.action != "alias" and (other.shape, other.dtype) == (record.shape, record.dtype)
+
+    def _check_entries(self) -> None:
+        """Check that every entry is there with the shape that the manifest gives it; read hashes and errors."""
+        shapes = {key: self._shape(key) for key in (KEPT, HASHES) if key in self._keys}
+        kept, hashes = shapes.get(KEPT, ()), shapes.get(HASHES, ())
+        if len(kept) != 1 or len(hashes) != 2 or not 1 <= hashes[1] <= HASH_BYTES:
+            raise self._damaged("kept tensors or hashes are missing")
+        kept_bytes = kept[0] if KEPT_CODED in self.manifest.features else None
+        expected = [*tensor_entries(self.manifest), *shared_entries(self.manifest, kept_bytes, hashes[1])]
+        for entry in expected:
+            if entry.key != MANIFEST and (entry.key not in self._keys or self._shape(entry.key) != entry.shape):
+                raise self._damaged(f"entry {entry.key!r} is missing or has the wrong shape")
+        self._hashes = [bytes(row) for row in self._get(HASHES).numpy()]
+        quantized = [record.name for record in self.records if record.quantized]
+        self._errors = {
+            name: StoredError(*row) for name, row in zip(quantized, self._get(ERRORS).tolist(), strict=True)
+        }
+
+
+class _Streams(Sequence[bytes]):
+    """The streams of a container, each fetched when it is asked for."""
+
+    def __init__(self, ends: Sequence[int], fetch: Callable[[int, int], bytes]) -> None:
+        self._ends, self._fetch = ends, fetch
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._fetch(self._ends[index], self._ends[index + 1])
+
+
+def _makes_sense(record: Record) -> bool:
+    """Whether a record can be true: known action and dtype, a matrix of the tensor's size, blocks that fit it."""
+    if record.action not in ACTIONS or record.dtype not in ITEM_BYTES or min(record.shape, default=0) < 0:
+        return False
+    if record.coded_bytes is not None and record.coded_bytes < 0:
+        return False
+    if not record.quantized:
+        return True
+    if record.dtype not in QUANTIZED_DTYPES or not record.shape or (record.rows or 0) < 0:
+        return False
+    rows, columns = record.matrix_shape
+    if rows * columns != record.info.numel or record.kernel < 1 or columns % record.kernel:
+        return False
+    if record.action != "pq":
+        return True
+    block_size, n_centroids = record.block_size or 0, record.n_centroids or 0
+    fits = 1 <= block_size <= columns and 1 <= n_centroids <= 1 << packing.MAX_BITS
+    return fits and record.codebook_dtype in {"float16", "float32"}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [None]
+
+
+def _are_lengths(values: list[Any]) -> bool:
+    return all(isinstance(value, int) and value >= 0 for value in values)
+
+
+def open_container(path: str | Path) -> Container:
+    """The container at `path`. Raises ContainerError if it is missing, damaged, or from a newer pqcli."""
+    return Container(Path(path))

@@ -1,0 +1,161 @@
+"""`Writer`: encoded tensors -> file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pqcli.atomic import atomic_writer, output_errors
+from pqcli.codecs import Coded
+from pqcli.container.layout import (
+    CODED,
+    ERRORS,
+    HASHES,
+    KEPT,
+    KEPT_CODED,
+    MANIFEST,
+    header,
+    is_bundled,
+    make_manifest,
+    manifest_bytes,
+    shared_entries,
+    tensor_entries,
+)
+from pqcli.container.records import HASH_BYTES, SHORT_HASH_BYTES, Record, StoredError, tensor_bytes, tensor_hash
+from pqcli.core import lossless, metrics, packing, pq
+from pqcli.tensorinfo import ITEM_BYTES
+
+_COPY_BYTES = 1 << 24
+
+
+@dataclass
+class Writer:
+    """Takes encoded tensors one by one, and makes the file of them at the end. Use as a context manager.
+
+    Payloads are spooled to a nameless temporary file beside the target, because the header, which comes first, is known
+    only when all are there. Nothing appears at `target` before `finish`. A `compact` file codes kept tensors without
+    loss and has shorter hashes. Raises OutputError where the disk does not take what is written.
+    """
+
+    target: Path
+    force: bool = False
+    compact: bool = False
+    records: list[Record] = field(default_factory=list)
+    _hashes: list[bytes] = field(default_factory=list)
+    _errors: list[StoredError] = field(default_factory=list)
+    _kept: list[NDArray[np.uint8]] = field(default_factory=list)
+    _spooled: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with output_errors(self.target):
+            self._spool = tempfile.TemporaryFile(dir=self.target.parent)  # noqa: SIM115 - closed by __exit__
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._spool.close()
+
+    def add_pq(self, record: Record, tensor: pq.PQTensor, decoded_hash: bytes, error: metrics.Error) -> None:
+        """A tensor as codebook and assignments."""
+        packed = packing.pack(tensor.assignments.numpy(), packing.n_bits(tensor.n_centroids))
+        self._put(f"pq/{record.name}/codebook", tensor_bytes(tensor.codebook))
+        self._put(f"pq/{record.name}/assignments", packed)
+        self._note(record, decoded_hash, error)
+
+    def add_coded(self, record: Record, decoded_hash: bytes, error: metrics.Error) -> None:
+        """A tensor whose bytes are among those that `finish` is given."""
+        self._note(record, decoded_hash, error)
+
+    def add_kept(self, record: Record, tensor: torch.Tensor) -> None:
+        """A tensor bit for bit."""
+        data, decoded_hash = tensor_bytes(tensor), tensor_hash(tensor)
+        if is_bundled(record):
+            self._kept.append(data.copy())
+        elif self.compact:
+            coded = lossless.compress([as_words(data, record.dtype)])
+            record = replace(record, coded_bytes=len(coded))
+            self._put(f"keep/{record.name}", coded)
+        else:
+            self._put(f"keep/{record.name}", data)
+        self._note(record, decoded_hash)
+
+    def add_alias(self, record: Record) -> None:
+        """Another name of a tensor that is there already."""
+        self._note(record, bytes(HASH_BYTES))
+
+    def finish(
+        self, source: dict[str, Any], recipe: dict[str, Any], codec: str | None = None, coded: Coded | None = None
+    ) -> int:
+        """Write the file; returns its size in bytes. Raises OutputError where it cannot be written."""
+        about: dict[str, Any] = {}
+        if coded is not None:
+            about = {"codec": codec, "shared": len(coded.shared), "streams": [len(stream) for stream in coded.streams]}
+            self._put_all(CODED, [coded.shared, *coded.streams])
+        features = [KEPT_CODED] if self.compact else []
+        manifest = make_manifest(source, recipe, self.records, about, features)
+        hash_bytes = SHORT_HASH_BYTES if self.compact else HASH_BYTES
+        self._put_all(KEPT, [self._bundle()])
+        self._put_all(HASHES, [digest[:hash_bytes] for digest in self._hashes])
+        rows = [[e.rms, e.relative_mse, e.cosine, e.max_abs_error] for e in self._errors]
+        with np.errstate(over="ignore"):
+            self._put(ERRORS, np.array(rows, "<f4").tobytes())
+        self._put(MANIFEST, manifest_bytes(manifest))
+        shared = shared_entries(manifest, self._spooled[KEPT][1], hash_bytes)
+        head, ordered = header(tensor_entries(manifest) + shared, manifest.features)
+        with atomic_writer(self.target, force=self.force) as out:
+            out.write(head)
+            for entry in ordered:
+                start, length = self._spooled[entry.key]
+                if length != entry.n_bytes:
+                    raise ValueError(f"entry {entry.key!r} has {length} bytes where its records say {entry.n_bytes}")
+                self._spool.seek(start)
+                _copy(self._spool, out, length)
+        return len(head) + sum(entry.n_bytes for entry in ordered)
+
+    def _bundle(self) -> bytes:
+        if not self.compact:
+            return b"".join(data.tobytes() for data in self._kept)
+        bundled = (record for record in self.records if is_bundled(record))
+        return lossless.compress(
+            [as_words(data, record.dtype) for data, record in zip(self._kept, bundled, strict=True)]
+        )
+
+    def _note(self, record: Record, decoded_hash: bytes, error: metrics.Error | None = None) -> None:
+        self.records.append(record)
+        self._hashes.append(decoded_hash)
+        if error is not None:
+            self._errors.append(StoredError.of(error))
+
+    def _put(self, key: str, data: bytes | NDArray[np.uint8]) -> None:
+        self._put_all(key, [data])
+
+    def _put_all(self, key: str, pieces: Iterable[bytes | NDArray[np.uint8]]) -> None:
+        with output_errors(self.target):
+            start = self._spool.tell()
+            for piece in pieces:
+                self._spool.write(piece if isinstance(piece, bytes) else piece.data)
+            self._spooled[key] = (start, self._spool.tell() - start)
+
+
+def as_words(data: NDArray[np.uint8], dtype: str) -> NDArray[np.generic]:
+    """The bytes of a tensor as unsigned words of its item size, which is all that the lossless coder looks at."""
+    size = ITEM_BYTES[dtype]
+    return data.view("V16" if size == 16 else f"<u{size}")
+
+
+def _copy(source: IO[bytes], target: IO[bytes], n_bytes: int) -> None:
+    while n_bytes:
+        piece = source.read(min(n_bytes, _COPY_BYTES))
+        target.write(piece)
+        n_bytes -= len(piece)
