@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pqcli.recipe import Recipe
 
 EXIT_INTERRUPTED = 130
+BUDGET = "How much to spend (at most one), and on what"
 
 app = typer.Typer(
     name="pqcli",
@@ -42,6 +44,24 @@ class CodebookDtype(StrEnum):
 
     fp16 = "fp16"
     fp32 = "fp32"
+
+
+class CodecName(StrEnum):
+    """What turns weights into bytes."""
+
+    pq = "pq"
+    trellis = "trellis"
+    auto = "auto"
+
+
+class QualityName(StrEnum):
+    """Named points on the curve of size against error."""
+
+    tiny = "tiny"
+    small = "small"
+    balanced = "balanced"
+    high = "high"
+    near_lossless = "near-lossless"
 
 
 class Dtype(StrEnum):
@@ -80,6 +100,54 @@ NCentroids = Annotated[
     int | None, typer.Option(show_default="256", help="Centroids per codebook, 1 to 65536.", metavar="K")
 ]
 NIter = Annotated[int | None, typer.Option(show_default="20", help="Most EM iterations.", metavar="I")]
+Sample = Annotated[
+    str | None,
+    typer.Option(show_default="auto", help="Blocks per tensor that EM trains on.", metavar="N|auto|all"),
+]
+Codec = Annotated[
+    CodecName | None,
+    typer.Option(show_default="pq", help="pq: codebooks, random access. trellis: the smallest file.  auto: by tensor."),
+]
+Quality = Annotated[
+    QualityName | None, typer.Option(help="A named point on the curve of size against error.", rich_help_panel=BUDGET)
+]
+TargetSize = Annotated[
+    str | None, typer.Option(help="Largest file, such as 6MB.", metavar="SIZE", rich_help_panel=BUDGET)
+]
+TargetRatio = Annotated[
+    float | None, typer.Option(help="Least ratio of original to file.", metavar="R", rich_help_panel=BUDGET)
+]
+TargetBits = Annotated[
+    float | None, typer.Option(help="Most bits per quantized weight.", metavar="B", rich_help_panel=BUDGET)
+]
+MaxRelativeMse = Annotated[
+    float | None, typer.Option(help="Largest relative MSE of all weights.", metavar="X", rich_help_panel=BUDGET)
+]
+MinSqnr = Annotated[
+    float | None, typer.Option(help="Least signal to noise ratio in dB.", metavar="DB", rich_help_panel=BUDGET)
+]
+RateWeight = Annotated[
+    float | None,
+    typer.Option(
+        help="Price of a bit, in mean squared weights: 0.03 is about 2.5 bits.", metavar="L", rich_help_panel=BUDGET
+    ),
+]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        show_default="0.5",
+        help="Which error counts: mse (0, one error for all weights) to relative (1, one for all tensors).",
+        metavar="X",
+        rich_help_panel=BUDGET,
+    ),
+]
+Effort = Annotated[
+    int | None,
+    typer.Option(
+        show_default="by size", help="States of the trellis, 4 to 256: more find less error.", metavar="N",
+        rich_help_panel=BUDGET,
+    ),
+]  # fmt: skip
 Config = Annotated[
     str | None,
     typer.Option(help="A recipe: a YAML file, or a preset's name (see `pqcli presets`).", metavar="FILE|PRESET"),
@@ -117,6 +185,17 @@ def compress(
     block_size: BlockSize = None,
     n_centroids: NCentroids = None,
     n_iter: NIter = None,
+    sample: Sample = None,
+    codec: Codec = None,
+    quality: Quality = None,
+    target_size: TargetSize = None,
+    target_ratio: TargetRatio = None,
+    target_bits: TargetBits = None,
+    max_relative_mse: MaxRelativeMse = None,
+    min_sqnr: MinSqnr = None,
+    rate_weight: RateWeight = None,
+    objective: Objective = None,
+    effort: Effort = None,
     config: Config = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -131,14 +210,33 @@ def compress(
     """Compress a checkpoint: codebooks and packed assignments in one safetensors file."""
 
     def work(console: Console) -> None:
-        recipe = _recipe(config, block_size, n_centroids, n_iter, include, exclude, seed, codebook_dtype)
+        recipe = _recipe(
+            config,
+            block_size=_number_or_auto("--block-size", block_size),
+            n_centroids=n_centroids,
+            n_iter=n_iter,
+            sample=_number_or_auto("--sample", sample),
+            codec=codec,
+            quality=quality,
+            target_bytes=_bytes("--target-size", target_size),
+            target_ratio=target_ratio,
+            target_bits=target_bits,
+            max_relative_mse=max_relative_mse,
+            min_sqnr=min_sqnr,
+            rate_weight=rate_weight,
+            objective=_number_or_word("--objective", objective),
+            effort=effort,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            seed=seed,
+            codebook_dtype=codebook_dtype,
+        )
         from pqcli import pipeline
 
         if dry_run:
             console.plan(pipeline.preview(src, output, recipe))
             return
-        preview = pipeline.preview(src, output, recipe)
-        weights = sum(entry.info.numel for entry in preview.plan.entries if entry.action != "alias")
+        weights = pipeline.weights_to_compress(src)
         with console.progress(weights, f"Compressing {src.name}") as progress:
             report = pipeline.compress(src, output, recipe, device=device, force=force, progress=progress.advance)
         console.summary(report)
@@ -152,6 +250,17 @@ def plan(
     block_size: BlockSize = None,
     n_centroids: NCentroids = None,
     n_iter: NIter = None,
+    sample: Sample = None,
+    codec: Codec = None,
+    quality: Quality = None,
+    target_size: TargetSize = None,
+    target_ratio: TargetRatio = None,
+    target_bits: TargetBits = None,
+    max_relative_mse: MaxRelativeMse = None,
+    min_sqnr: MinSqnr = None,
+    rate_weight: RateWeight = None,
+    objective: Objective = None,
+    effort: Effort = None,
     config: Config = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -162,7 +271,27 @@ def plan(
     """Show what compress would do to each tensor, why, and the size it would give; write nothing."""
 
     def work(console: Console) -> None:
-        recipe = _recipe(config, block_size, n_centroids, n_iter, include, exclude, seed, codebook_dtype)
+        recipe = _recipe(
+            config,
+            block_size=_number_or_auto("--block-size", block_size),
+            n_centroids=n_centroids,
+            n_iter=n_iter,
+            sample=_number_or_auto("--sample", sample),
+            codec=codec,
+            quality=quality,
+            target_bytes=_bytes("--target-size", target_size),
+            target_ratio=target_ratio,
+            target_bits=target_bits,
+            max_relative_mse=max_relative_mse,
+            min_sqnr=min_sqnr,
+            rate_weight=rate_weight,
+            objective=_number_or_word("--objective", objective),
+            effort=effort,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            seed=seed,
+            codebook_dtype=codebook_dtype,
+        )
         from pqcli import pipeline
 
         console.plan(pipeline.preview(src, None, recipe))
@@ -310,38 +439,47 @@ def presets(json: Json = False) -> None:
     _run(work, json=json)
 
 
-def _recipe(
-    config: str | None,
-    block_size: str | None,
-    n_centroids: int | None,
-    n_iter: int | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    seed: int | None,
-    codebook_dtype: CodebookDtype | None,
-) -> Recipe:
+def _recipe(config: str | None, **flags: object) -> Recipe:
+    """The recipe of `--config` (or the default), with the flags that were given as the last word."""
     from pqcli import recipe
 
     base = recipe.load(config) if config else recipe.Recipe()
-    return recipe.override(
-        base,
-        block_size=_block_size(block_size),
-        n_centroids=n_centroids,
-        n_iter=n_iter,
-        include=tuple(include) if include else None,
-        exclude=tuple(exclude) if exclude else None,
-        seed=seed,
-        codebook_dtype=codebook_dtype.value if codebook_dtype else None,
-    )
+    given = {name: value.value if isinstance(value, Enum) else value for name, value in flags.items()}
+    return recipe.override(base, **given)
 
 
-def _block_size(text: str | None) -> int | str | None:
-    if text is None or text == "auto":
+def _number_or_auto(flag: str, text: str | None) -> int | str | None:
+    if text is None or text in {"auto", "all"}:
         return text
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"--block-size {text!r}: give a whole number such as 8, or auto") from None
+        raise UsageError(f"{flag} {text!r}: give a whole number such as 8, or auto") from None
+
+
+def _number_or_word(flag: str, text: str | None) -> float | str | None:
+    if text is None or text in {"mse", "relative"}:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{flag} {text!r}: give mse, relative, or a number between 0 (mse) and 1 (relative)") from None
+
+
+def _bytes(flag: str, text: str | None) -> int | None:
+    """A size such as 6MB, 512kB, 1.5MiB or 53152 in bytes."""
+    if text is None:
+        return None
+    number = text.strip().rstrip("bBiIkKmMgG")
+    unit = text.strip()[len(number) :].strip().lower().removesuffix("b")
+    scales = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+    try:
+        size = int(float(number) * scales[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise UsageError(f"{flag} {text!r}: give a size such as 6MB, 512kB, 1.5MiB, or a number of bytes") from None
+    if size < 1:
+        raise UsageError(f"{flag} {text!r}: must be at least one byte")
+    return size
 
 
 def _size(path: Path) -> int:
@@ -361,7 +499,8 @@ def _run(work: Callable[[Console], None], *, json: bool = False, quiet: bool = F
             _exit(error.exit_code)
         except KeyboardInterrupt:
             console.error(OutputError("interrupted; nothing was written"))
-            _exit(EXIT_INTERRUPTED)
+            sys.stdout.flush()
+            os._exit(EXIT_INTERRUPTED)  # at once: the interpreter would wait for threads deep inside a kernel
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has left: nothing to tell, and nothing to flush
             _exit(0)

@@ -5,7 +5,7 @@ probabilities) and spend bits where they lower the error most. One number, the `
 the quantization step in weight units; times a tensor's own `scale` it is that tensor's step. A bit may cost
 `RATE_WEIGHT * step^2` of squared error, in either codec, so that both answer a level with about the same error.
 
-    coder = Coder.of("trellis", sources, read, scales)
+    coder = Coder.of("trellis", sources, read, Steps(scales, ceilings))
     coded = coder.encode(level)                     -> Coded: bytes, and which tensor takes how many
     decoder("trellis", coded, sources).matrix(key)  -> one matrix, bit for bit what the encoder meant
 
@@ -36,9 +36,9 @@ CODECS: Final = ("trellis", "ecpq")
 RATE_WEIGHT: Final = 0.3
 """What a bit may cost, in squared steps: close to the slope of the rate-distortion curve at all rates of interest."""
 FINEST_STATES: Final = 256
-COARSE_STATES: Final = 32
+COARSE_STATES: Final = 128
 FINE_BELOW: Final = 4_000_000
-"""Checkpoints with fewer weights than this afford the trellis with most states: 0.2 dB for five times the search."""
+"""Checkpoints with fewer weights than this afford the trellis with most states: 0.04 dB for twice the time."""
 DRAFT_STATES: Final = 8
 SKIPPED_TENSORS: Final = 16
 """A decoder passes over so many tensors before it starts anew behind them."""
@@ -58,22 +58,32 @@ class Coded:
         return len(self.shared) + sum(map(len, self.streams))
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The step of every tensor at a level: level * scale, but never above its ceiling, so that no tensor is lost."""
+
+    scales: Mapping[str, float]
+    ceilings: Mapping[str, float]
+
+    def at(self, level: float) -> dict[str, float]:
+        """Steps by key."""
+        return {key: min(level * scale, self.ceilings[key]) for key, scale in self.scales.items()}
+
+
 @dataclass
 class Coder(ABC):
     """Encodes the same tensors at one level after another, remembering what serves the next level too."""
 
     sources: Sequence[Source]
     read: Read
-    scales: Mapping[str, float]
+    steps: Steps
     effort: int | None = None
 
     @staticmethod
-    def of(
-        codec: str, sources: Sequence[Source], read: Read, scales: Mapping[str, float], effort: int | None = None
-    ) -> Coder:
+    def of(codec: str, sources: Sequence[Source], read: Read, steps: Steps, effort: int | None = None) -> Coder:
         """The coder of that name. `effort` is the number of trellis states, where there is a trellis."""
         kinds: dict[str, type[Coder]] = {"trellis": TrellisCoder, "ecpq": EcpqCoder}
-        return kinds[codec](sources, read, scales, effort)
+        return kinds[codec](sources, read, steps, effort)
 
     @abstractmethod
     def encode(self, level: float, *, draft: bool = False) -> Coded:
@@ -95,7 +105,7 @@ class TrellisCoder(Coder):
         """All tensors at this level; rotations are fitted for the first level asked for, and kept."""
         from pqcli.core import trellis
 
-        steps = {source.key: level * self.scales[source.key] for source in self.sources}
+        steps = self.steps.at(level)
         if self._rotations is None:
             self._rotations = trellis.fit_rotations(self.sources, self.read, steps)
         states = self.effort or (FINEST_STATES if self.n_weights < FINE_BELOW else COARSE_STATES)
@@ -109,7 +119,7 @@ class EcpqCoder(Coder):
     """Shared codebooks learned under a price for bits, and entropy-coded assignments (`pqcli.core.ecpq`)."""
 
     seed: int = 0
-    _samples: list[Sample] = field(default_factory=list)
+    _samples: dict[tuple[str, float], Sample] = field(default_factory=dict)
     _model: Model | None = None
 
     def encode(self, level: float, *, draft: bool = False) -> Coded:
@@ -120,17 +130,19 @@ class EcpqCoder(Coder):
 
         del draft  # encoding is quick enough
         price = RATE_WEIGHT * level**2
-        if not self._samples:
-            self._samples = [
-                ecpq.draw(torch.from_numpy(self.read(s.key)), scale=self.scales[s.key], seed=self._seed(s.key))
-                for s in self.sources
-            ]
-        self._model = ecpq.fit(self._samples, price, start=self._model)
+        scales = {key: step / level for key, step in self.steps.at(level).items()}
+
+        def matrix(key: str) -> torch.Tensor:
+            return torch.from_numpy(self.read(key))
+
+        self._samples = {
+            (key, scale): self._samples.get((key, scale)) or ecpq.draw(matrix(key), scale=scale, seed=self._seed(key))
+            for key, scale in scales.items()
+        }
+        self._model = model = ecpq.fit(self._samples.values(), price, start=self._model)
         streams = tuple(
-            ecpq.encode(
-                torch.from_numpy(self.read(s.key)), self._model, price, scale=self.scales[s.key], seed=self._seed(s.key)
-            ).payload
-            for s in self.sources
+            ecpq.encode(matrix(key), model, price, scale=scale, seed=self._seed(key)).payload
+            for key, scale in scales.items()
         )
         sizes = {source.key: len(stream) for source, stream in zip(self.sources, streams, strict=True)}
         return Coded(self._model.to_bytes(), streams, sizes)

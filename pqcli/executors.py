@@ -35,17 +35,17 @@ def ordered(
     """
     waiting: deque[tuple[Future[Result], int]] = deque()
     held = 0
-    with ThreadPoolExecutor(n_workers or os.cpu_count() or 1) as pool:
-        try:
-            for job in jobs:
-                size = n_bytes(job)
-                while waiting and held + size > in_flight_bytes:
-                    future, freed = waiting.popleft()
-                    yield future.result()
-                    held -= freed
-                waiting.append((pool.submit(run, job), size))
-                held += size
-            while waiting:
-                yield waiting.popleft()[0].result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(n_workers or os.cpu_count() or 1)
+    try:
+        for job in jobs:
+            size = n_bytes(job)
+            while waiting and held + size > in_flight_bytes:
+                future, freed = waiting.popleft()
+                yield future.result()
+                held -= freed
+            waiting.append((pool.submit(run, job), size))
+            held += size
+        while waiting:
+            yield waiting.popleft()[0].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for a long EM to end

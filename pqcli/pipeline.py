@@ -6,6 +6,7 @@ Progress goes to an optional hook `progress(weights, name)`, called as tensors g
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 
 from pqcli import checkpoint as checkpoints
+from pqcli import coding, executors
 from pqcli import container as containers
-from pqcli import executors
 from pqcli import plan as plans
 from pqcli import recipe as recipes
 from pqcli.atomic import atomic_writer, check_target
@@ -32,6 +33,8 @@ from pqcli.tensorinfo import TensorInfo
 
 Progress = Callable[[int, str], None]
 Jsonable = Any
+
+NOT_FINITE = "holds NaN, infinite or out of float32 range values: kept bit-exact"
 
 
 @dataclass(frozen=True)
@@ -141,35 +144,94 @@ def _compress(
     progress: Progress | None,
 ) -> Report:
     started = time.perf_counter()
-    seen = _preview(checkpoint, output, recipe)
-    _check_output(seen.output, force, checkpoint.path)
-    details: dict[str, _Encoded] = {}
-
-    def run(entry: PlanEntry) -> _Encoded:
-        return _encode(checkpoint, entry, recipe, device)
-
-    with Writer(seen.output, force) as writer:
-        for done in executors.ordered(seen.plan.entries, run, lambda entry: 2 * entry.info.n_bytes):
-            _write(writer, done)
-            details[done.record.name] = replace(done, kept=None, tensor=None)
-            if progress:
-                progress(done.record.info.numel if done.record.action != "alias" else 0, done.record.name)
-        size = writer.finish(_source(checkpoint), recipes.to_json(recipe))
-    tensors = tuple(
-        _tensor_report(done.record, containers.StoredError.of(done.error) if done.error else None, done.used)
-        for done in details.values()
-    )
+    target = Path(output) if output else default_output(checkpoint.path)
+    plan = plans.make(recipe, checkpoint.tensors)
+    _check_output(target, force, checkpoint.path)
+    compress_all = _compress_each if recipe.whole_codec is None else _compress_whole
+    with Writer(target, force, compact=recipe.whole_codec is not None) as writer:
+        tensors, size = compress_all(checkpoint, plan, recipe, device, writer, progress or _no_progress)
     return Report(
         source=str(checkpoint.path),
-        output=str(seen.output),
+        output=str(target),
         original_bytes=checkpoint.n_bytes,
         compressed_bytes=size,
         seconds=time.perf_counter() - started,
         tensors=tensors,
-        dropped=seen.dropped,
+        dropped=_dropped(checkpoint),
         recipe=recipes.to_json(recipe),
-        paper_bytes=_paper_bytes([done.record for done in details.values()]),
+        paper_bytes=_paper_bytes(writer.records([info.name for info in checkpoint.tensors])),
     )
+
+
+def _compress_each(
+    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, device: torch.device, writer: Writer, progress: Progress
+) -> tuple[tuple[TensorReport, ...], int]:
+    """Every tensor by itself, with plain PQ."""
+
+    def run(entry: PlanEntry) -> _Encoded:
+        return _encode(checkpoint, entry, recipe, device)
+
+    reports = []
+    for done in executors.ordered(plan.entries, run, lambda entry: 2 * entry.info.n_bytes):
+        _write(writer, done)
+        error = containers.StoredError.of(done.error) if done.error else None
+        reports.append(_tensor_report(done.record, error, done.used))
+        progress(done.record.info.numel if done.record.alias_of is None else 0, done.record.name)
+    order = [entry.info.name for entry in plan.entries]
+    return tuple(reports), writer.finish(order, _source(checkpoint), recipes.to_json(recipe))
+
+
+def _compress_whole(
+    checkpoint: Checkpoint, plan: Plan, recipe: Recipe, device: torch.device, writer: Writer, progress: Progress
+) -> tuple[tuple[TensorReport, ...], int]:
+    """All tensors together, with the codec that the recipe names."""
+    del device  # these codecs run on the CPU
+    order = [entry.info.name for entry in plan.entries]
+    survey, frame = _survey(checkpoint, plan, recipe, writer)
+    codec = recipe.whole_codec or ""
+    if not survey.records:
+        size = writer.finish(order, frame.source, frame.recipe)
+        return tuple(_tensor_report(record, None, None) for record in writer.records(order)), size
+    outcome = coding.encode(codec, survey, checkpoint.read, recipe, frame, checkpoint.n_bytes)
+    errors = {}
+    for record, error, digest in coding.measure(codec, outcome, checkpoint.read):
+        writer.add_coded(record, digest, error)
+        errors[record.name] = containers.StoredError.of(error)
+        progress(record.info.numel, record.name)
+    size = writer.finish(order, frame.source, frame.recipe, codec, outcome.coded)
+    return tuple(_tensor_report(record, errors.get(record.name), None) for record in writer.records(order)), size
+
+
+def _survey(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, writer: Writer) -> tuple[coding.Survey, coding.Frame]:
+    """Read every tensor once: write what is kept, and find out about the rest."""
+    records, rms = [], {}
+    for entry in plan.entries:
+        record = _record(entry)
+        if record.alias_of is not None:
+            writer.add_alias(record)
+            continue
+        weight = checkpoint.read(record.name)
+        if record.quantized and not pq.is_finite(weight):
+            record = _kept_record(record, NOT_FINITE)
+        if record.quantized:
+            records.append(record)
+            rms[record.name] = math.sqrt(metrics.compare(weight, weight).energy / weight.numel())
+        else:
+            writer.add_kept(record, weight)
+    order = [entry.info.name for entry in plan.entries]
+    coded = {record.name: record for record in records}
+    written = {record.name: record for record in writer.records(order)}
+    everything = [coded.get(name) or written[name] for name in order]
+    frame = coding.Frame(_source(checkpoint), recipes.to_json(recipe), everything, len(writer.bundle(order)))
+    return coding.Survey(tuple(records), rms), frame
+
+
+def _no_progress(_weights: int, _name: str) -> None:
+    pass
+
+
+def _dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return tuple(f"{item.path} ({item.reason})" for item in checkpoint.dropped)
 
 
 def _preview(checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe) -> Preview:
@@ -182,7 +244,7 @@ def _preview(checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe) 
         original_bytes=checkpoint.n_bytes,
         predicted_bytes=containers.predict(manifest),
         plan=plan,
-        dropped=tuple(f"{item.path} ({item.reason})" for item in checkpoint.dropped),
+        dropped=_dropped(checkpoint),
     )
 
 
@@ -201,11 +263,14 @@ def _record(entry: PlanEntry) -> Record:
         name=info.name, shape=info.shape, dtype=info.dtype, action=entry.action, reason=entry.reason, kind=entry.kind,
         role=info.role, alias_of=info.alias_of,
     )  # fmt: skip
-    if scheme is None:
+    if not record.quantized:
         return record
+    rows = None if entry.rows == info.shape[0] else entry.rows
+    if scheme is None:
+        return replace(record, rows=rows, kernel=coding.kernel_of(info.shape, entry.rows))
     return replace(
         record,
-        rows=None if entry.rows == info.shape[0] else entry.rows,
+        rows=rows,
         block_size=scheme.block_size,
         n_centroids=scheme.n_centroids,
         codebook_dtype=scheme.codebook_dtype,
@@ -227,7 +292,7 @@ def _encode(checkpoint: Checkpoint, entry: PlanEntry, recipe: Recipe, device: to
     if entry.scheme is None:
         return _Encoded(record, kept=weight)
     if not pq.is_finite(weight):
-        return _kept(record, weight, "holds NaN, infinite or out of float32 range values: kept bit-exact")
+        return _kept(record, weight, NOT_FINITE)
     scheme = entry.scheme
     options = em.Options(
         n_centroids=scheme.n_centroids,
@@ -235,7 +300,7 @@ def _encode(checkpoint: Checkpoint, entry: PlanEntry, recipe: Recipe, device: to
         eps=recipe.eps,
         max_tentatives=recipe.max_tentatives,
         seed=tensor_seed(recipe.seed, record.name),
-        sample=None,
+        sample=scheme.sample,
     )
     dtype = getattr(torch, scheme.codebook_dtype)
     try:
@@ -260,8 +325,11 @@ def _encode(checkpoint: Checkpoint, entry: PlanEntry, recipe: Recipe, device: to
 
 
 def _kept(record: Record, weight: torch.Tensor, reason: str) -> _Encoded:
-    kept = Record(record.name, record.shape, record.dtype, "keep", reason, record.kind, record.role)
-    return _Encoded(kept, kept=weight)
+    return _Encoded(_kept_record(record, reason), kept=weight)
+
+
+def _kept_record(record: Record, reason: str) -> Record:
+    return Record(record.name, record.shape, record.dtype, "keep", reason, record.kind, record.role)
 
 
 def _use(tensor: pq.PQTensor) -> tuple[int, float]:
@@ -481,6 +549,8 @@ def _tensor_report(
     payload = record.payload_bytes
     schemes = {
         "pq": f"PQ {record.block_size}x{record.n_centroids}",
+        "ecpq": "PQ, coded",
+        "trellis": "trellis",
         "keep": "kept",
         "alias": f"alias of {record.alias_of}",
     }
@@ -488,7 +558,7 @@ def _tensor_report(
         name=record.name,
         shape=record.shape,
         dtype=record.dtype,
-        action=record.action,
+        action="pq" if record.action == "ecpq" else record.action,
         reason=record.reason,
         scheme=schemes[record.action],
         block_size=record.block_size,
@@ -546,6 +616,12 @@ def write_text(path: Path, text: str, *, force: bool = False) -> None:
     """Write a text file whole or not at all."""
     with atomic_writer(path, force=force) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def weights_to_compress(source: str | Path) -> int:
+    """Weights that compressing `source` has to read: the unit of work of `compress`."""
+    with checkpoints.open(source) as checkpoint:
+        return sum(info.numel for info in checkpoint.tensors if info.alias_of is None)
 
 
 def n_weights(file: str | Path) -> int:

@@ -18,7 +18,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pqcli.errors import RecipeError
@@ -27,6 +27,11 @@ from pqcli.recipe import Recipe, Rule, matches
 from pqcli.tensorinfo import TensorInfo
 
 QUANTIZABLE_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+Action = Literal["pq", "trellis", "ecpq", "keep", "alias"]
+LEAST_CODED = 64
+"""Tensors of fewer weights gain nothing from a codec for whole checkpoints."""
+SAMPLED_PER_CENTROID = 1024
+"""Blocks per centroid in an automatic sample: the relative MSE is within 0.3 % of training on all blocks."""
 BOOKKEEPING_BYTES = 200
 """About what a quantized tensor costs beside its payload: headers and its record in the manifest."""
 
@@ -37,12 +42,16 @@ _UNCOUNTED_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one tensor is quantized; `codebook_dtype` is torch's name ("float16", "float32")."""
+    """How one tensor is quantized; `codebook_dtype` is torch's name ("float16", "float32").
+
+    `sample` is the number of blocks that EM trains on, None for all of them.
+    """
 
     block_size: int
     n_centroids: int
     n_iter: int
     codebook_dtype: str
+    sample: int | None = None
 
     def payload_bytes(self, n_vectors: int) -> int:
         """Bytes of the codebook plus the bit-packed assignments of `n_vectors` vectors."""
@@ -56,7 +65,7 @@ class PlanEntry:
 
     info: TensorInfo
     kind: str
-    action: Literal["pq", "keep", "alias"]
+    action: Action
     reason: str
     scheme: Scheme | None
     rows: int
@@ -142,7 +151,7 @@ def _entry(info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: _Numbe
     kind = kind_of(info)
     rows, columns = rows_and_columns(info)
 
-    def entry(action: Literal["pq", "keep", "alias"], reason: str, scheme: Scheme | None, n_bytes: int) -> PlanEntry:
+    def entry(action: Action, reason: str, scheme: Scheme | None, n_bytes: int) -> PlanEntry:
         return PlanEntry(info, kind, action, reason, scheme, rows, columns, n_bytes)
 
     if info.alias_of is not None:
@@ -154,6 +163,10 @@ def _entry(info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: _Numbe
         unfit = f"rule {number} of {recipe.name}: keep{because}"
     if unfit is not None:
         return entry("keep", unfit, None, info.n_bytes)
+    if recipe.whole_codec is not None:
+        if info.numel < LEAST_CODED:
+            return entry("keep", f"only {info.numel} weights: kept exactly", None, info.n_bytes)
+        return entry(recipe.whole_codec, kind, None, info.n_bytes)
     scheme, notes = _scheme(info, recipe, rule)
     n_vectors = rows * -(-columns // scheme.block_size)
     predicted_bytes = scheme.payload_bytes(n_vectors)
@@ -220,14 +233,19 @@ def _scheme(info: TensorInfo, recipe: Recipe, rule: Rule | None) -> tuple[Scheme
         _CODEBOOK_DTYPES[rule.codebook_dtype or recipe.codebook_dtype],
     )
     n_vectors = rows * -(-columns // block_size)
-    return _clamped(scheme, n_vectors, info.n_bytes, recipe.clamp, notes), notes
+    scheme = _clamped(scheme, n_vectors, info.n_bytes, recipe.clamp, notes)
+    wanted = recipe.sample if recipe.sample != "auto" else SAMPLED_PER_CENTROID * scheme.n_centroids
+    if wanted != "all" and wanted < n_vectors:
+        notes.append(f"EM trained on {wanted:,} of {n_vectors:,} blocks")
+        scheme = replace(scheme, sample=max(wanted, scheme.n_centroids))
+    return scheme, notes
 
 
 def _clamped(scheme: Scheme, n_vectors: int, dense_bytes: int, clamp: str, notes: list[str]) -> Scheme:
     """The scheme with `n_centroids` fitted to the tensor; adds the reason to `notes`."""
 
     def with_centroids(n_centroids: int) -> Scheme:
-        return Scheme(scheme.block_size, n_centroids, scheme.n_iter, scheme.codebook_dtype)
+        return replace(scheme, n_centroids=n_centroids)
 
     limits: list[tuple[int, str]] = []
     if clamp == "quarter":

@@ -30,6 +30,10 @@ from pqcli import fairseq, strictyaml
 from pqcli.errors import RecipeError, UsageError
 from pqcli.kinds import KINDS, is_kind
 
+SPENDING = ("rate_weight", "quality", "target_bytes", "target_ratio", "target_bits", "max_relative_mse", "min_sqnr")
+"""Settings that say how much to spend; a recipe has at most one of them."""
+QUALITIES = ("tiny", "small", "balanced", "high", "near-lossless")
+EFFORTS = (4, 8, 16, 32, 64, 128, 256)
 MAX_CENTROIDS = 65_536
 """Assignments are at most 16 bits wide."""
 
@@ -72,7 +76,11 @@ class Recipe:
 
     `clamp` bounds `n_centroids` by a tensor's size: "dense" keeps codebook plus assignments below the dense tensor,
     "quarter" moreover takes at most the largest power of two strictly below a quarter of the number of vectors, as the
-    kill-the-bits papers do. `sample` is the number of vectors EM trains on; `eps` is relative to the data.
+    kill-the-bits papers do. At most one of `rate_weight`, `quality`, the three targets and the two bounds sets how much
+    to spend (`spending`); without one, and with codec "pq", every tensor is quantized by itself as `block_size` and
+    `n_centroids` say. `objective` 0 gives all weights one absolute error, 1 gives all tensors one relative error;
+    `effort` is the number of states of the trellis. `sample` is the number of vectors EM trains on; `eps` is
+    relative to the data.
     `include` and `exclude` choose tensors; with no `include` every tensor fit for it is quantized.
     """
 
@@ -82,7 +90,17 @@ class Recipe:
     seed: int = 0
     codebook_dtype: Literal["fp16", "fp32"] = "fp16"
     clamp: Literal["dense", "quarter"] = "dense"
-    sample: int | Literal["auto", "all"] = "all"
+    codec: Literal["pq", "trellis", "auto"] = "pq"
+    objective: float = 0.5
+    effort: int | None = None
+    rate_weight: float | None = None
+    quality: str | None = None
+    target_bytes: int | None = None
+    target_ratio: float | None = None
+    target_bits: float | None = None
+    max_relative_mse: float | None = None
+    min_sqnr: float | None = None
+    sample: int | Literal["auto", "all"] = "auto"
     eps: float = 1e-6
     max_tentatives: int = 30
     include: tuple[str, ...] = ()
@@ -93,6 +111,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_fields(self, _RECIPE_CHECKS)
+        if len(self.spending) > 1:
+            raise RecipeError(f"{' and '.join(self.spending)} exclude each other; give one")
+
+    @property
+    def whole_codec(self) -> Literal["trellis", "ecpq"] | None:
+        """The codec that takes all tensors together; None for plain PQ, which takes each by itself."""
+        if self.codec == "pq":
+            return "ecpq" if self.spending else None
+        return "trellis"
+
+    @property
+    def spending(self) -> tuple[str, ...]:
+        """Names of the settings given that say how much to spend."""
+        return tuple(name for name in SPENDING if getattr(self, name) is not None)
 
 
 def load(source: str) -> Recipe:
@@ -293,6 +325,20 @@ def _positive(value: object) -> object:
     return float(value)
 
 
+def _objective(value: object) -> object:
+    named = {"mse": 0.0, "relative": 1.0}
+    found = named.get(value, value) if isinstance(value, str) else value
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1:
+        raise RecipeError(f"must be 'mse', 'relative', or a number from 0 (mse) to 1 (relative); got {_show(value)}")
+    return float(found)
+
+
+def _states(value: object) -> object:
+    if isinstance(value, bool) or value not in EFFORTS:
+        raise RecipeError(f"must be one of {', '.join(map(str, EFFORTS))} trellis states; got {_show(value)}")
+    return value
+
+
 def _choice(*options: str) -> _Check:
     def check(value: object) -> object:
         if not isinstance(value, str) or value not in options:
@@ -385,6 +431,16 @@ _RULE_CHECKS: dict[str, _Check] = {
 _RECIPE_CHECKS: dict[str, _Check] = {
     **_SETTING_CHECKS,
     "seed": _whole(0, 2**63 - 1),
+    "codec": _choice("pq", "trellis", "auto"),
+    "objective": _objective,
+    "effort": _states,
+    "rate_weight": _positive,
+    "quality": _choice(*QUALITIES),
+    "target_bytes": _whole(1),
+    "target_ratio": _positive,
+    "target_bits": _positive,
+    "max_relative_mse": _positive,
+    "min_sqnr": _positive,
     "clamp": _choice("dense", "quarter"),
     "sample": _whole(1, None, "auto", "all"),
     "eps": _positive,

@@ -2,8 +2,8 @@
 
 A container is a plain safetensors file. With plain PQ it holds, per tensor, a codebook and packed assignments
 (`pq/NAME/codebook`, `pq/NAME/assignments`), or the tensor itself (`keep/NAME`; small ones lie end to end in
-`pqcli.kept`). A codec that takes the whole checkpoint puts all its bytes into `pqcli.coded`. Three more entries say what
-it all means:
+`pqcli.kept`). A codec that takes the whole checkpoint puts all its bytes into `pqcli.coded`. Three more entries say
+what it all means:
 
     pqcli.manifest   zlib-compressed JSON: the source's structure, the recipe, and a `Record` per tensor
     pqcli.hashes     some bytes per record: BLAKE2b of the decoded tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +36,16 @@ from pqcli.tensorinfo import ITEM_BYTES
 _COPY_BYTES = 1 << 24
 
 
+@dataclass(frozen=True)
+class _Item:
+    """A tensor that was added; `bundled` are its bytes where they go to `pqcli.kept`."""
+
+    record: Record
+    digest: bytes
+    error: StoredError | None = None
+    bundled: NDArray[np.uint8] | None = None
+
+
 @dataclass
 class Writer:
     """Takes encoded tensors one by one, and makes the file of them at the end. Use as a context manager.
@@ -48,10 +58,7 @@ class Writer:
     target: Path
     force: bool = False
     compact: bool = False
-    records: list[Record] = field(default_factory=list)
-    _hashes: list[bytes] = field(default_factory=list)
-    _errors: list[StoredError] = field(default_factory=list)
-    _kept: list[NDArray[np.uint8]] = field(default_factory=list)
+    _items: dict[str, _Item] = field(default_factory=dict)
     _spooled: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,37 +86,61 @@ class Writer:
 
     def add_kept(self, record: Record, tensor: torch.Tensor) -> None:
         """A tensor bit for bit."""
-        data, decoded_hash = tensor_bytes(tensor), tensor_hash(tensor)
+        data, digest = tensor_bytes(tensor), tensor_hash(tensor)
         if is_bundled(record):
-            self._kept.append(data.copy())
-        elif self.compact:
+            self._items[record.name] = _Item(record, digest, bundled=data.copy())
+            return
+        if self.compact:
             coded = lossless.compress([as_words(data, record.dtype)])
             record = replace(record, coded_bytes=len(coded))
             self._put(f"keep/{record.name}", coded)
         else:
             self._put(f"keep/{record.name}", data)
-        self._note(record, decoded_hash)
+        self._note(record, digest)
 
     def add_alias(self, record: Record) -> None:
         """Another name of a tensor that is there already."""
         self._note(record, bytes(HASH_BYTES))
 
+    def records(self, order: Sequence[str]) -> list[Record]:
+        """The records of the tensors added so far, in this order of names."""
+        return [self._items[name].record for name in order if name in self._items]
+
+    def bundle(self, order: Sequence[str]) -> bytes:
+        """What `pqcli.kept` will hold, with the tensors in this order."""
+        bundled = [item for name in order if (item := self._items.get(name)) and item.bundled is not None]
+        if not self.compact:
+            return b"".join(item.bundled.tobytes() for item in bundled if item.bundled is not None)
+        return lossless.compress(
+            [as_words(item.bundled, item.record.dtype) for item in bundled if item.bundled is not None]
+        )
+
     def finish(
-        self, source: dict[str, Any], recipe: dict[str, Any], codec: str | None = None, coded: Coded | None = None
+        self,
+        order: Sequence[str],
+        source: dict[str, Any],
+        recipe: dict[str, Any],
+        codec: str | None = None,
+        coded: Coded | None = None,
     ) -> int:
-        """Write the file; returns its size in bytes. Raises OutputError where it cannot be written."""
+        """Write the file with its tensors in this order; returns its size in bytes.
+
+        Raises OutputError where it cannot be written.
+        """
+        items = [self._items[name] for name in order]
         about: dict[str, Any] = {}
         if coded is not None:
             about = {"codec": codec, "shared": len(coded.shared), "streams": [len(stream) for stream in coded.streams]}
             self._put_all(CODED, [coded.shared, *coded.streams])
         features = [KEPT_CODED] if self.compact else []
-        manifest = make_manifest(source, recipe, self.records, about, features)
+        manifest = make_manifest(source, recipe, [item.record for item in items], about, features)
         hash_bytes = SHORT_HASH_BYTES if self.compact else HASH_BYTES
-        self._put_all(KEPT, [self._bundle()])
-        self._put_all(HASHES, [digest[:hash_bytes] for digest in self._hashes])
-        rows = [[e.rms, e.relative_mse, e.cosine, e.max_abs_error] for e in self._errors]
+        self._put(KEPT, self.bundle(order))
+        self._put_all(HASHES, [item.digest[:hash_bytes] for item in items])
+        errors = [item.error for item in items if item.error is not None]
         with np.errstate(over="ignore"):
-            self._put(ERRORS, np.array(rows, "<f4").tobytes())
+            rows = np.array([[e.rms, e.relative_mse, e.cosine, e.max_abs_error] for e in errors], "<f4")
+        self._put(ERRORS, rows.tobytes())
         self._put(MANIFEST, manifest_bytes(manifest))
         shared = shared_entries(manifest, self._spooled[KEPT][1], hash_bytes)
         head, ordered = header(tensor_entries(manifest) + shared, manifest.features)
@@ -123,19 +154,8 @@ class Writer:
                 _copy(self._spool, out, length)
         return len(head) + sum(entry.n_bytes for entry in ordered)
 
-    def _bundle(self) -> bytes:
-        if not self.compact:
-            return b"".join(data.tobytes() for data in self._kept)
-        bundled = (record for record in self.records if is_bundled(record))
-        return lossless.compress(
-            [as_words(data, record.dtype) for data, record in zip(self._kept, bundled, strict=True)]
-        )
-
-    def _note(self, record: Record, decoded_hash: bytes, error: metrics.Error | None = None) -> None:
-        self.records.append(record)
-        self._hashes.append(decoded_hash)
-        if error is not None:
-            self._errors.append(StoredError.of(error))
+    def _note(self, record: Record, digest: bytes, error: metrics.Error | None = None) -> None:
+        self._items[record.name] = _Item(record, digest, StoredError.of(error) if error else None)
 
     def _put(self, key: str, data: bytes | NDArray[np.uint8]) -> None:
         self._put_all(key, [data])

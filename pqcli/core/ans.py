@@ -1,14 +1,14 @@
 """Entropy coding of assignments: symbols <-> bytes with asymmetric numeral systems (rANS; Duda 2013) and static tables.
 
 A table gives every symbol an integer frequency; the frequencies of a table sum to `TOTAL`, and a symbol of frequency f
-costs log2(TOTAL / f) bits. Several tables serve one sequence: symbol i is coded with table `classes[i]`, which both sides
-know. `frequencies` makes tables from small integer levels with integer arithmetic alone, so that every machine makes the
-same ones.
+costs log2(TOTAL / f) bits. Several tables serve one sequence: symbol i is coded with table `classes[i]`, which both
+sides know. `frequencies` makes tables from small integer levels with integer arithmetic alone, so that every machine
+makes the same ones.
 
 The coder's state x stays in [2^30, 2^62). Coding symbol s of frequency f and cumulative frequency F turns x into
-`(x // f) * TOTAL + F + x % f`; before that, while x >= f * 2^47, the low 32 bits of x go out as one word. Decoding undoes
-both steps in the opposite order. The encoder starts with x = 2^30 at the *last* symbol, so the decoder, which starts at
-the first, must end with x = 2^30 and no word left: damage shows.
+`(x // f) * TOTAL + F + x % f`; before that, while x >= f * 2^47, the low 32 bits of x go out as one word. Decoding
+undoes both steps in the opposite order. The encoder starts with x = 2^30 at the *last* symbol, so the decoder, which
+starts at the first, must end with x = 2^30 and no word left: damage shows.
 
 Shapes: symbols (n,) uint16, classes (n,) uint8, levels and frequencies (n_classes, n_symbols).
 """
@@ -30,7 +30,13 @@ MAX_SYMBOLS = 4096
 STATE_BYTES = 8
 
 # round(2 ** (30 - i / OCTAVE)), spelt out: a power function may differ in its last digit from machine to machine.
-_WEIGHTS = np.array([1073741824, 1028218693, 984625594, 942880699, 902905651, 864625413, 827968132, 792865000, 759250125, 727060411, 696235434, 666717336, 638450708, 611382493, 585461881, 560640218], np.int64)  # fmt: skip
+_WEIGHTS = np.array(
+    [
+        1073741824, 1028218693, 984625594, 942880699, 902905651, 864625413, 827968132, 792865000,
+        759250125, 727060411, 696235434, 666717336, 638450708, 611382493, 585461881, 560640218,
+    ],
+    np.int64,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,15 @@ class Tables:
     def bits(self) -> NDArray[np.float64]:
         """(n_classes, n_symbols): what a symbol costs in bits; infinite where it is absent."""
         with np.errstate(divide="ignore"):
-            return PRECISION - np.log2(self.frequencies.astype(np.float64))
+            return np.asarray(PRECISION - np.log2(self.frequencies.astype(np.float64)))
 
 
 def frequencies(levels: NDArray[np.integer], essential: int = 0) -> NDArray[np.int32]:
     """Frequencies (n_classes, n_symbols) proportional to `2 ** (level / OCTAVE)`, each row summing to `TOTAL`.
 
-    A symbol whose share rounds to nothing is absent; symbol `essential` never is. What rounding leaves over, or takes too
-    much, the most frequent symbol (the first of equals) absorbs. Integer arithmetic only: the same on every machine.
+    A symbol whose share rounds to nothing is absent; symbol `essential` never is. What rounding leaves over, or takes
+    too much, the most frequent symbol (the first of equals) absorbs. Integer arithmetic only: the same on every
+    machine.
     """
     levels = levels.astype(np.int64)
     below = levels.max(axis=1, keepdims=True) - levels
@@ -79,7 +86,7 @@ def frequencies(levels: NDArray[np.integer], essential: int = 0) -> NDArray[np.i
         while (excess := int(row.sum()) - TOTAL) != 0:
             top = int(row.argmax())
             row[top] -= min(excess, int(row[top]) // 2)
-    return rounded.astype(np.int32)
+    return np.asarray(rounded, np.int32)
 
 
 def encode(symbols: NDArray[np.uint16], classes: NDArray[np.uint8], tables: Tables) -> bytes:
@@ -97,7 +104,10 @@ def encode(symbols: NDArray[np.uint16], classes: NDArray[np.uint8], tables: Tabl
 
 
 def decode(data: bytes | memoryview, classes: NDArray[np.uint8], tables: Tables) -> NDArray[np.uint16]:
-    """The symbols that `data` holds, one per entry of `classes`. Raises ValueError if `data` is not what `encode` gives."""
+    """The symbols that `data` holds, one per entry of `classes`.
+
+    Raises ValueError if `data` is not what `encode` gives.
+    """
     from pqcli.core import ans_kernels
 
     if len(data) < STATE_BYTES or len(data) % 4:

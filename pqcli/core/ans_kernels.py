@@ -35,7 +35,7 @@ def encode(
             x >>= 32
         q = x // f
         x = (q << 15) + cumulative[classes[i], symbols[i]] + (x - q * f)
-    return x, n_words
+    return int(x), n_words
 
 
 @kernel

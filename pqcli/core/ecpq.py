@@ -1,9 +1,9 @@
 """Entropy-constrained PQ: one error level for all tensors, shared codebooks, entropy-coded assignments.
 
-    samples = [draw(matrix, seed=...) for each tensor]      a few percent of the weights, and every row's and column's scale
-    model   = fit(samples, lam)                             codebooks and tables that all tensors share
-    encoded = encode(matrix, model, lam)                    payload, and the matrix that it decodes to
-    matrix  = decode(payload, model, rows, columns)
+    samples = [draw(matrix, seed=...) for each tensor]      a few percent of the weights, and every row's and column's
+    scale model   = fit(samples, lam)                             codebooks and tables that all tensors share encoded =
+    encode(matrix, model, lam)                    payload, and the matrix that it decodes to matrix  = decode(payload,
+    model, rows, columns)
 
 `lam` is the price of a bit in squared weight units: a larger one gives a smaller file and a larger error. Both change
 smoothly with it; `estimate` predicts them from the samples alone. With `scale`, a tensor is divided by a number of the
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from pqcli.core import ans, bitfields
 from pqcli.core.ecpq_fit import Vectors, fit_book
 from pqcli.core.ecpq_model import BLOCK_SIZES, ESCAPE_STEP, GRID_PER_RATE, Book, Model, is_grid
-from pqcli.core.ecpq_search import CHUNK, Moments, Scales, choose, moments, scales
+from pqcli.core.ecpq_search import CHUNK, Moments, Scales, choose, in_grid_units, moments, scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,9 +41,14 @@ __all__ = ["Encoded", "Estimate", "Model", "Sample", "decode", "draw", "encode",
 
 PIECE = 8
 """Values in a row that a sample takes together: a multiple of every block size."""
-FRACTION = 0.05
-LEAST = 1 << 15
-"""A sample is this fraction of a tensor, and at least so many weights."""
+FRACTION = 0.1
+LEAST = 1 << 17
+MOST = 1 << 20
+"""A sample is this fraction of a tensor, but no fewer and no more weights than these."""
+WARM = 1
+"""Iterations of EM from a known model."""
+NEAR = 1.2
+"""Grids within this factor (a quarter of a bit per weight) go with the same block sizes."""
 CHOOSE_FROM = 1 << 16
 """Weights of the sample that decide a tensor's block size."""
 STREAM_SYMBOLS = 1 << 20
@@ -85,16 +90,22 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What encoding would cost: bits of all payloads, and the squared error (of scaled weights, where there is a scale)."""
+    """What encoding would cost: bits of all payloads, and the squared error (of the scaled weights)."""
 
     bits: float
     squared_error: float
 
 
 def draw(
-    matrix: Tensor, *, scale: float = 1.0, seed: int = 0, fraction: float = FRACTION, least: int = LEAST
+    matrix: Tensor,
+    *,
+    scale: float = 1.0,
+    seed: int = 0,
+    fraction: float = FRACTION,
+    least: int = LEAST,
+    most: int = MOST,
 ) -> Sample:
-    """A random sample of `matrix`: `fraction` of it, `least` weights at least; all of a small one.
+    """A random sample of `matrix`: `fraction` of it, at least `least` and at most `most` weights.
 
     Raises ValueError if `matrix` holds NaN or infinity.
     """
@@ -103,7 +114,7 @@ def draw(
     width = min(PIECE, n_columns)
     per_row = n_columns // width if width else 0
     n_pieces = n_rows * per_row
-    wanted = math.ceil(max(least, fraction * weights.size) / max(width, 1))
+    wanted = math.ceil(min(max(least, fraction * weights.size), most) / max(width, 1))
     if wanted >= n_pieces:
         at = np.arange(n_pieces)
     else:
@@ -113,24 +124,28 @@ def draw(
     return Sample(np.ascontiguousarray(pieces), rows, columns, (n_rows, n_columns), moments(weights))
 
 
-def fit(samples: Iterable[Sample], lam: float, seed: int = 0, start: Model | None = None) -> Model:
-    """The model that serves the sampled tensors best at `lam`; `start` is a model for a nearby `lam`, to save time.
+def fit(samples: Iterable[Sample], lam: float, start: Model | None = None) -> Model:
+    """The model that serves the sampled tensors best at `lam`.
+
+    `start` is a model for another `lam`, to save time: where that is near, only its block sizes are looked at.
+    Nothing in it is left to chance but the samples: EM starts from a lattice.
 
     Raises ValueError if `lam` is not positive or beyond what float32 can count in.
     """
-    del seed  # the start is a lattice: nothing is left to chance
     samples = [sample for sample in samples if sample.pieces.size]
     grid = float(np.float32(math.sqrt(lam) / GRID_PER_RATE)) if lam > 0 else 0.0
     if not is_grid(grid):
         raise ValueError(f"a rate weight of {lam}; it must be positive, and its root within 1e-29 .. 1e31")
     books = []
-    for d in BLOCK_SIZES:
+    near = start is not None and 1 / NEAR <= grid / start.grid <= NEAR
+    for d in start.block_sizes if start is not None and near else BLOCK_SIZES:
         parts = [_vectors(sample, d, grid) for sample in samples if sample.pieces.shape[1] >= d]
         if not parts:
             continue
-        known = start is not None and d in start.block_sizes
-        codebook = start.book(d).magnitudes.astype(np.float32) if start is not None and known else None
-        book = fit_book(_joined(parts), codebook)
+        if start is not None and d in start.block_sizes:
+            book = fit_book(_joined(parts), start.book(d), WARM)
+        else:
+            book = fit_book(_joined(parts))
         if book is not None:
             books.append(book)
     if not books:
@@ -141,7 +156,7 @@ def fit(samples: Iterable[Sample], lam: float, seed: int = 0, start: Model | Non
 
 
 def estimate(samples: Iterable[Sample], model: Model, lam: float) -> Estimate:
-    """Bits and squared error of all sampled tensors under `model`, from the samples. The model's own bytes come on top."""
+    """Bits and squared error of all sampled tensors, from the samples. The model's own bytes come on top."""
     bits = error = 0.0
     for sample in samples:
         plan = _plan(sample, model, lam)
@@ -163,7 +178,7 @@ def encode(matrix: Tensor, model: Model, lam: float, *, scale: float = 1.0, seed
     head = _head(plan, scale)
     rate_weight = lam / model.grid**2
     streams: list[bytes] = []
-    for part in _parts(*weights.shape, plan.block_size, model):
+    for part in _parts(weights.shape[0], weights.shape[1], plan.block_size, model):
         classes = part.classes(plan.scales)
         symbols = _symbols(weights, part, classes, model.grid, rate_weight)
         streams += _mapped(_StreamWriter(weights, part, classes, symbols, model.grid), part.streams)
@@ -238,7 +253,7 @@ def _vectors(sample: Sample, block_size: int, grid: float, of: Scales | None = N
     """The sample as vectors in grid units, with their scales."""
     of = of or scales(sample.moments, block_size, grid)
     n_blocks = sample.pieces.shape[1] // block_size
-    pieces = np.abs(sample.pieces[:, : n_blocks * block_size]) * np.float32(1 / grid)
+    pieces = in_grid_units(sample.pieces[:, : n_blocks * block_size], grid)
     at = sample.columns[:, None] // block_size + np.arange(n_blocks)
     scale = of.base + of.rows[sample.rows, None].astype(np.int32) + of.blocks[at]
     weight = sample.shape[0] * sample.shape[1] / max(pieces.size, 1)
@@ -290,7 +305,6 @@ class _Part:
     rows: int
     first_column: int
     per_row: int
-    first_block: int
     book: Book
 
     @property
@@ -302,10 +316,9 @@ class _Part:
 
     def classes(self, of: Scales) -> NDArray[np.uint8]:
         """The table of every vector, (rows * per_row,)."""
-        if self.first_block:  # the tail: its columns share the scale of the last, short block
-            blocks = np.repeat(of.blocks[self.first_block :], self.per_row)
-        else:
-            blocks = of.blocks[: self.per_row]
+        is_tail = self.book.block_size == 1 and self.first_column > 0
+        # The columns of the tail share the scale of the last, short block.
+        blocks = np.repeat(of.blocks[-1:], self.per_row) if is_tail else of.blocks[: self.per_row]
         step = max(1, CHUNK // max(self.per_row, 1))
         out = np.empty((self.rows, self.per_row), np.uint8)
         for start in range(0, self.rows, step):
@@ -317,9 +330,9 @@ class _Part:
 def _parts(rows: int, columns: int, block_size: int, model: Model) -> list[_Part]:
     """The full blocks, then the columns left over as blocks of one."""
     n_full, n_left = divmod(columns, block_size)
-    parts = [_Part(rows, 0, n_full, 0, model.book(block_size))] if n_full else []
+    parts = [_Part(rows, 0, n_full, model.book(block_size))] if n_full else []
     if n_left:
-        parts.append(_Part(rows, n_full * block_size, n_left, n_full, model.book(1)))
+        parts.append(_Part(rows, n_full * block_size, n_left, model.book(1)))
     return parts
 
 
@@ -336,7 +349,7 @@ def _symbols(
         for b in range(0, part.per_row, wide):
             stop = min(b + wide, part.per_row)
             piece = weights[r : r + tall, part.first_column + b * d : part.first_column + stop * d]
-            vectors = (np.abs(piece) * np.float32(1 / grid)).reshape(-1, d)
+            vectors = in_grid_units(piece, grid).reshape(-1, d)
             chosen = choose(vectors, by_row[r : r + tall, b:stop].reshape(-1), part.book, rate_weight)
             symbols[r : r + tall, b:stop] = chosen.symbols.reshape(-1, stop - b)
     return symbols.reshape(-1)

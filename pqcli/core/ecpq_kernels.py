@@ -1,8 +1,9 @@
 """The loops of entropy-constrained PQ that are not `kernels.sweep`, compiled. Importing this module imports numba.
 
-The bits beside the entropy-coded symbols ("side bits") lie least significant first. After an orbit: one sign bit for each
-of its non-zero magnitudes. After an escape, for each value: 5 bits L; L = 0 is the value 0; L in 1..24 is a sign bit and
-the L - 1 low bits of an integer n of L bits, for the value n * step; L = 31 is a sign bit and 31 bits of a float32.
+The bits beside the entropy-coded symbols ("side bits") lie least significant first. After an orbit: one sign bit for
+each of its non-zero magnitudes. After an escape, for each value: 5 bits L; L = 0 is the value 0; L in 1..24 is a sign
+bit and the L - 1 low bits of an integer n of L bits, for the value n * step; L = 31 is a sign bit and 31 bits of a
+float32.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def take(bits: NDArray[np.uint8], at: int, n: int) -> int:
     value = np.int64(0)
     for i in range(n):
         value |= np.int64((bits[(at + i) >> 3] >> ((at + i) & 7)) & 1) << i
-    return value
+    return int(value)
 
 
 @kernel
@@ -145,7 +146,7 @@ def read_side(
     per_row: int,
     matrix: NDArray[np.float32],
 ) -> int:
-    """Fill the vectors `start ...` of `matrix` from their symbols and side bits; the bits read, -1 if they do not suffice.
+    """Fill the vectors `start ...` of `matrix` from symbols and side bits; the bits read, -1 if they do not suffice.
 
     values (k, d) are the orbits' magnitudes times grid, in float32.
     """

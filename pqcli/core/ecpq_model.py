@@ -5,8 +5,8 @@ a codebook (an *orbit*) stands for all vectors that differ from it in signs. So 
 does the work of 8,000 centroids, costs as little as 500 to store, to learn and to search, and needs as little data.
 Zeros have no sign and cost no sign bit.
 
-How likely an orbit is goes by the *class* of a vector: its expected scale, in quarter-octaves. Stored are two slopes per
-class, over the squared length and over the sum of an orbit's magnitudes (a Gaussian and a Laplacian source are such
+How likely an orbit is goes by the *class* of a vector: its expected scale, in quarter-octaves. Stored are two slopes
+per class, over the squared length and over the sum of an orbit's magnitudes (a Gaussian and a Laplacian source are such
 tilts), one correction per orbit, and one per orbit and class (mostly 0). Tables follow from them by integer arithmetic.
 
 All lengths are integers in units of `grid`, so nothing depends on the scale of the weights. FORMAT.md has every byte.
@@ -55,17 +55,17 @@ class Book:
     @property
     def block_size(self) -> int:
         """Length of a vector."""
-        return self.magnitudes.shape[1]
+        return int(self.magnitudes.shape[1])
 
     @property
     def n_orbits(self) -> int:
         """Rows of the codebook."""
-        return self.magnitudes.shape[0]
+        return int(self.magnitudes.shape[0])
 
     @property
     def n_classes(self) -> int:
         """Number of tables."""
-        return self.slopes.shape[0]
+        return int(self.slopes.shape[0])
 
     @cached_property
     def n_signs(self) -> NDArray[np.uint8]:
@@ -87,19 +87,19 @@ class Book:
 
     def classes(self, scale: NDArray[np.integer]) -> NDArray[np.uint8]:
         """Table numbers for vectors of the given scales (quarter-octaves, any shape)."""
-        return np.clip(scale - self.low, 0, self.n_classes - 1).astype(np.uint8)
+        return np.asarray(np.clip(scale - self.low, 0, self.n_classes - 1), np.uint8)
 
 
 def features(magnitudes: NDArray[np.uint16]) -> NDArray[np.int64]:
     """(k, 2): squared length and sum of each orbit, in 65536ths of the largest."""
     m = magnitudes.astype(np.int64)
     raw = np.stack([(m * m).sum(1), m.sum(1)], axis=1)
-    return (raw << 16) // np.maximum(raw.max(axis=0, initial=1), 1)
+    return np.asarray((raw << 16) // raw.max(axis=0, initial=1), np.int64)
 
 
 @dataclass(frozen=True)
 class Model:
-    """All that the encoded tensors of one file have in common. `grid` is a float32; there is always a book for d = 1."""
+    """All that the tensors of one file have in common. `grid` is a float32; there is always a book for d = 1."""
 
     grid: float
     books: tuple[Book, ...]

@@ -1,7 +1,7 @@
 """Which orbit a vector takes: the E-step of entropy-constrained PQ, and the scales that decide its table.
 
-A vector's scale is the expected root mean square of its values, in quarter-octaves above the model's grid. It is the sum
-of a tensor's own scale, its row's and its block-column's: weights differ in size from row to row and from column to
+A vector's scale is the expected root mean square of its values, in quarter-octaves above the model's grid. It is the
+sum of a tensor's own scale, its row's and its block-column's: weights differ in size from row to row and from column to
 column, and a table for each size saves 0.1 to 0.7 dB.
 
 Shapes: matrix (rows, columns), vectors (n, d) as magnitudes in grid units, classes (n,), symbols (n,).
@@ -22,13 +22,18 @@ CHUNK = 1 << 21
 """Elements looked at in one go: a few temporaries of 8 or 16 MiB."""
 FARTHEST = 1024.0
 """Vectors are cut off at this multiple of the largest magnitude before the sweep, so that its scores stay finite."""
+OUTLIER = 0.25
+"""Share of a row's energy above which a single weight is an outlier."""
+ENOUGH_FOR_A_MEDIAN = 16
+MEDIAN_OF_SQUARES = 0.4549
+"""Of a standard normal variable."""
 LOWEST_SCALE = -127
 HIGHEST_SCALE = 127
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a set of vectors became: symbols (0 the escape, j + 1 orbit j), their bits and squared error (grid units)."""
+    """What vectors became: symbols (0 the escape, j + 1 orbit j), their bits and squared error (grid units)."""
 
     symbols: NDArray[np.uint16]
     bits: float
@@ -60,6 +65,7 @@ def choose(vectors: NDArray[np.float32], classes: NDArray[np.uint8], book: Book,
             codebook[subset],
             torch.from_numpy(bias[c, present].astype(np.float32)),
             accumulate=False,
+            backend="cpu",
         )
         found[start:stop] = present[best.assignments.numpy()] + 1
     symbols = np.empty(len(vectors), np.uint16)
@@ -70,29 +76,39 @@ def choose(vectors: NDArray[np.float32], classes: NDArray[np.uint8], book: Book,
     return Choice(symbols, bits, error)
 
 
+def in_grid_units(values: NDArray[np.float32], grid: float) -> NDArray[np.float32]:
+    """Magnitudes of `values` in grid units; infinite where float32 ends, which becomes an escape."""
+    with np.errstate(over="ignore"):
+        return np.asarray(np.abs(values) * np.float32(1 / grid), np.float32)
+
+
 @dataclass(frozen=True)
 class Moments:
-    """Mean squares of a matrix: over all, per row (rows,), and per column (columns,) relative to the rows' own."""
+    """Mean squares of a matrix: per row (rows,), and per column (columns,) relative to the rows' own.
 
-    overall: float
+    A row whose energy is mostly that of a single weight counts by the median of its squares instead: an outlier must
+    not make its whole row look large.
+    """
+
     rows: NDArray[np.float64]
     columns: NDArray[np.float64]
 
 
 def moments(matrix: NDArray[np.float32]) -> Moments:
     """The moments of `matrix` (rows, columns), in float64 over bounded chunks."""
-    rows, columns = matrix.shape
-    step = max(1, CHUNK // max(columns, 1))
-    of_rows = np.zeros(rows)
-    of_columns = np.zeros(columns)
-    for start in range(0, rows, step):
+    n_rows, n_columns = matrix.shape
+    step = max(1, CHUNK // max(n_columns, 1))
+    rows = np.zeros(n_rows)
+    columns = np.zeros(n_columns)
+    for start in range(0, n_rows, step):
         squares = np.square(matrix[start : start + step], dtype=np.float64)
-        means = squares.mean(axis=1)
-        of_rows[start : start + step] = means
-        of_columns += np.divide(squares, means[:, None], out=np.zeros_like(squares), where=means[:, None] > 0).sum(
-            axis=0
-        )
-    return Moments(float(of_rows.mean()) if rows else 0.0, of_rows, of_columns / max(rows, 1))
+        means = squares.mean(axis=1, keepdims=True)
+        columns += np.divide(squares, means, out=np.zeros_like(squares), where=means > 0).sum(axis=0)
+        rows[start : start + step] = means[:, 0]
+        if n_columns >= ENOUGH_FOR_A_MEDIAN:
+            spoilt = np.flatnonzero(squares.max(axis=1) > OUTLIER * n_columns * means[:, 0])
+            rows[start + spoilt] = np.median(squares[spoilt], axis=1) / MEDIAN_OF_SQUARES
+    return Moments(rows, columns / max(n_rows, 1))
 
 
 @dataclass(frozen=True)
@@ -114,12 +130,12 @@ def scales(of: Moments, block_size: int, grid: float) -> Scales:
     starts = np.arange(0, n_columns, block_size)
     lengths = np.diff(np.append(starts, n_columns))
     blocks = np.add.reduceat(of.columns, starts) / lengths if n_columns else np.zeros(0)
-    base = int(_quarter_octaves(np.array([of.overall]), grid * grid)[0])
-    return Scales(base, _quarter_octaves(of.rows, of.overall), _quarter_octaves(blocks, 1.0))
+    rows = _quarter_octaves(of.rows / grid / grid)
+    base = int(np.median(rows)) if rows.size else 0
+    return Scales(base, np.clip(rows - base, LOWEST_SCALE, HIGHEST_SCALE).astype(np.int16), _quarter_octaves(blocks))
 
 
-def _quarter_octaves(mean_squares: NDArray[np.float64], unit: float) -> NDArray[np.int16]:
-    """round(4 log2(sqrt(mean_square / unit))), within a byte; the lowest where there is nothing but zeros."""
-    with np.errstate(divide="ignore", over="ignore"):
-        exact = 2 * np.log2(mean_squares / unit if unit > 0 else mean_squares * 0)
-    return np.clip(np.rint(exact), LOWEST_SCALE, HIGHEST_SCALE).astype(np.int16)
+def _quarter_octaves(mean_squares: NDArray[np.float64]) -> NDArray[np.int16]:
+    """round(4 log2(root)) within a byte; the lowest for zero."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.clip(np.rint(2 * np.log2(mean_squares)), LOWEST_SCALE, HIGHEST_SCALE), np.int16)

@@ -47,7 +47,7 @@ def _hexagonal(x: Tensor) -> Tensor:
 
 
 def _checkerboard(x: Tensor) -> Tensor:
-    """D_d: integer points of even sum. Where rounding gives an odd sum, the least certain coordinate goes the other way."""
+    """D_d: integer points of even sum. Where rounding makes it odd, the least certain coordinate goes the other way."""
     rounded = x.round()
     error = x - rounded
     worst = error.abs().argmax(1, keepdim=True)

@@ -2,8 +2,9 @@
 
 Tensors of one item size form a group. Its words are optionally rearranged (a float's exponent in one byte, its sign at
 the head of the next; or differences of integers, for counters and position ids) and cut into byte planes, the most
-significant first, since exponents are predictable and mantissas noise. Each plane is stored in the smallest of three
-ways: as it is, by zstd, or by an adaptive model of its bytes, which beats zstd on tensors of a few hundred elements.
+significant first, since exponents are predictable and mantissas noise. Each plane is stored in the smallest of four
+ways: as it is, as one byte that fills it, by zstd, or by an adaptive model of its bytes, which beats zstd on tensors
+of a few hundred elements.
 
 Only bytes matter here: a spec is (item size in bytes, number of elements), and any other dtype of that size would do.
 """
@@ -21,14 +22,18 @@ Spec = tuple[int, int]
 ITEM_SIZES = (1, 2, 4, 8, 16)
 
 _AS_IS, _FLOAT, _DIFFERENCES = range(3)
-_RAW, _ZSTD, _MODEL = range(3)
+_RAW, _ZSTD, _MODEL, _CONSTANT = range(4)
 _MODEL_LIMIT = 1 << 21
 """Planes of more bytes than this are left to zstd, which is faster by far ..."""
 _ZSTD_EFFORT = ((1 << 22, 22), (1 << 25, 12))
 """... and itself works less hard on large planes: (bytes at most, level)."""
 _ZSTD_LEAST = 5
-_WEIGHTS_PER_BYTE = 1_500
+_MODEL_BYTES_PER_BYTE = 1_500
+"""No model codes more bytes in one."""
+_CONSTANT_LIMIT = 1 << 24
+_ZSTD_BYTES_PER_BYTE = 40_000
 _START_COUNT = 24
+"""Lower planes' models start as if they had seen this much, lest they learn from noise."""
 
 
 def compress(arrays: Sequence[NDArray[np.generic]]) -> bytes:
@@ -85,13 +90,14 @@ def _ways(size: int) -> tuple[int, ...]:
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def _rearrange(words: NDArray[np.uint8], size: int, way: int) -> NDArray[np.uint8]:
+def _rearrange(words: NDArray[np.uint8], size: int, way: int, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Planes (size, n), the most significant first."""
     if way == _AS_IS:
         return np.ascontiguousarray(words.reshape(-1, size).T[::-1])
     unsigned = words.view(f"<u{size}")
     if way == _DIFFERENCES:
         moved = np.diff(unsigned, prepend=unsigned.dtype.type(0))
+        moved[starts[:-1]] = unsigned[starts[:-1]]
     else:
         n_bits = 8 * size
         sign = unsigned >> (n_bits - 1)
@@ -101,7 +107,7 @@ def _rearrange(words: NDArray[np.uint8], size: int, way: int) -> NDArray[np.uint
     return np.ascontiguousarray(moved.view(np.uint8).reshape(-1, size).T[::-1])
 
 
-def _restore(planes: NDArray[np.uint8], way: int) -> NDArray[np.uint8]:
+def _restore(planes: NDArray[np.uint8], way: int, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
     """The words' bytes; the inverse of `_rearrange`."""
     size = len(planes)
     words = np.ascontiguousarray(planes[::-1].T).reshape(-1)
@@ -109,12 +115,15 @@ def _restore(planes: NDArray[np.uint8], way: int) -> NDArray[np.uint8]:
         return words
     moved = words.view(f"<u{size}")
     if way == _DIFFERENCES:
-        return np.cumsum(moved, dtype=moved.dtype).view(np.uint8)
+        sums = np.cumsum(moved, dtype=moved.dtype)
+        before = sums[starts[:-1]] - moved[starts[:-1]]
+        return np.asarray(sums - np.repeat(before, np.diff(starts))).view(np.uint8)
     n_bits = 8 * size
     exponent = moved >> (n_bits - 8)
     sign = (moved >> (n_bits - 9)) & 1
     rest = moved & ((1 << (n_bits - 9)) - 1)
-    return ((sign << (n_bits - 1)) | (exponent << (n_bits - 9)) | rest).view(np.uint8)
+    restored: NDArray[np.uint8] = ((sign << (n_bits - 1)) | (exponent << (n_bits - 9)) | rest).view(np.uint8)
+    return restored
 
 
 # --- planes -----------------------------------------------------------------------------------------------------------
@@ -123,7 +132,10 @@ def _restore(planes: NDArray[np.uint8], way: int) -> NDArray[np.uint8]:
 def _pack(words: NDArray[np.uint8], size: int, starts: NDArray[np.int64], way: int) -> bytes:
     """A group: the way its words are arranged, then each plane as method, length and bytes."""
     parts = [bytes([way])]
-    for plane in _rearrange(words, size, way):
+    for plane in _rearrange(words, size, way, starts):
+        if plane.size <= _CONSTANT_LIMIT and np.all(plane == plane[0]):
+            parts.append(bytes([_CONSTANT, plane[0]]))
+            continue
         options = [(_RAW, plane.tobytes()), (_ZSTD, _zstd(plane))]
         if plane.size <= _MODEL_LIMIT:
             options.append((_MODEL, _model(plane, starts, len(parts) > 1)))
@@ -145,6 +157,10 @@ def _unpack(data: bytes, at: int, size: int, starts: NDArray[np.int64]) -> tuple
             body, at = _take(data, at, n)
             planes.append(np.frombuffer(body, np.uint8))
             continue
+        if method[0] == _CONSTANT and n <= _CONSTANT_LIMIT:
+            body, at = _take(data, at, 1)
+            planes.append(np.broadcast_to(np.frombuffer(body, np.uint8), n))
+            continue
         length, at = _parse_varint(data, at)
         body, at = _take(data, at, length)
         if method[0] == _ZSTD:
@@ -153,7 +169,7 @@ def _unpack(data: bytes, at: int, size: int, starts: NDArray[np.int64]) -> tuple
             planes.append(_unmodel(body, starts, index > 0))
         else:
             raise ValueError(f"a byte plane coded by method {method[0]}")
-    return _restore(np.stack(planes), way[0]), at
+    return _restore(np.stack(planes), way[0], starts), at
 
 
 def _take(data: bytes, at: int, n: int) -> tuple[bytes, int]:
@@ -191,6 +207,8 @@ def _zstd(plane: NDArray[np.uint8]) -> bytes:
 def _unzstd(body: bytes, n: int) -> NDArray[np.uint8]:
     import zstandard
 
+    if n > (len(body) + 8) * _ZSTD_BYTES_PER_BYTE:
+        raise ValueError(f"{len(body)} bytes cannot hold {n} bytes")
     try:
         if zstandard.frame_content_size(body) != n:
             raise ValueError(f"a zstd frame that does not hold {n} bytes")
@@ -216,7 +234,7 @@ def _unmodel(body: bytes, starts: NDArray[np.int64], below: bool) -> NDArray[np.
     from pqcli.core.rangecoder import RATES, RangeCoder
 
     n = int(starts[-1])
-    if n > (len(body) + 8) * _WEIGHTS_PER_BYTE:
+    if n > (len(body) + 8) * _MODEL_BYTES_PER_BYTE:
         raise ValueError(f"{len(body)} bytes cannot hold {n} bytes")
     coder = RangeCoder.reader(body, 0)
     plane = np.empty(n, np.uint8)

@@ -26,7 +26,7 @@ from pqcli.core.sources import Source
 Matrix = NDArray[np.float32]
 Reader = Callable[[str], Matrix]
 
-_RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+_RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _MAX_OWN_SIZE = 16384
 _MAX_POOLED_SIZE = 256
 _GRAM_ROWS = 8192
@@ -35,7 +35,8 @@ _TRIAL_ROWS = 256
 """... and those that the saving is predicted on."""
 _ERROR_PER_STEP = 0.2
 """Mean squared error of a trellis-coded weight in squared steps, near enough to predict rates with."""
-_MARGIN = 1.02
+_MARGIN = 1.0005
+"""A saving must show above the noise of predicting it."""
 _MAX_PRECISION = 20
 
 
@@ -142,7 +143,7 @@ def _pooled(members: Sequence[tuple[NDArray[np.float64], int]]) -> Rotation | No
         basis = _complete(vectors[:, :k])
         after = sum(float(n * _rate(np.einsum("ij,jk,ki->i", basis.T, gram, basis) / n).sum()) for gram, n in members)
         rest = float(np.mean(energies[k:])) / n_vectors
-        cost = float(_precisions(energies[:k], rest).sum() + 2.5 * k) * size
+        cost = _cost(_precisions(energies[:k], rest), size)
         if (after + cost) * _MARGIN < best[0]:
             best = (after + cost, k)
     if best[1] == 0:
@@ -160,7 +161,7 @@ def _own(weights: Matrix) -> tuple[Rotation, bool] | None:
     stride = -(-n_rows // _GRAM_ROWS)
     sample = np.ascontiguousarray(weights[::stride])
     energies, right = _principal(sample)
-    left: Matrix = sample @ right / np.sqrt(energies).astype(np.float32)
+    left = np.asarray(sample @ right / np.sqrt(energies), np.float32)
     plain = _trial_rate(sample, None, 0) * weights.size
     best: tuple[float, int, bool] = (plain, 0, False)
     for transpose, vectors in ((False, right), (True, left)):
@@ -171,7 +172,7 @@ def _own(weights: Matrix) -> tuple[Rotation, bool] | None:
         n_vectors = n_rows if not transpose else n_columns
         for k, rate in _trial_rates(matrix, vectors, energies):
             rest = max(float((sample.astype(np.float64) ** 2).sum() - energies[:k].sum()), 0.0) / matrix.size
-            cost = float(_precisions(energies[:k] * (n_vectors / len(matrix)), rest).sum() + 2.5 * k) * size
+            cost = _cost(_precisions(energies[:k] * (n_vectors / len(matrix)), rest), size)
             if (rate * weights.size + cost) * _MARGIN < best[0]:
                 best = (rate * weights.size + cost, k, transpose)
     _, k, transpose = best
@@ -245,6 +246,12 @@ def _precisions(energies: NDArray[np.float64], rest: float) -> NDArray[np.int64]
     floor = max(rest, _ERROR_PER_STEP)
     ideal = 0.5 * np.log2(np.maximum(energies, 1e-30) / (6.0 * floor))
     return np.clip(np.round(ideal), 3, _MAX_PRECISION).astype(np.int64)
+
+
+def _cost(precisions: NDArray[np.int64], size: int) -> float:
+    """Bits that basis vectors cost: the entropy of their entries, of variance 1 / size, plus what rounding leaks."""
+    entropies = np.maximum(precisions + 2.05 - 0.5 * np.log2(size), 0.5)
+    return float((entropies + 0.72).sum()) * size
 
 
 def _quantize(vectors: NDArray[np.float64], energies: NDArray[np.float64], rest: float) -> Rotation:

@@ -66,7 +66,7 @@ N_STATES = tuple(n for n in _POLYNOMIALS if n > 1)
 
 _LABEL_GROUP = 16
 """Columns that share a label where there are no kernel positions."""
-_PURE_ABOVE = 0.85
+_PURE_ABOVE = 0.75
 """The odd set is pure where rms / step exceeds this."""
 _TRIAL_STATES = 8
 _TRIAL_PASSES = 2
@@ -75,7 +75,7 @@ _TRIAL_ALL_BELOW = 1 << 18
 _MAX_SIZE = float(1 << 29)
 """Largest weight in steps; a level must stay an int32."""
 _WEIGHTS_PER_BYTE = 12_000
-"""No stream holds more weights per byte: the surest decision costs 32/65536 of a nat."""
+"""No stream holds more weights per byte: the surest decision has a probability of 1 - 32/65536."""
 _LARGEST = float(np.finfo(np.float32).max)
 _MAX_RANK = 256
 _HEADER = struct.Struct("<fBB")
@@ -520,7 +520,7 @@ def _bits(weights: NDArray[np.float64]) -> Matrix:
     """Bits by (class, set, magnitude), the sign's included, from unnormalised probabilities."""
     probability = weights / weights.sum(axis=2, keepdims=True)
     bits = -np.log2(np.maximum(probability, 1e-12)) + (np.arange(weights.shape[2]) > 0)
-    return np.minimum(bits, 40).astype(np.float32)
+    return np.asarray(np.minimum(bits, 40), np.float32)
 
 
 # --- the layout of a stream -------------------------------------------------------------------------------------------
@@ -696,6 +696,8 @@ def _code_rotation(
     k = coder.integer(first_model, len(rotation.basis) if rotation else 0)
     if not 1 <= k <= min(size, _MAX_RANK):
         raise ValueError(f"{k} basis vectors of size {size}")
+    if not coder.encoding and k * size > (len(coder.buffer) + 8) * _WEIGHTS_PER_BYTE:
+        raise ValueError(f"{len(coder.buffer)} bytes cannot hold {k} basis vectors of size {size}")
     precisions: list[int] = []
     last = 0
     for i in range(k):

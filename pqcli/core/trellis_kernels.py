@@ -8,6 +8,7 @@ levels alone. A state's low bit says whether its weight takes an even or an odd 
 
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, check-untyped-defs=False
 # ruff: noqa: C901 - a fused loop is one function on purpose
+
 from __future__ import annotations
 
 import numpy as np
@@ -172,7 +173,7 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
             met = max(met + statistic - (met >> 8), 256)
             expected = max(expected + mean - (expected >> 8), 256)
             column_mean[j] = mean + (((statistic - mean) * rates[column_count[j]]) >> 16)
-            if column_count[j] < 60:
+            if column_count[j] < 250:
                 column_count[j] += 1
             phase_mean[phase] += ((statistic - phase_mean[phase]) * rates[phase_count[phase]]) >> 16
             if phase_count[phase] < 500:

@@ -1,7 +1,7 @@
 """The primitive in plain torch: obvious, on any device, and what every other kernel is tested against.
 
-Scores are computed for a tile of vectors times a tile of centroids at a time, so that they stay in the cache of a
-CPU and within the caller's budget anywhere. Shapes as in the package docstring.
+Scores are computed for a tile of vectors times a tile of centroids at a time, so that they stay in the cache of a CPU
+and within the caller's budget anywhere. Shapes as in the package docstring.
 """
 
 from __future__ import annotations

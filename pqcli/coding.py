@@ -1,0 +1,190 @@
+"""Compressing a whole checkpoint with a codec that shares what it learns, at a level or to a budget.
+
+    survey    read every tensor once: which can be coded at all, and how large are its weights
+    search    encode at one level after another until the budget is met (once, where a level is given)
+    measure   decode what was encoded, compare it with the original, and take its hash
+
+Tensors are read anew for each step, one at a time, so that memory does not grow with the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pqcli.budget import QUALITY_STEPS, Goal, Trial, search
+from pqcli.codecs import RATE_WEIGHT, Coded, Coder, Decoder, Steps, decoder
+from pqcli.container import Record, tensor_hash
+from pqcli.container.layout import KEPT_CODED, header, make_manifest, shared_entries, tensor_entries
+from pqcli.container.records import SHORT_HASH_BYTES
+from pqcli.core import metrics, pq
+from pqcli.core.sources import Source
+from pqcli.recipe import Recipe
+
+CEILING: Final = 1.6
+"""Largest step of a tensor in units of its own root mean square: a relative MSE of about 0.4."""
+SIZE_WEIGHT: Final = 0.5
+"""How much steps grow with a tensor's size, between the two ends of the objective; see `Survey.steps`."""
+DEFAULT_QUALITY: Final = "balanced"
+
+Read = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found out about the tensors that will be coded: their records and root mean squares."""
+
+    records: tuple[Record, ...]
+    rms: dict[str, float]
+
+    @property
+    def unit(self) -> float:
+        """Root mean square of all weights together; 1 where all are zero."""
+        n = sum(record.info.numel for record in self.records)
+        energy = sum(self.rms[record.name] ** 2 * record.info.numel for record in self.records)
+        return math.sqrt(energy / n) if energy else 1.0
+
+    def steps(self, objective: float) -> Steps:
+        """How steps differ between tensors: as rms ** objective and slightly with size, under a ceiling.
+
+        A tensor adds noise to a network's output about in proportion to its relative error, whatever its size; to keep
+        the sum of these small, a bit is better spent on a small tensor than on a large one. At either end of the scale
+        (0: one absolute error, 1: one relative error) the user has said otherwise, and sizes do not matter.
+        """
+        unit, mean_size = self.unit, sum(r.info.numel for r in self.records) / max(len(self.records), 1)
+        size_exponent = objective * (1 - objective) * SIZE_WEIGHT
+        scales = {
+            record.name: ((self.rms[record.name] or unit) / unit) ** objective
+            * (record.info.numel / mean_size) ** size_exponent
+            for record in self.records
+        }
+        ceilings = {name: CEILING * rms if rms else math.inf for name, rms in self.rms.items()}
+        return Steps(scales, ceilings)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The coded bytes, and the records with the share of them that each tensor takes."""
+
+    coded: Coded
+    records: tuple[Record, ...]
+    level: float
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The file around the coded tensors: all that its size depends on beside them."""
+
+    source: dict[str, Any]
+    recipe: dict[str, Any]
+    records: Sequence[Record]
+    kept_bytes: int
+
+    def file_bytes(self, codec: str, coded: Coded, records: Sequence[Record]) -> int:
+        """Size of the file with these coded tensors in it, to the byte."""
+        shares = {record.name: record for record in records}
+        about = {"codec": codec, "shared": len(coded.shared), "streams": [len(stream) for stream in coded.streams]}
+        all_records = [shares.get(record.name, record) for record in self.records]
+        manifest = make_manifest(self.source, self.recipe, all_records, about, [KEPT_CODED])
+        entries = tensor_entries(manifest) + shared_entries(manifest, self.kept_bytes, SHORT_HASH_BYTES)
+        head, _ = header(entries, manifest.features)
+        return len(head) + sum(entry.n_bytes for entry in entries)
+
+
+def as_matrix(weight: torch.Tensor, record: Record) -> NDArray[np.float32]:
+    """A tensor as the codecs take it: (rows, columns) float32."""
+    return weight.reshape(record.matrix_shape).float().numpy()
+
+
+def encode(codec: str, survey: Survey, read: Read, recipe: Recipe, frame: Frame, original_bytes: int) -> Outcome:
+    """All surveyed tensors at the level or to the budget that the recipe asks for."""
+    by_name = {record.name: record for record in survey.records}
+    sources = [record.source for record in survey.records]
+    steps = survey.steps(recipe.objective)
+    coder = Coder.of(codec, sources, lambda name: as_matrix(read(name), by_name[name]), steps, recipe.effort)
+    goal, unit = Goal.of(recipe, original_bytes), survey.unit
+
+    def attempt(level: float, draft: bool) -> Trial[Outcome]:
+        coded = coder.encode(level, draft=draft)
+        outcome = Outcome(coded, _with_shares(survey.records, coded), level)
+        return Trial(level, _measured(goal, codec, outcome, read, frame), outcome)
+
+    if goal is None:
+        return attempt(_level(recipe) * unit, False).result
+    return search(goal, attempt, _guess(goal, survey, steps, frame), unit).result
+
+
+def measure(codec: str, outcome: Outcome, read: Read) -> Iterator[tuple[Record, metrics.Error, bytes]]:
+    """Every coded tensor with its error and the hash of what it decodes to, in order."""
+    decoding = decoder(codec, outcome.coded, [record.source for record in outcome.records])
+    for record in outcome.records:
+        decoded = _decoded(decoding, record)
+        yield record, metrics.compare(read(record.name), decoded), tensor_hash(decoded)
+
+
+def _decoded(decoding: Decoder, record: Record) -> torch.Tensor:
+    matrix = torch.from_numpy(decoding.matrix(record.name))
+    return pq.saturated(matrix.reshape(record.shape), getattr(torch, record.dtype))
+
+
+def _with_shares(records: Sequence[Record], coded: Coded) -> tuple[Record, ...]:
+    """The records with their bytes: their own streams, and by their weights what all of them share."""
+    shared = coded.n_bytes - sum(coded.tensor_bytes.values())
+    n_weights = sum(record.info.numel for record in records)
+    given, seen, found = 0, 0, []
+    for record in records:
+        seen += record.info.numel
+        upto = shared * seen // max(n_weights, 1)
+        found.append(replace(record, coded_bytes=coded.tensor_bytes[record.name] + upto - given))
+        given = upto
+    return tuple(found)
+
+
+def _measured(goal: Goal | None, codec: str, outcome: Outcome, read: Read, frame: Frame) -> float:
+    if goal is None:
+        return 0.0
+    if goal.quantity == "bytes":
+        return frame.file_bytes(codec, outcome.coded, outcome.records)
+    if goal.quantity == "bits":
+        return 8 * outcome.coded.n_bytes / max(sum(record.info.numel for record in outcome.records), 1)
+    return metrics.total(error for _, error, _ in measure(codec, outcome, read)).relative_mse
+
+
+def _level(recipe: Recipe) -> float:
+    """The level, in units of the root mean square weight, that a recipe without a budget asks for."""
+    if recipe.rate_weight is not None:
+        return math.sqrt(recipe.rate_weight / RATE_WEIGHT)
+    return QUALITY_STEPS[recipe.quality or DEFAULT_QUALITY]
+
+
+def _guess(goal: Goal, survey: Survey, steps: Steps, frame: Frame) -> float:
+    """A level to start from: where a Gaussian model of every tensor meets the goal."""
+    unit = survey.unit
+    if goal.quantity == "relative_mse":
+        return unit * min(2.0 * math.sqrt(goal.value), 1.5)
+    n_weights = sum(record.info.numel for record in survey.records)
+    n_bytes = goal.value * n_weights / 8 if goal.quantity == "bits" else max(goal.value - frame.kept_bytes, 1)
+    low, high = 2.0**-20, 2.0**8
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        found = steps.at(middle * unit)
+        bits = sum(
+            r.info.numel * 0.5 * math.log2(1 + 3 * (survey.rms[r.name] / found[r.name]) ** 2) for r in survey.records
+        )
+        low, high = (middle, high) if bits / 8 > n_bytes else (low, middle)
+    return low * unit
+
+
+def kernel_of(shape: tuple[int, ...], rows: int) -> int:
+    """Kernel positions of a convolution's weight; 1 for anything else."""
+    is_convolution = len(shape) > 2 and rows == shape[0]
+    return math.prod(shape[2:]) if is_convolution else 1
+
+
+__all__ = ["Frame", "Outcome", "Source", "Survey", "encode", "kernel_of", "measure"]

@@ -1,0 +1,251 @@
+"""How fast the kernels are, side by side in one process: ours, the torch reference, faiss, and the hardware.
+
+    python tests/benchmarks/kernels.py                 # everything, a few minutes on two cores
+    python tests/benchmarks/kernels.py --fraction 0.1  # a tenth of the vectors
+    python tests/benchmarks/kernels.py --json out.json
+
+Each row is 20 iterations of Lloyd's algorithm over all vectors and a final assignment, from random vectors as centroids
+(faiss' own start for faiss). GFLOP/s counts 2 n k d per iteration; share is of the multiply-add peak of the cores used,
+measured in the same process just before. Wall time decides; CPU time is printed because a busy machine stretches the
+former. With a GPU, vectors live there and the Triton kernel takes part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pqcli.core.kernels import ir, sweep
+
+Contestant = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+N_ITER = 20
+MINILM = [(30522, 384), (512, 384)] + 6 * ([(384, 384)] * 4 + [(1536, 384), (384, 1536)]) + [(384, 384)]
+
+
+# --- what the hardware allows -----------------------------------------------------------------------------------------
+
+
+def multiply_add_peak(n_threads: int) -> float:
+    """GFLOP/s of a loop of nothing but independent multiply-adds, the best of several tries."""
+    lanes, chains, unrolled, turns = ir.host_lanes(), 16, 4, 20_000
+    code = ir.Code(lanes)
+    kind = f"<{lanes} x float>"
+    x = code.splat("float", "%x")
+    with code.loop(0, "%n", 1, [(kind, x)] * chains) as loop:
+        values = loop.carried
+        for _ in range(unrolled):
+            values = [code.fma(value, x, x) for value in values]
+        loop.following = values
+    for value in loop.following:
+        code.store(kind, value, "%out")
+    module = "\n".join(
+        [
+            f"declare {kind} @llvm.fma.v{lanes}f32({kind}, {kind}, {kind})",
+            "define void @peak(i64 %n, float %x, ptr %out) {",
+            *code.lines,
+            "ret void\n}\n",
+        ]
+    ).replace(f"store {kind}", f"store volatile {kind}")
+    function = ir.compile_function(module, "peak", [ctypes.c_int64, ctypes.c_float, ctypes.c_void_p])
+    out = torch.empty(n_threads, 16)
+
+    def work(i: int) -> None:
+        function.call(turns, 0.5, out[i].data_ptr())
+
+    best = float("inf")
+    for _ in range(20):
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(1, n_threads)]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        work(0)
+        for thread in threads:
+            thread.join()
+        best = min(best, time.perf_counter() - start)
+    return 2 * lanes * chains * unrolled * turns * n_threads / best / 1e9
+
+
+def copy_rate() -> float:
+    """GB/s read and written by a copy of 256 MB."""
+    source = torch.ones(64_000_000)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(measure(lambda: target.copy_(source))[0] for _ in range(5)) / 1e9
+
+
+def measure(work: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+# --- the contestants: vectors, k -> codebook, assignments -------------------------------------------------------------
+
+
+def lloyd(vectors: torch.Tensor, k: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain EM around `sweep`."""
+    start = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:k]
+    codebook = vectors[start.to(vectors.device)].float()
+    for _ in range(N_ITER):
+        found = sweep(vectors, codebook, -codebook.square().sum(1) / 2, backend=backend)
+        means = (found.sums / found.counts[:, None]).float()
+        codebook = torch.where(found.counts[:, None] > 0, means, codebook)
+    found = sweep(vectors, codebook, -codebook.square().sum(1) / 2, backend=backend, accumulate=False)
+    return codebook, found.assignments
+
+
+def faiss_kmeans(vectors: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """faiss.Kmeans over all vectors, and a search for the final assignment."""
+    import faiss
+
+    x = vectors.float().cpu().numpy()
+    kmeans = faiss.Kmeans(
+        x.shape[1], k, niter=N_ITER, seed=0, min_points_per_centroid=1, max_points_per_centroid=len(x), gpu=False
+    )
+    kmeans.train(x)
+    _, assignments = kmeans.index.search(x, 1)
+    return torch.from_numpy(kmeans.centroids), torch.from_numpy(assignments[:, 0])
+
+
+def contestants(device: str, without: list[str]) -> dict[str, Contestant]:
+    kernel = "cuda" if device == "cuda" else "cpu"
+    found = {
+        kernel: lambda vectors, k: lloyd(vectors, k, kernel),
+        "torch": lambda vectors, k: lloyd(vectors, k, "reference"),
+    }
+    try:
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        found["faiss"] = faiss_kmeans
+    except ImportError:
+        print("faiss is not installed: pip install 'pqcli[bench]' to compare with it")
+    return {name: run for name, run in found.items() if name not in without}
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def gaussian(n: int, d: int, device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Vectors like those of a trained layer: normal, with a scale that varies from row to row."""
+    g = torch.Generator().manual_seed(0)
+    scale = torch.exp(0.3 * torch.randn(n, 1, generator=g))
+    return (0.05 * scale * torch.randn(n, d, generator=g)).to(dtype).to(device)
+
+
+def race(name: str, layers: list[torch.Tensor], k: int, wanted: dict[str, Contestant], peak: float, rows: list) -> None:
+    """One table: every contestant on the same layers; the first is what the others are compared with."""
+    n, d = sum(len(layer) for layer in layers), layers[0].shape[1]
+    energy = sum(float(layer.double().square().sum()) for layer in layers)
+    print(f"\n{name}: n = {n:,}, d = {d}, k = {k}, {str(layers[0].dtype)[6:]}")
+    print(
+        f"{'':10}{'wall s':>9}{'CPU s':>9}{'GFLOP/s':>9}{'share':>7}{'Mweights/s':>12}{'rel. MSE':>10}{'slower by':>11}"
+    )
+    first = None
+    for contestant, run in wanted.items():
+        results = []
+        run(layers[-1][: 40 * k], min(k, 256))  # compile, start threads
+        wall, cpu = measure(lambda run=run, results=results: results.extend(run(layer, k) for layer in layers))
+        error = sum(
+            float((layer.double() - codebook[assignments.long()].double()).square().sum())
+            for layer, (codebook, assignments) in zip(layers, results, strict=True)
+        )
+        flops = 2 * n * d * k * (N_ITER + 1) / wall / 1e9
+        first = first or wall
+        row = {
+            "name": name, "contestant": contestant, "n": n, "d": d, "k": k, "dtype": str(layers[0].dtype)[6:],
+            "wall_s": wall, "cpu_s": cpu, "gflops": flops, "share_of_peak": flops / peak,
+            "weights_per_s": n * d * (N_ITER + 1) / wall, "relative_mse": error / energy, "times_ours": wall / first,
+        }  # fmt: skip
+        rows.append(row)
+        print(
+            f"{contestant:10}{wall:9.3f}{cpu:9.3f}{flops:9.1f}{flops / peak:7.0%}{row['weights_per_s'] / 1e6:12.0f}"
+            f"{row['relative_mse']:10.4f}{wall / first:10.2f}x",
+            flush=True,
+        )
+
+
+def scaling(title: str, jobs: list[tuple[int, int, int, int]], device: str, rows: list[dict]) -> None:
+    """One sweep of our kernel, the best of five, for each (n, d, k, threads)."""
+    print(f"\n{title}\n{'n':>12}{'d':>5}{'k':>8}{'cores':>7}{'ms':>10}{'GFLOP/s':>10}{'ps per n k d':>14}")
+    threads = torch.get_num_threads()
+    for n, d, k, n_threads in jobs:
+        torch.set_num_threads(n_threads)
+        vectors = gaussian(n, d, device)
+        codebook = vectors[:k].float() if k <= n else gaussian(k, d, device)
+        bias = -codebook.square().sum(1) / 2
+        backend = "cuda" if device == "cuda" else "cpu"
+        sweep(vectors[:100], codebook, bias, backend=backend)
+        wall = min(measure(lambda: sweep(vectors, codebook, bias, backend=backend))[0] for _ in range(5))  # noqa: B023
+        rows.append({"name": title, "n": n, "d": d, "k": k, "threads": n_threads, "wall_s": wall})
+        work = n * d * k
+        print(
+            f"{n:12,}{d:5}{k:8,}{n_threads:7}{wall * 1e3:10.2f}{2 * work / wall / 1e9:10.1f}{wall / work * 1e12:14.2f}"
+        )
+    torch.set_num_threads(threads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write every row there")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the vectors of each shape")
+    parser.add_argument("--only", default="", help="part of the name of the tables wanted")
+    parser.add_argument("--without", nargs="*", default=[], help="contestants to leave out, say torch")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device, fraction = arguments.device, arguments.fraction
+    n_threads = torch.get_num_threads()
+
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        clock = getattr(properties, "clock_rate", 1_980_000)  # kHz; that of an H200 where torch does not tell
+        peak = 2 * 128 * properties.multi_processor_count * clock / 1e6
+        print(f"{properties.name}: {peak:.0f} GFLOP/s of float32 multiply-adds by its data sheet")
+    else:
+        peak = multiply_add_peak(n_threads)
+        print(f"multiply-add peak: {multiply_add_peak(1):.0f} GFLOP/s on one core, {peak:.0f} on {n_threads}")
+    print(f"memory copy (main memory): {copy_rate():.1f} GB/s")
+    report = {"peak_gflops": peak, "device": device, "threads": n_threads, "python": sys.version, "rows": []}
+    rows = report["rows"]
+
+    def some(n: int) -> int:
+        return max(1000, int(n * fraction))
+
+    shapes = [
+        ("MiniLM layer by layer, block 8", [gaussian(some(a * b // 8), 8, device) for a, b in MINILM], 256),
+        ("MiniLM in one matrix, block 8", [gaussian(some(2_800_000), 8, device)], 256),
+        ("MiniLM in one matrix, block 4", [gaussian(some(1_400_000), 4, device)], 256),
+        ("MiniLM in one matrix, block 2", [gaussian(some(1_400_000), 2, device)], 256),
+        ("3x3 convolutions, block 9", [gaussian(some(400_000), 9, device)], 256),
+        ("large codebook, block 8", [gaussian(some(100_000), 8, device)], 4096),
+        ("half precision, block 8", [gaussian(some(1_000_000), 8, device, torch.float16)], 256),
+    ]
+    wanted = contestants(device, arguments.without)
+    for name, layers, k in shapes:
+        if arguments.only in name:
+            race(name, layers, k, wanted, peak, rows)
+    tables = [
+        ("linear in n", [(some(n), 8, 256, n_threads) for n in (10_000, 100_000, 1_000_000)]),
+        ("linear in k", [(some(100_000), 8, k, n_threads) for k in (16, 64, 256, 1024, 4096, 16_384)]),
+        ("cores", [(some(1_000_000), 8, 256, cores) for cores in range(1, n_threads + 1)]),
+    ]
+    for title, jobs in tables:
+        if arguments.only in title:
+            scaling(title, jobs, device, rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
