@@ -314,9 +314,14 @@ def test_weights_smaller_than_float32_can_hold_are_kept_and_not_lost(tmp_path):
 def test_weights_of_any_scale_are_verified_against_the_original(tmp_path, scale):
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(128, 64, generator=generator) * scale
-    mixed = torch.cat([torch.randn(64, 64, generator=generator) * 1e30, torch.randn(64, 64, generator=generator) * 1e-30])
+    mixed = torch.cat(
+        [torch.randn(64, 64, generator=generator) * 1e30, torch.randn(64, 64, generator=generator) * 1e-30]
+    )
     torch.save({"w": weight, "mixed": mixed}, tmp_path / "model.pt")
-    for recipe in (pqcli.Recipe(n_iter=3), pqcli.Recipe(block_size=64, n_centroids=100, n_iter=2, codebook_dtype="fp32")):
+    for recipe in (
+        pqcli.Recipe(n_iter=3),
+        pqcli.Recipe(block_size=64, n_centroids=100, n_iter=2, codebook_dtype="fp32"),
+    ):
         report = pqcli.compress(tmp_path / "model.pt", recipe=recipe, force=True)
         assert pqcli.verify(report.output, tmp_path / "model.pt") == []
         assert report.relative_mse < 0.5
@@ -331,4 +336,6 @@ def test_pq_stands_on_the_same_core_as_compress(tmp_path):
     assert relative_mse(weight, seed.decode()) == pytest.approx(report.relative_mse, rel=0.05)
     assert seed.centroids.shape == (64, 8)
     assert seed.assignments.shape == (96 * 8,)
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(seed.objective, seed.objective[1:], strict=False))
+    assert all(
+        later <= earlier * (1 + 1e-6) for earlier, later in zip(seed.objective, seed.objective[1:], strict=False)
+    )

@@ -86,9 +86,12 @@ def tiny_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
-    if not mount or subprocess.run(
-        [mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, check=False
-    ).returncode:
+    if (
+        not mount
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, check=False
+        ).returncode
+    ):
         pytest.skip("no file system can be mounted here")
     yield folder
     subprocess.run(["umount", folder], check=True)

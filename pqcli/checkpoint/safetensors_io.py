@@ -63,7 +63,9 @@ def read_safetensors(source: ByteSource) -> Layout:
     ):
         raise CheckpointError("its __metadata__ is not a table of texts; the file is damaged")
     if metadata is not None and metadata.get("format") == _CONTAINER:
-        raise CheckpointError("it is compressed already; `pqcli decode` gives back the checkpoint that it was made from")
+        raise CheckpointError(
+            "it is compressed already; `pqcli decode` gives back the checkpoint that it was made from"
+        )
     entries = sorted(
         ((*_entry(name, record), name) for name, record in header.items()), key=lambda entry: (entry[2], entry[3])
     )

@@ -85,6 +85,7 @@ def encode(
     stored = torch.ldexp(codebook, torch.tensor(exponent)) if exponent else codebook
     tensor = PQTensor(tuple(weight.shape), weight.dtype, matrix_shape, stored.to(dtype).cpu(), assignments.cpu())
     scale = 4.0**exponent
+    del cut, matrix  # the decoded tensor takes their place in memory
     return Encoded(tensor, metrics.compare(weight, decode(tensor)), tuple(scale * value for value in fitted.objective))
 
 
@@ -111,7 +112,7 @@ def is_finite(weight: Tensor) -> bool:
 
 def _exponent(matrix: Tensor) -> int:
     """The power of two to divide by before squaring; 0 for ordinary weights. Raises ValueError for NaN and infinity."""
-    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
+    largest = max(-float(matrix.amin()), float(matrix.amax())) if matrix.numel() else 0.0
     if not math.isfinite(largest):
         raise ValueError("NaN or infinite values cannot be quantized")
     exponent = math.frexp(largest)[1]
