@@ -229,7 +229,7 @@ class _Terminal(RichConsole):
 
     def on_broken_pipe(self) -> None:
         """Called by rich while a BrokenPipeError is handled."""
-        raise  # noqa: PLE0704 - the error that rich is handling
+        raise
 
 
 class Progress:

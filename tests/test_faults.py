@@ -1,4 +1,4 @@
-"""What goes wrong outside: full disks, limits, signals, kills. An output is whole or not there, and the old one stays."""
+"""Full disks, limits, signals, kills: an output is whole or not there, and the old one stays."""
 
 import errno
 import os
@@ -158,7 +158,7 @@ def wait_for_work(process: subprocess.Popen) -> None:
     for _ in range(600):
         links = Path(f"/proc/{process.pid}/fd")
         try:
-            if any("(deleted)" in os.readlink(link) for link in links.iterdir()):
+            if any("(deleted)" in str(link.readlink()) for link in links.iterdir()):
                 break
         except OSError:
             pass
