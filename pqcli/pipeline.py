@@ -319,7 +319,7 @@ def _encode(checkpoint: Checkpoint, entry: PlanEntry, recipe: Recipe, device: to
         record,
         tensor=tensor,
         error=encoded.error,
-        decoded_hash=containers.tensor_hash(pq.decode(tensor)),
+        decoded_hash=containers.tensor_hash(encoded.decoded),
         used=_use(tensor),
     )
 

@@ -95,8 +95,13 @@ def join(codebook: Tensor, assignments: Tensor, rows: int, columns: int) -> Tens
     step = max(1, _JOIN_ELEMENTS // max(1, per_row * block_size))
     for start in range(0, rows, step):
         part = grid[start : start + step]
-        matrix[start : start + step] = codebook[part.long()].view(len(part), per_row * block_size)[:, :columns]
+        matrix[start : start + step] = _looked_up(codebook, part)[:, :columns]
     return matrix
+
+
+def _looked_up(codebook: Tensor, grid: Tensor) -> Tensor:
+    """The centroids that `grid` (rows, blocks) names, as (rows, blocks * block_size)."""
+    return codebook.index_select(0, grid.reshape(-1)).view(len(grid), grid.shape[1] * codebook.shape[1])
 
 
 def to_block_major(assignments: Tensor, rows: int) -> Tensor:

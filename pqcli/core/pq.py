@@ -56,9 +56,13 @@ class PQTensor:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A `PQTensor` with what it cost: the error, measured after every rounding, and EM's objective by iteration."""
+    """A `PQTensor` with what it cost: the error, measured after every rounding, and EM's objective by iteration.
+
+    `decoded` is what `decode(tensor)` gives.
+    """
 
     tensor: PQTensor
+    decoded: Tensor
     error: metrics.Error
     objective: tuple[float, ...]
 
@@ -86,7 +90,9 @@ def encode(
     tensor = PQTensor(tuple(weight.shape), weight.dtype, matrix_shape, stored.to(dtype).cpu(), assignments.cpu())
     scale = 4.0**exponent
     del cut, matrix  # the decoded tensor takes their place in memory
-    return Encoded(tensor, metrics.compare(weight, decode(tensor)), tuple(scale * value for value in fitted.objective))
+    decoded = decode(tensor)
+    objective = tuple(scale * value for value in fitted.objective)
+    return Encoded(tensor, decoded, metrics.compare(weight, decoded), objective)
 
 
 def decode(tensor: PQTensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -101,18 +107,21 @@ def is_finite(weight: Tensor) -> bool:
     Nor are weights quantized that are all so small that float32 holds them with few digits or as zero (a float64
     tensor of 1e-200 would come back as nothing); a single small value among larger ones does no harm.
     """
-    largest = 0.0
-    for piece in weight.reshape(-1).split(metrics.CHUNK):  # type: ignore[no-untyped-call]
-        top = float(piece.abs().max()) if piece.numel() else 0.0
-        if not top <= FLOAT32.max:  # NaN included
-            return False
-        largest = max(largest, top)
-    return largest == 0 or largest >= FLOAT32.tiny / FLOAT32.eps
+    largest = _largest(weight)
+    return largest <= FLOAT32.max and (largest == 0 or largest >= FLOAT32.tiny / FLOAT32.eps)
+
+
+def _largest(weight: Tensor) -> float:
+    """The largest magnitude; NaN if there is a NaN."""
+    if not weight.numel():
+        return 0.0
+    low, high = weight.aminmax()
+    return max(-float(low), float(high))
 
 
 def _exponent(matrix: Tensor) -> int:
     """The power of two to divide by before squaring; 0 for ordinary weights. Raises ValueError for NaN and infinity."""
-    largest = max(-float(matrix.amin()), float(matrix.amax())) if matrix.numel() else 0.0
+    largest = _largest(matrix)
     if not math.isfinite(largest):
         raise ValueError("NaN or infinite values cannot be quantized")
     exponent = math.frexp(largest)[1]
