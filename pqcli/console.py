@@ -9,6 +9,7 @@ stdout is not a terminal, tables are shown in full.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import textwrap
@@ -69,8 +70,8 @@ class Console:
     ) -> None:
         self._quiet, self._json, self._clock = quiet, json, clock
         self._stdout, self._stderr = _tolerant(stdout or sys.stdout), _tolerant(stderr or sys.stderr)
-        self._out = RichConsole(file=self._stdout, width=width, highlight=False, emoji=False, markup=False)
-        self._err = RichConsole(file=self._stderr, width=width, highlight=False, emoji=False, markup=False)
+        self._out = _Terminal(file=self._stdout, width=width, highlight=False, emoji=False, markup=False)
+        self._err = _Terminal(file=self._stderr, width=width, highlight=False, emoji=False, markup=False)
         self._width = width or (self._out.width if self._stdout.isatty() else None)
 
     # --- results, on stdout ---------------------------------------------------------------------------------------
@@ -241,6 +242,14 @@ class Console:
         self._stdout.flush()
 
 
+class _Terminal(RichConsole):
+    """A console that leaves it to the command what a reader who has left means; rich itself would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while a BrokenPipeError is handled."""
+        raise
+
+
 class Progress:
     """What the worker of a long task tells: that some work is done, and on what. Safe to call from any thread."""
 
@@ -277,8 +286,13 @@ def _print(console: RichConsole, text: Text) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _tolerant(stream: IO[str]) -> IO[str]:
-    """The stream, writing an escape for what its encoding does not have instead of failing."""
+def _tolerant(stream: IO[str] | None) -> IO[str]:
+    """The stream, writing an escape for what its encoding does not have instead of failing.
+
+    A stream that the caller has closed (`>&-`) is None, and swallows what is printed.
+    """
+    if stream is None:
+        return Path(os.devnull).open("w", encoding="utf-8")
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
     return stream
