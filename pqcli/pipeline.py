@@ -300,7 +300,7 @@ def _encode(checkpoint: Checkpoint, entry: PlanEntry, recipe: Recipe, device: to
         eps=recipe.eps,
         max_tentatives=recipe.max_tentatives,
         seed=tensor_seed(recipe.seed, record.name),
-        sample=None,
+        sample=scheme.sample,
     )
     dtype = getattr(torch, scheme.codebook_dtype)
     try:
@@ -319,7 +319,7 @@ def _encode(checkpoint: Checkpoint, entry: PlanEntry, recipe: Recipe, device: to
         record,
         tensor=tensor,
         error=encoded.error,
-        decoded_hash=containers.tensor_hash(pq.decode(tensor)),
+        decoded_hash=containers.tensor_hash(encoded.decoded),
         used=_use(tensor),
     )
 

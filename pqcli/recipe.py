@@ -100,7 +100,7 @@ class Recipe:
     target_bits: float | None = None
     max_relative_mse: float | None = None
     min_sqnr: float | None = None
-    sample: int | Literal["auto", "all"] = "all"
+    sample: int | Literal["auto", "all"] = "auto"
     eps: float = 1e-6
     max_tentatives: int = 30
     include: tuple[str, ...] = ()

@@ -78,7 +78,7 @@ def cut(matrix: Tensor, block_size: int) -> Blocks:
 def join(codebook: Tensor, assignments: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix (rows, columns) that `assignments` (rows * blocks_per_row,) spell, in the codebook's dtype."""
     block_size = codebook.shape[1]
-    padded = codebook[assignments.view(-1).long()].view(rows, -(-columns // block_size) * block_size)
+    padded = codebook.index_select(0, assignments.view(-1)).view(rows, -(-columns // block_size) * block_size)
     return padded[:, :columns].contiguous()
 
 

@@ -55,9 +55,13 @@ class PQTensor:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A `PQTensor` with what it cost: the error, measured after every rounding, and EM's objective by iteration."""
+    """A `PQTensor` with what it cost: the error, measured after every rounding, and EM's objective by iteration.
+
+    `decoded` is what `decode(tensor)` gives.
+    """
 
     tensor: PQTensor
+    decoded: Tensor
     error: metrics.Error
     objective: tuple[float, ...]
 
@@ -84,7 +88,9 @@ def encode(
     stored = torch.ldexp(codebook, torch.tensor(exponent)) if exponent else codebook
     tensor = PQTensor(tuple(weight.shape), weight.dtype, matrix_shape, stored.to(dtype).cpu(), assignments.cpu())
     scale = 4.0**exponent
-    return Encoded(tensor, metrics.compare(weight, decode(tensor)), tuple(scale * value for value in fitted.objective))
+    decoded = decode(tensor)
+    objective = tuple(scale * value for value in fitted.objective)
+    return Encoded(tensor, decoded, metrics.compare(weight, decoded), objective)
 
 
 def decode(tensor: PQTensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -95,13 +101,20 @@ def decode(tensor: PQTensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def is_finite(weight: Tensor) -> bool:
     """Whether `weight` can be quantized: no NaN, no infinity, and nothing that float32 cannot hold."""
-    largest = torch.finfo(torch.float32).max
-    return all(bool((piece.abs() <= largest).all()) for piece in weight.reshape(-1).split(metrics.CHUNK))  # type: ignore[no-untyped-call]
+    return _largest(weight) <= torch.finfo(torch.float32).max
+
+
+def _largest(weight: Tensor) -> float:
+    """The largest magnitude; NaN if there is a NaN."""
+    if not weight.numel():
+        return 0.0
+    low, high = weight.aminmax()
+    return max(-float(low), float(high))
 
 
 def _exponent(matrix: Tensor) -> int:
     """The power of two to divide by before squaring; 0 for ordinary weights. Raises ValueError for NaN and infinity."""
-    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
+    largest = _largest(matrix)
     if not math.isfinite(largest):
         raise ValueError("NaN or infinite values cannot be quantized")
     exponent = math.frexp(largest)[1]
