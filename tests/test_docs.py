@@ -44,7 +44,7 @@ def words(text: str) -> set[str]:
 
 def shown_commands() -> list[str]:
     """Every call of pqcli that the README shows: on a line of its own, or in the table of commands."""
-    lines = re.findall(r"^(?: {4}|\$ | {4}\$ )?(pqcli [a-z][^\n]*)$", README, re.MULTILINE)
+    lines = re.findall(r"^(?: {4}|\$ | {4}\$ )(pqcli [a-z][^\n]*)$", README, re.MULTILINE)
     return lines + [cells[2].strip("`") for cells in rows("command")]
 
 
