@@ -17,7 +17,7 @@ from pqcli.recipe import Recipe
 Result = TypeVar("Result")
 
 QUALITY_STEPS: Final = {"tiny": 1.2, "small": 0.7, "balanced": 0.32, "high": 0.16, "near-lossless": 0.04}
-"""Steps in units of the root mean square weight. Measured by tests/benchmarks/quality.py on the kit's models."""
+"""Steps in units of the typical weight. Measured by tests/benchmarks/quality.py on the kit's models."""
 TOLERANCE: Final = 0.01
 FINE_TOLERANCE: Final = 0.003
 FINE_ABOVE_BYTES: Final = 5_000_000
@@ -28,8 +28,8 @@ NEAR: Final = 0.01
 """A draft within this fraction of the goal ends drafting: the next step along the slope lands close enough."""
 DRAFT_EXCESS: Final = 0.0025
 """A draft is about this fraction larger than the final result at the same level."""
-SMALLEST, LARGEST = 2.0**-24, 2.0**10
-"""Levels tried, in units of the root mean square weight."""
+SMALLEST, LARGEST = 2.0**-24, 2.0**16
+"""Levels tried, in units of the typical weight: wide enough for tensors that are far louder, or far quieter."""
 
 
 class BudgetError(PQError):
@@ -85,7 +85,7 @@ class Trial(Generic[Result]):
 def search(goal: Goal, attempt: Callable[[float, bool], Trial[Result]], start: float, unit: float) -> Trial[Result]:
     """The trial that meets the goal, or comes closest from below where no level does.
 
-    `attempt(level, draft)` tries a level; `unit` is the root mean square weight, the yardstick of levels. Raises
+    `attempt(level, draft)` tries a level; `unit` is the typical weight, the yardstick of levels. Raises
     BudgetError where even the coarsest level does not reach the goal.
     """
     aim = math.log(goal.value * (1 - goal.tolerance / 2))

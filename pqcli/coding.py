@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pqcli.budget import QUALITY_STEPS, Goal, Trial, search
+from pqcli.budget import LARGEST, QUALITY_STEPS, SMALLEST, Goal, Trial, search
 from pqcli.codecs import RATE_WEIGHT, Coded, Coder, Decoder, Steps, decoder
 from pqcli.container import Record, tensor_hash
 from pqcli.container.layout import KEPT_CODED, header, make_manifest, shared_entries, tensor_entries
@@ -27,8 +27,12 @@ from pqcli.core import metrics, pq
 from pqcli.core.sources import Source
 from pqcli.recipe import Recipe
 
-CEILING: Final = 1.6
-"""Largest step of a tensor in units of its own root mean square: a relative MSE of about 0.4."""
+CEILING: Final = 1.4
+"""Largest step of a tensor in units of its own root mean square: a relative MSE of at most about 0.5."""
+HEAVIEST_TAIL: Final = 2.0
+"""Root mean squares above this multiple of the robust estimate are the work of outliers; trained layers reach 1.8."""
+GAUSSIAN_ROOT: Final = 0.822179
+"""Mean of sqrt(|x|) for a standard Gaussian x."""
 SIZE_WEIGHT: Final = 0.5
 """How much steps grow with a tensor's size, between the two ends of the objective; see `Survey.steps`."""
 DEFAULT_QUALITY: Final = "balanced"
@@ -38,17 +42,21 @@ Read = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found out about the tensors that will be coded: their records and root mean squares."""
+    """What was found out about the tensors that will be coded: their records and their `spread`."""
 
     records: tuple[Record, ...]
     rms: dict[str, float]
 
     @property
     def unit(self) -> float:
-        """Root mean square of all weights together; 1 where all are zero."""
-        n = sum(record.info.numel for record in self.records)
-        energy = sum(self.rms[record.name] ** 2 * record.info.numel for record in self.records)
-        return math.sqrt(energy / n) if energy else 1.0
+        """Root mean square of the typical weight: the geometric mean over all weights; 1 where all are zero.
+
+        The mean of squares would be that of the loudest tensor alone, and steps relative to it would silence the rest.
+        """
+        sizes = {record.name: record.info.numel for record in self.records if self.rms[record.name]}
+        if not sizes:
+            return 1.0
+        return math.exp(sum(n * math.log(self.rms[name]) for name, n in sizes.items()) / sum(sizes.values()))
 
     def steps(self, objective: float) -> Steps:
         """How steps differ between tensors: as rms ** objective and slightly with size, under a ceiling.
@@ -95,6 +103,25 @@ class Frame:
         entries = tensor_entries(manifest) + shared_entries(manifest, self.kept_bytes, SHORT_HASH_BYTES)
         head, _ = header(entries, manifest.features)
         return len(head) + sum(entry.n_bytes for entry in entries)
+
+
+def spread(weight: torch.Tensor) -> float:
+    """Root mean square of a tensor, as it would be without its outliers.
+
+    The square of the mean root hardly notices a few gigantic values. It is taken over nonzero weights, so that a sparse
+    tensor does not look like one of outliers, and counts only where the root mean square is far above it.
+    """
+    count, total, roots, nonzero = weight.numel(), 0.0, 0.0, 0
+    flat = weight.reshape(-1)
+    for start in range(0, count, metrics.CHUNK):
+        magnitudes = flat[start : start + metrics.CHUNK].double().abs()
+        total += float(magnitudes @ magnitudes)
+        roots += float(magnitudes.sqrt().sum())
+        nonzero += int(magnitudes.count_nonzero())
+    if not total:
+        return 0.0
+    robust = (roots / nonzero / GAUSSIAN_ROOT) ** 2
+    return min(math.sqrt(total / count), HEAVIEST_TAIL * robust)
 
 
 def as_matrix(weight: torch.Tensor, record: Record) -> NDArray[np.float32]:
@@ -166,7 +193,7 @@ def _measured(goal: Goal | None, codec: str, outcome: Outcome, read: Read, frame
 
 
 def _level(recipe: Recipe) -> float:
-    """The level, in units of the root mean square weight, that a recipe without a budget asks for."""
+    """The level, in units of `Survey.unit`, that a recipe without a budget asks for."""
     if recipe.rate_weight is not None:
         return math.sqrt(recipe.rate_weight / RATE_WEIGHT)
     return QUALITY_STEPS[recipe.quality or DEFAULT_QUALITY]
@@ -179,7 +206,7 @@ def _guess(goal: Goal, survey: Survey, steps: Steps, frame: Frame) -> float:
         return unit * min(2.0 * math.sqrt(goal.value), 1.5)
     n_weights = sum(record.info.numel for record in survey.records)
     n_bytes = goal.value * n_weights / 8 if goal.quantity == "bits" else max(goal.value - frame.kept_bytes, 1)
-    low, high = 2.0**-20, 2.0**8
+    low, high = SMALLEST, LARGEST
     for _ in range(40):
         middle = math.sqrt(low * high)
         found = steps.at(middle * unit)
