@@ -62,9 +62,26 @@ class Preview:
 
 
 def preview(source: str | Path, output: str | Path | None = None, recipe: Recipe | None = None) -> Preview:
-    """What `compress` with the same arguments would do, from headers alone."""
+    """What `compress` with the same arguments would do.
+
+    Plain PQ needs the headers alone. What the other codecs will do depends on the weights: they are rehearsed, in a
+    temporary folder, which takes as long as compressing.
+    """
+    recipe = recipe or Recipe()
     with checkpoints.open(source) as checkpoint:
-        return _preview(checkpoint, output, recipe or Recipe())
+        seen = _preview(checkpoint, output, recipe)
+        return seen if recipe.whole_codec is None else _rehearsed(checkpoint, seen, recipe)
+
+
+def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe) -> Preview:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / f"rehearsal{containers.SUFFIX}"
+        report = _compress(checkpoint, target, recipe, torch.device("cpu"), False, None)
+    entries = tuple(
+        replace(entry, action=found.action, reason=found.reason, predicted_bytes=found.bytes)  # type: ignore[arg-type]
+        for entry, found in zip(seen.plan.entries, report.tensors, strict=True)
+    )
+    return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=report.compressed_bytes)
 
 
 def compress(
