@@ -104,6 +104,14 @@ Sample = Annotated[
     str | None,
     typer.Option(show_default="auto", help="Blocks per tensor that EM trains on.", metavar="N|auto|all"),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        show_default="largest tensor + 0.5GB",
+        help="Memory to stay within where a single tensor allows it: 4GB lets more tensors run side by side.",
+        metavar="SIZE",
+    ),
+]
 Codec = Annotated[
     CodecName | None,
     typer.Option(show_default="pq", help="pq: codebooks, random access. trellis: the smallest file.  auto: by tensor."),
@@ -186,6 +194,7 @@ def compress(
     n_centroids: NCentroids = None,
     n_iter: NIter = None,
     sample: Sample = None,
+    max_memory: MaxMemory = None,
     codec: Codec = None,
     quality: Quality = None,
     target_size: TargetSize = None,
@@ -224,6 +233,7 @@ def compress(
             max_relative_mse=max_relative_mse,
             min_sqnr=min_sqnr,
             rate_weight=rate_weight,
+            max_memory=_bytes("--max-memory", max_memory),
             objective=_number_or_word("--objective", objective),
             effort=effort,
             include=tuple(include or ()),
@@ -251,6 +261,7 @@ def plan(
     n_centroids: NCentroids = None,
     n_iter: NIter = None,
     sample: Sample = None,
+    max_memory: MaxMemory = None,
     codec: Codec = None,
     quality: Quality = None,
     target_size: TargetSize = None,
@@ -266,6 +277,12 @@ def plan(
     exclude: Exclude = None,
     seed: Seed = None,
     codebook_dtype: CodebookType = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain", help="Show how --codec auto decides: candidates, bits, error, cost (reads the weights)."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show what compress would do to each tensor, why, and the size it would give; write nothing."""
@@ -285,6 +302,7 @@ def plan(
             max_relative_mse=max_relative_mse,
             min_sqnr=min_sqnr,
             rate_weight=rate_weight,
+            max_memory=_bytes("--max-memory", max_memory),
             objective=_number_or_word("--objective", objective),
             effort=effort,
             include=tuple(include or ()),
@@ -294,7 +312,10 @@ def plan(
         )
         from pqcli import pipeline
 
-        console.plan(pipeline.preview(src, None, recipe))
+        if explain:
+            console.choices(pipeline.explain(src, recipe))
+        else:
+            console.plan(pipeline.preview(src, None, recipe))
 
     _run(work, json=json)
 

@@ -15,6 +15,7 @@ Shapes: matrix (rows, columns) float32.
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ class TrellisCoder(Coder):
             self._rotations = trellis.fit_rotations(self.sources, self.read, steps)
         states = self.effort or (FINEST_STATES if self.n_weights < FINE_BELOW else COARSE_STATES)
         params = trellis.TrellisParams(level, min(states, DRAFT_STATES) if draft else states, RATE_WEIGHT)
-        encoded = trellis.encode(self.sources, self.read, params, self._rotations, steps)
+        encoded = trellis.encode(self.sources, self.read, params, self._rotations, steps, n_threads())
         return Coded(encoded.side, encoded.streams, encoded.coded_bytes)
 
 
@@ -149,6 +150,11 @@ class EcpqCoder(Coder):
 
     def _seed(self, key: str) -> int:
         return int.from_bytes(hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=7).digest(), "little")
+
+
+def n_threads() -> int:
+    """Threads that work on streams side by side; bytes do not depend on them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ class TrellisDecoder(Decoder):
         encoded = trellis.EncodedStreams(self._coded.shared, self._coded.streams)  # type: ignore[arg-type]
         wanted = [source.key for source in self._sources[index:]]
         self._ahead.clear()
-        self._running, self._next = trellis.decode(encoded, self._sources, wanted), index
+        self._running, self._next = trellis.decode(encoded, self._sources, wanted, n_threads()), index
 
 
 class EcpqDecoder(Decoder):

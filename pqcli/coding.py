@@ -115,9 +115,18 @@ def encode(codec: str, survey: Survey, read: Read, recipe: Recipe, frame: Frame,
         outcome = Outcome(coded, _with_shares(survey.records, coded), level)
         return Trial(level, _measured(goal, codec, outcome, read, frame), outcome)
 
+    start = first_level(survey, recipe, frame, original_bytes)
     if goal is None:
-        return attempt(_level(recipe) * unit, False).result
-    return search(goal, attempt, _guess(goal, survey, steps, frame), unit).result
+        return attempt(start, False).result
+    return search(goal, attempt, start, unit).result
+
+
+def first_level(survey: Survey, recipe: Recipe, frame: Frame, original_bytes: int) -> float:
+    """The level that the recipe asks for; with a budget, the one to start the search from."""
+    goal = Goal.of(recipe, original_bytes)
+    if goal is None:
+        return _level(recipe) * survey.unit
+    return _guess(goal, survey, survey.steps(recipe.objective), frame)
 
 
 def measure(codec: str, outcome: Outcome, read: Read) -> Iterator[tuple[Record, metrics.Error, bytes]]:

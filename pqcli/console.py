@@ -9,12 +9,14 @@ stdout is not a terminal, tables are shown in full.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -29,6 +31,9 @@ from pqcli.tables import N_DROPPED, field_lines, plan_document, plan_table, reco
 
 if TYPE_CHECKING:
     from pqcli.pipeline import Preview
+
+if TYPE_CHECKING:
+    from pqcli.choosing import Choice
 
 Format = Literal["table", "json", "csv", "html"]
 
@@ -65,8 +70,8 @@ class Console:
     ) -> None:
         self._quiet, self._json, self._clock = quiet, json, clock
         self._stdout, self._stderr = _tolerant(stdout or sys.stdout), _tolerant(stderr or sys.stderr)
-        self._out = RichConsole(file=self._stdout, width=width, highlight=False, emoji=False, markup=False)
-        self._err = RichConsole(file=self._stderr, width=width, highlight=False, emoji=False, markup=False)
+        self._out = _Terminal(file=self._stdout, width=width, highlight=False, emoji=False, markup=False)
+        self._err = _Terminal(file=self._stderr, width=width, highlight=False, emoji=False, markup=False)
         self._width = width or (self._out.width if self._stdout.isatty() else None)
 
     # --- results, on stdout ---------------------------------------------------------------------------------------
@@ -131,6 +136,20 @@ class Console:
         self._lines(field_lines({key: value for key, value in document.items() if value is not tensors}))
         if isinstance(tensors, Sequence) and all(isinstance(tensor, Mapping) for tensor in tensors):
             self._lines([Text(), *record_table(tensors, self._width, ascii_only=self._out.options.ascii_only)])
+
+    def choices(self, choices: Sequence[Choice]) -> None:
+        """Print, for every tensor, the ways to code it with what they cost, the one taken first."""
+        if self._json:
+            self.json([asdict(choice) | {"winner": choice.winner.way} for choice in choices])
+            return
+        for choice in choices:
+            winner = choice.winner
+            losers = sorted((c for c in choice.candidates if c is not winner), key=lambda c: c.cost)
+            self._lines([Text(visible(choice.name), style="bold")])
+            for mark, way in [("->", winner), *(("  ", loser) for loser in losers)]:
+                figures = f"{way.bits_per_weight:6.2f} bits  relative MSE {readable.error(way.relative_mse):>8}"
+                scheme = f" {way.block_size}x{way.n_centroids}" if way.block_size else ""
+                self._lines([Text(f"  {mark} {way.way + scheme:<16} {figures}  cost {way.cost:8.4f}")])
 
     def presets(self, presets: Mapping[str, str]) -> None:
         """Print the names that `--config` takes, with what they are for."""
@@ -223,6 +242,14 @@ class Console:
         self._stdout.flush()
 
 
+class _Terminal(RichConsole):
+    """A console that leaves it to the command what a reader who has left means; rich itself would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while a BrokenPipeError is handled."""
+        raise
+
+
 class Progress:
     """What the worker of a long task tells: that some work is done, and on what. Safe to call from any thread."""
 
@@ -259,8 +286,13 @@ def _print(console: RichConsole, text: Text) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _tolerant(stream: IO[str]) -> IO[str]:
-    """The stream, writing an escape for what its encoding does not have instead of failing."""
+def _tolerant(stream: IO[str] | None) -> IO[str]:
+    """The stream, writing an escape for what its encoding does not have instead of failing.
+
+    A stream that the caller has closed (`>&-`) is None, and swallows what is printed.
+    """
+    if stream is None:
+        return Path(os.devnull).open("w", encoding="utf-8")
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
     return stream

@@ -1,49 +1,62 @@
 """Where the work runs. An executor changes how long compression takes, never a byte of what it writes.
 
-`ordered` runs jobs on threads and yields their results in the order of the jobs. The kernels release the interpreter
-lock, so reading one tensor, learning the codebook of another and writing a third overlap. Memory is bounded by bytes in
-flight, not by a number of jobs: many small tensors share the cores, a large one has the machine to itself.
+`largest_first` runs jobs on threads. The kernels release the interpreter lock, so reading one tensor, learning the
+codebook of another and writing a third overlap. Memory is bounded by bytes in flight, not by a number of jobs: many
+small tensors share the cores, a large one has the machine to itself. With several devices each job takes one that is
+free; the largest jobs start first, so that no device is left alone with a long one at the end.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Device = TypeVar("Device")
 
 IN_FLIGHT_BYTES = 128 << 20
 """Dense bytes of the tensors being worked on at one time, unless a single tensor is larger."""
 
 
-def ordered(
+def largest_first(
     jobs: Sequence[Job],
-    run: Callable[[Job], Result],
+    run: Callable[[Job, Device], Result],
     n_bytes: Callable[[Job], int],
-    *,
-    n_workers: int | None = None,
+    devices: Sequence[Device],
     in_flight_bytes: int = IN_FLIGHT_BYTES,
 ) -> Iterator[Result]:
-    """`run(job)` for every job, results in the order of `jobs`.
+    """`run(job, device)` for every job, the largest first; results in that order.
 
-    A job starts when it and all unfinished or not yet consumed ones together stay within `in_flight_bytes`, or when it
-    would be alone. The first exception ends the iteration; jobs that have not started then never do.
+    `devices` has an entry per worker. A job starts when it and all unfinished or not yet consumed ones together stay
+    within `in_flight_bytes`, or when it would be alone. The first exception ends the iteration; jobs that have not
+    started then never do.
     """
+    free: SimpleQueue[Device] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def work(job: Job) -> Result:
+        device = free.get()
+        try:
+            return run(job, device)
+        finally:
+            free.put(device)
+
     waiting: deque[tuple[Future[Result], int]] = deque()
     held = 0
-    pool = ThreadPoolExecutor(n_workers or os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(len(devices))
     try:
-        for job in jobs:
+        for job in sorted(jobs, key=n_bytes, reverse=True):
             size = n_bytes(job)
             while waiting and held + size > in_flight_bytes:
                 future, freed = waiting.popleft()
                 yield future.result()
                 held -= freed
-            waiting.append((pool.submit(run, job), size))
+            waiting.append((pool.submit(work, job), size))
             held += size
         while waiting:
             yield waiting.popleft()[0].result()

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli import coding, executors
+from pqcli import choosing, coding, executors
 from pqcli import container as containers
 from pqcli import plan as plans
 from pqcli import recipe as recipes
 from pqcli.atomic import atomic_writer, check_target
 from pqcli.checkpoint import Checkpoint
+from pqcli.codecs import n_threads
 from pqcli.container import Container, Record, Writer
 from pqcli.core import em, metrics, packing, pq
 from pqcli.errors import CheckpointError, ContainerError, OutputError, PQError, UsageError
@@ -34,6 +35,10 @@ from pqcli.tensorinfo import TensorInfo
 Progress = Callable[[int, str], None]
 Jsonable = Any
 
+WORKING_COPIES = 2
+"""Memory that encoding a tensor takes, in copies of the tensor: the weights, and what they decode to."""
+BASE_MEMORY_BYTES = 400 << 20
+"""Memory of a process that has torch loaded and kernels compiled."""
 NOT_FINITE = "holds NaN, infinite or out of float32 range values: kept bit-exact"
 
 
@@ -168,17 +173,36 @@ def _compress_each(
 ) -> tuple[tuple[TensorReport, ...], int]:
     """Every tensor by itself, with plain PQ."""
 
-    def run(entry: PlanEntry) -> _Encoded:
+    def run(entry: PlanEntry, device: torch.device) -> _Encoded:
         return _encode(checkpoint, entry, recipe, device)
 
-    reports = []
-    for done in executors.ordered(plan.entries, run, lambda entry: 2 * entry.info.n_bytes):
+    reports = {}
+    results = executors.largest_first(
+        plan.entries, run, lambda entry: WORKING_COPIES * entry.info.n_bytes, _devices(device), _in_flight(recipe)
+    )
+    for done in results:
         _write(writer, done)
         error = containers.StoredError.of(done.error) if done.error else None
-        reports.append(_tensor_report(done.record, error, done.used))
+        reports[done.record.name] = _tensor_report(done.record, error, done.used)
         progress(done.record.info.numel if done.record.alias_of is None else 0, done.record.name)
     order = [entry.info.name for entry in plan.entries]
-    return tuple(reports), writer.finish(order, _source(checkpoint), recipes.to_json(recipe))
+    size = writer.finish(order, _source(checkpoint), recipes.to_json(recipe))
+    return tuple(reports[name] for name in order), size
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    """A device per worker: the cores of the CPU, all GPUs where none was named, or the one that was."""
+    if device.type == "cpu":
+        return [device] * n_threads()
+    if device.type == "cuda" and device.index is None:
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [device]
+
+
+def _in_flight(recipe: Recipe) -> int:
+    if recipe.max_memory is None:
+        return executors.IN_FLIGHT_BYTES
+    return max(recipe.max_memory - BASE_MEMORY_BYTES, 0)
 
 
 def _compress_whole(
@@ -189,17 +213,63 @@ def _compress_whole(
     order = [entry.info.name for entry in plan.entries]
     survey, frame = _survey(checkpoint, plan, recipe, writer)
     codec = recipe.whole_codec or ""
+    used: dict[str, tuple[int, float] | None] = {}
+    errors: dict[str, containers.StoredError] = {}
+    if recipe.codec == "auto":
+        exact, survey, frame = _take_exact(checkpoint, survey, frame, recipe, writer)
+        errors = {done.record.name: containers.StoredError.of(done.error) for done in exact if done.error}
+        used = {done.record.name: done.used for done in exact}
     if not survey.records:
         size = writer.finish(order, frame.source, frame.recipe)
-        return tuple(_tensor_report(record, None, None) for record in writer.records(order)), size
+        records = writer.records(order)
+        return tuple(_tensor_report(r, errors.get(r.name), used.get(r.name)) for r in records), size
     outcome = coding.encode(codec, survey, checkpoint.read, recipe, frame, checkpoint.n_bytes)
-    errors = {}
     for record, error, digest in coding.measure(codec, outcome, checkpoint.read):
         writer.add_coded(record, digest, error)
         errors[record.name] = containers.StoredError.of(error)
         progress(record.info.numel, record.name)
     size = writer.finish(order, frame.source, frame.recipe, codec, outcome.coded)
-    return tuple(_tensor_report(record, errors.get(record.name), None) for record in writer.records(order)), size
+    records = writer.records(order)
+    return tuple(_tensor_report(r, errors.get(r.name), used.get(r.name)) for r in records), size
+
+
+def _take_exact(
+    checkpoint: Checkpoint, survey: coding.Survey, frame: coding.Frame, recipe: Recipe, writer: Writer
+) -> tuple[list[_Encoded], coding.Survey, coding.Frame]:
+    """Write the tensors that cost least when held exactly or kept; the survey and the frame of the rest."""
+    level = coding.first_level(survey, recipe, frame, checkpoint.n_bytes)
+    taken = []
+    by_name = {record.name: record for record in survey.records}
+    for choice in choosing.choose(survey, checkpoint.read, level, recipe.objective):
+        record, winner = by_name[choice.name], choice.winner
+        if winner.way == "trellis":
+            continue
+        weight = checkpoint.read(record.name)
+        if winner.way == "keep":
+            done = _kept(record, weight, f"keeping it costs no more than coding it ({winner.bits_per_weight:.1f} bits)")
+        else:
+            exact = choosing.exact_record(record, winner)
+            options = em.Options(n_centroids=exact.n_centroids or 1, seed=tensor_seed(recipe.seed, record.name))
+            done = _quantized(exact, weight, options)
+        _write(writer, done)
+        taken.append(done)
+    written = {done.record.name: done.record for done in taken}
+    records = tuple(record for record in survey.records if record.name not in written)
+    order = [record.name for record in frame.records]
+    everything = [written.get(record.name, record) for record in frame.records]
+    rest = coding.Survey(records, {record.name: survey.rms[record.name] for record in records})
+    return taken, rest, replace(frame, records=everything, kept_bytes=len(writer.bundle(order)))
+
+
+def explain(source: str | Path, recipe: Recipe | None = None) -> list[choosing.Choice]:
+    """How `--codec auto` decides: for every tensor the candidates with their measured bits, error and cost."""
+    recipe = replace(recipe or Recipe(), codec="auto")
+    with checkpoints.open(source) as checkpoint:
+        plan = plans.make(recipe, checkpoint.tensors)
+        with tempfile.TemporaryDirectory() as folder, Writer(Path(folder) / "none", compact=True) as writer:
+            survey, frame = _survey(checkpoint, plan, recipe, writer)
+            level = coding.first_level(survey, recipe, frame, checkpoint.n_bytes)
+            return choosing.choose(survey, checkpoint.read, level, recipe.objective)
 
 
 def _survey(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, writer: Writer) -> tuple[coding.Survey, coding.Frame]:
@@ -302,9 +372,16 @@ def _encode(checkpoint: Checkpoint, entry: PlanEntry, recipe: Recipe, device: to
         seed=tensor_seed(recipe.seed, record.name),
         sample=scheme.sample,
     )
-    dtype = getattr(torch, scheme.codebook_dtype)
+    return _quantized(record, weight, options, device)
+
+
+def _quantized(
+    record: Record, weight: torch.Tensor, options: em.Options, device: torch.device | str = "cpu"
+) -> _Encoded:
+    """A tensor as plain PQ, as its record says; kept where that turns out not to be smaller."""
+    dtype = getattr(torch, record.codebook_dtype)
     try:
-        encoded = pq.encode(weight, (entry.rows, entry.columns), scheme.block_size, options, dtype, device)
+        encoded = pq.encode(weight, record.matrix_shape, record.block_size or 1, options, dtype, device)
     except PQError as error:
         raise type(error)(f"tensor {record.name!r}: {error}") from None
     tensor = encoded.tensor

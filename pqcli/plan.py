@@ -234,11 +234,18 @@ def _scheme(info: TensorInfo, recipe: Recipe, rule: Rule | None) -> tuple[Scheme
     )
     n_vectors = rows * -(-columns // block_size)
     scheme = _clamped(scheme, n_vectors, info.n_bytes, recipe.clamp, notes)
-    wanted = recipe.sample if recipe.sample != "auto" else SAMPLED_PER_CENTROID * scheme.n_centroids
-    if wanted != "all" and wanted < n_vectors:
-        notes.append(f"EM trained on {wanted:,} of {n_vectors:,} blocks")
-        scheme = replace(scheme, sample=max(wanted, scheme.n_centroids))
-    return scheme, notes
+    sample = _sample(recipe.sample, scheme.n_centroids, n_vectors)
+    if sample is not None:
+        notes.append(f"EM trained on {sample:,} of {n_vectors:,} blocks")
+    return replace(scheme, sample=sample), notes
+
+
+def _sample(wanted: int | Literal["auto", "all"], n_centroids: int, n_vectors: int) -> int | None:
+    """Blocks to train on; None for all of them."""
+    if wanted == "all":
+        return None
+    n = SAMPLED_PER_CENTROID * n_centroids if wanted == "auto" else max(wanted, n_centroids)
+    return n if n < n_vectors else None
 
 
 def _clamped(scheme: Scheme, n_vectors: int, dense_bytes: int, clamp: str, notes: list[str]) -> Scheme:

@@ -101,6 +101,7 @@ class Recipe:
     max_relative_mse: float | None = None
     min_sqnr: float | None = None
     sample: int | Literal["auto", "all"] = "auto"
+    max_memory: int | None = None
     eps: float = 1e-6
     max_tentatives: int = 30
     include: tuple[str, ...] = ()
@@ -189,6 +190,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
     """What differs from the default recipe, as plain data (no description); `from_json` gives the recipe back."""
     data = _differences(recipe)
     data.pop("description", None)
+    data.pop("max_memory", None)  # where it ran is not what was done
     if recipe.rules:
         data["rules"] = [_differences(rule) for rule in recipe.rules]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
@@ -443,6 +445,7 @@ _RECIPE_CHECKS: dict[str, _Check] = {
     "min_sqnr": _positive,
     "clamp": _choice("dense", "quarter"),
     "sample": _whole(1, None, "auto", "all"),
+    "max_memory": _whole(1),
     "eps": _positive,
     "max_tentatives": _whole(1),
     "include": _patterns,

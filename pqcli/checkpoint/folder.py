@@ -129,6 +129,7 @@ def _read_index(folder: Path, name: str) -> Index:
         weight_map = index["weight_map"]
         places = list(weight_map.items())
         metadata = index.get("metadata")
+        json.dumps(index, ensure_ascii=False).encode("utf-8")  # lone surrogates, which no other file can hold
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is no shard index ({type(error).__name__}: {str(error)[:100]})") from error
     if not places:

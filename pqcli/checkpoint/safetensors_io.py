@@ -37,6 +37,8 @@ CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _METADATA = "__metadata__"
+_CONTAINER = "pqcli"
+"""The metadata's `format` in what pqcli itself writes."""
 
 
 def read_safetensors(source: ByteSource) -> Layout:
@@ -60,6 +62,10 @@ def read_safetensors(source: ByteSource) -> Layout:
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         raise CheckpointError("its __metadata__ is not a table of texts; the file is damaged")
+    if metadata is not None and metadata.get("format") == _CONTAINER:
+        raise CheckpointError(
+            "it is compressed already; `pqcli decode` gives back the checkpoint that it was made from"
+        )
     entries = sorted(
         ((*_entry(name, record), name) for name, record in header.items()), key=lambda entry: (entry[2], entry[3])
     )
@@ -149,6 +155,7 @@ def _parse(text: bytes) -> dict[str, Any]:
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # lone surrogates, which no other file can hold
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its header is no JSON ({str(error)[:100]}); the file is damaged") from error
     if not isinstance(header, dict):

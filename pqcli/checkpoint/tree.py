@@ -139,18 +139,17 @@ class _Walk:
         try:
             return self.node(value, path)
         except _Drop as drop:
-            self.dropped.append(Dropped(".".join(path) or "(top level)", str(drop)))
+            self.dropped.append(Dropped(_place(path), str(drop)))
             raise
 
     def _tensor(self, ref: TensorRef, path: Path) -> dict[str, Json]:
         """Register a tensor; gives its flags, and its name where the path does not imply it."""
+        self._check_name(path)
         implied = name_of(path, self.root)
         name = unique_name(implied, self.tensors)
-        if not _encodable(name):
-            raise CheckpointError(f"a tensor's name is no valid text: {ascii(name)[:100]}")
         self.tensors[name] = FoundTensor(name, role_of(path, self.root), ref)
         self.dropped.extend(
-            Dropped(".".join((*path, attribute)), "a Python attribute of a tensor") for attribute in ref.lost
+            Dropped(_place((*path, attribute)), "a Python attribute of a tensor") for attribute in ref.lost
         )
         flags: dict[str, Json] = {}
         if name != implied:
@@ -160,6 +159,11 @@ class _Walk:
         if ref.requires_grad:
             flags["grad"] = True
         return flags
+
+    def _check_name(self, path: Path) -> None:
+        """A tensor whose name no file can hold is refused: to drop it would lose weights."""
+        if not _encodable(name_of(path, self.root)):
+            raise CheckpointError(f"a tensor's name is no valid text: {ascii(name_of(path, self.root))[:100]}")
 
     def _container(self, value: Any, path: Path) -> Json:
         if len(path) > _MAX_DEPTH:
@@ -186,6 +190,8 @@ class _Walk:
         items: list[Json] = []
         for key, item in value.items():
             below = (*path, _component(key))
+            if isinstance(item, TensorRef):
+                self._check_name(below)
             try:
                 key_node = _scalar(key)
                 if isinstance(item, TensorRef) and isinstance(key, str):
@@ -194,8 +200,8 @@ class _Walk:
                 else:
                     items.append([key_node, self.entry(item, below)])
             except _Drop as drop:
-                if not self.dropped or self.dropped[-1].path != ".".join(below):
-                    self.dropped.append(Dropped(".".join(below), f"its key is {drop}"))
+                if not self.dropped or self.dropped[-1].path != _place(below):
+                    self.dropped.append(Dropped(_place(below), f"its key is {drop}"))
         kind = "odict" if isinstance(value, OrderedDict) else "dict"
         metadata = self._metadata(value, path) if isinstance(value, Attributed) else {}
         if kind == "dict" and all(isinstance(item, list) and isinstance(item[0], str) for item in items):
@@ -208,7 +214,7 @@ class _Walk:
         """What torch sets on a state dict itself: `_metadata`, the versions of its modules. Nothing else is kept."""
         result: dict[str, Json] = {}
         for name, attribute in value.attributes.items():
-            place = ".".join((*path, str(name)))
+            place = _place((*path, str(name)))
             walk = _Walk(root=())  # of its own: tensors in an attribute would have no name in the checkpoint
             try:
                 node = walk.node(attribute, ())
@@ -278,6 +284,11 @@ def _tagged_scalar(value: Any) -> Json:
     if isinstance(value, Foreign):
         raise _Drop(f"{value.kind}: no JSON value")
     raise _Drop(f"{type(value).__name__}: no JSON value")
+
+
+def _place(path: Path) -> str:
+    """Where something was, as text that any file can hold."""
+    return ".".join(path).encode("utf-8", "backslashreplace").decode() or "(top level)"
 
 
 def _encodable(text: str) -> bool:

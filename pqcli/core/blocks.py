@@ -25,6 +25,9 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+_JOIN_ELEMENTS = 1 << 22
+"""Weights put together at a time: the padded blocks of a large tensor would be one more copy of it."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -69,17 +72,36 @@ def cut(matrix: Tensor, block_size: int) -> Blocks:
     Shares memory with a float32 `matrix` whose columns divide; copies otherwise.
     """
     rows, columns = matrix.shape
-    matrix = matrix.float()
     n_full = columns // block_size
-    body = matrix[:, : n_full * block_size].reshape(rows * n_full, block_size)
-    return Blocks(body=body, tail=matrix[:, n_full * block_size :].contiguous(), rows=rows, columns=columns)
+    width = n_full * block_size
+    # not matrix.float() first: of a large half-precision tensor that would be one more copy
+    body = _float32(matrix[:, :width]).view(rows * n_full, block_size)
+    return Blocks(body=body, tail=_float32(matrix[:, width:]), rows=rows, columns=columns)
+
+
+def _float32(part: Tensor) -> Tensor:
+    """`part` as contiguous float32: itself where it is, else one copy."""
+    if part.dtype == torch.float32 and part.is_contiguous():
+        return part
+    return torch.empty(part.shape, dtype=torch.float32, device=part.device).copy_(part)
 
 
 def join(codebook: Tensor, assignments: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix (rows, columns) that `assignments` (rows * blocks_per_row,) spell, in the codebook's dtype."""
     block_size = codebook.shape[1]
-    padded = codebook.index_select(0, assignments.view(-1)).view(rows, -(-columns // block_size) * block_size)
-    return padded[:, :columns].contiguous()
+    per_row = -(-columns // block_size)
+    grid = assignments.view(rows, per_row)
+    matrix = torch.empty(rows, columns, dtype=codebook.dtype, device=codebook.device)
+    step = max(1, _JOIN_ELEMENTS // max(1, per_row * block_size))
+    for start in range(0, rows, step):
+        part = grid[start : start + step]
+        matrix[start : start + step] = _looked_up(codebook, part)[:, :columns]
+    return matrix
+
+
+def _looked_up(codebook: Tensor, grid: Tensor) -> Tensor:
+    """The centroids that `grid` (rows, blocks) names, as (rows, blocks * block_size)."""
+    return codebook.index_select(0, grid.reshape(-1)).view(len(grid), grid.shape[1] * codebook.shape[1])
 
 
 def to_block_major(assignments: Tensor, rows: int) -> Tensor:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("pqcli")
 FP16_LOSS = 1e-6
 """Largest share of the codebook's energy that rounding to float16 may cost; beyond it the codebook stays float32."""
+FLOAT32 = torch.finfo(torch.float32)
 SAFE_EXPONENT = 30
 """Weights beyond 2^-30 .. 2^30 are scaled by a power of two first, so that their squares stay finite."""
 
@@ -88,6 +89,7 @@ def encode(
     stored = torch.ldexp(codebook, torch.tensor(exponent)) if exponent else codebook
     tensor = PQTensor(tuple(weight.shape), weight.dtype, matrix_shape, stored.to(dtype).cpu(), assignments.cpu())
     scale = 4.0**exponent
+    del cut, matrix  # the decoded tensor takes their place in memory
     decoded = decode(tensor)
     objective = tuple(scale * value for value in fitted.objective)
     return Encoded(tensor, decoded, metrics.compare(weight, decoded), objective)
@@ -100,8 +102,13 @@ def decode(tensor: PQTensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether `weight` can be quantized: no NaN, no infinity, and nothing that float32 cannot hold."""
-    return _largest(weight) <= torch.finfo(torch.float32).max
+    """Whether `weight` can be quantized: no NaN, no infinity, and nothing that float32 cannot hold.
+
+    Nor are weights quantized that are all so small that float32 holds them with few digits or as zero (a float64
+    tensor of 1e-200 would come back as nothing); a single small value among larger ones does no harm.
+    """
+    largest = _largest(weight)
+    return largest <= FLOAT32.max and (largest == 0 or largest >= FLOAT32.tiny / FLOAT32.eps)
 
 
 def _largest(weight: Tensor) -> float:

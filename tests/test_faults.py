@@ -1,0 +1,253 @@
+"""Full disks, limits, signals, kills: an output is whole or not there, and the old one stays."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import REPOSITORY
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"}
+
+
+@pytest.fixture
+def big(tmp_path) -> Path:
+    """A checkpoint whose compressed form takes some 400 kB, most of it kept."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    state = {f"w{i}": torch.randn(128, 64, generator=generator) for i in range(4)}
+    save_file({**state, "kept": torch.arange(100_000, dtype=torch.int32)}, folder / "big.safetensors")
+    return folder / "big.safetensors"
+
+
+def pqcli(*arguments: object, cwd: Path, **options: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pqcli", *map(str, arguments)],
+        cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options,
+    )  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def limit_file_size(n_bytes: int):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+def told(done: subprocess.CompletedProcess, code: int, *words: str) -> None:
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    for word in words:
+        assert word in " ".join(done.stderr.split()), done.stderr
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("n_bytes", [1_000, 100_000, 400_000])
+def test_a_file_size_limit_leaves_the_folder_as_it_was(big, tmp_path, exists, n_bytes):
+    out = tmp_path / "out"
+    out.mkdir()
+    if exists:
+        (out / "x.pq.safetensors").write_bytes(b"the old one")
+    before = contents(out)
+    done = pqcli("compress", big, "-o", "x.pq.safetensors", "--force", cwd=out, preexec_fn=limit_file_size(n_bytes))
+    told(done, 1, "cannot write", "x.pq.safetensors", "size limit")
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("target", ["x.pt", "x.safetensors", "folder"])
+def test_a_file_size_limit_while_decoding_leaves_the_folder_as_it_was(big, tmp_path, target):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert pqcli("compress", big, "-o", "x.pq.safetensors", cwd=out).returncode == 0
+    if target != "folder":
+        (out / target).write_bytes(b"the old one")
+    before = contents(out)
+    done = pqcli("decode", "x.pq.safetensors", "-o", target, "--force", cwd=out, preexec_fn=limit_file_size(100_000))
+    told(done, 1, "cannot write", "size limit")
+    assert contents(out) == before
+    assert not (out / "folder").exists()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 300 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if (
+        not mount
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was_and_says_what_to_do(big, tiny_disk):
+    (tiny_disk / "x.pq.safetensors").write_bytes(b"the old one")
+    before = contents(tiny_disk)
+    done = pqcli("compress", big, "-o", "x.pq.safetensors", "--force", cwd=tiny_disk)
+    told(done, 1, "cannot write", "disk is full")
+    assert contents(tiny_disk) == before
+
+
+def test_a_full_disk_while_decoding_or_reporting_leaves_the_folder_as_it_was(big, tiny_disk, tmp_path):
+    assert pqcli("compress", big, "-o", tmp_path / "x.pq.safetensors", cwd=tmp_path).returncode == 0
+    for target in ("dense.pt", "dense.safetensors", "dense"):
+        told(pqcli("decode", tmp_path / "x.pq.safetensors", "-o", target, cwd=tiny_disk), 1, "disk is full")
+        assert list(tiny_disk.iterdir()) == []
+    (tiny_disk / "filler").write_bytes(bytes(290 << 10))
+    report = pqcli("report", tmp_path / "x.pq.safetensors", "--format", "html", "-o", "r.html", cwd=tiny_disk)
+    told(report, 1, "disk is full")
+    assert [path.name for path in tiny_disk.iterdir()] == ["filler"]
+
+
+def test_the_disk_needs_room_for_the_output_twice_at_most(big, tiny_disk, tmp_path):
+    """A container of 120 kB fits on a disk of 300."""
+    save_file({"kept": torch.arange(30_000, dtype=torch.int32)}, tmp_path / "s.safetensors")
+    assert pqcli("compress", tmp_path / "s.safetensors", "-o", "x.pq.safetensors", cwd=tiny_disk).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def slow_work(tmp_path_factory) -> Path:
+    """A checkpoint of one tensor that keeps a machine busy for long."""
+    folder = tmp_path_factory.mktemp("slow")
+    save_file({"w": torch.randn(4096, 2048)}, folder / "slow.safetensors")
+    return folder / "slow.safetensors"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_work_soon_with_130_and_the_old_file_stays(slow_work, tmp_path, number):
+    (tmp_path / "x.pq.safetensors").write_bytes(b"the old one")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pqcli", "compress", slow_work, "-o", "x.pq.safetensors", "--force",
+         "--block-size", "8", "--n-centroids", "8192", "--n-iter", "1000"],
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_work(process)
+    sent = time.monotonic()
+    process.send_signal(number)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert time.monotonic() - sent < 20
+    assert contents(tmp_path) == {"x.pq.safetensors": b"the old one"}
+
+
+def wait_for_work(process: subprocess.Popen) -> None:
+    """Until the process has opened its spool, which it does when the work begins."""
+    for _ in range(600):
+        links = Path(f"/proc/{process.pid}/fd")
+        try:
+            if any("(deleted)" in str(link.readlink()) for link in links.iterdir()):
+                break
+        except OSError:
+            pass
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    time.sleep(1)
+
+
+@pytest.fixture
+def strace() -> str:
+    found = shutil.which("strace")
+    if not found:
+        pytest.skip("strace is not installed")
+    probe = subprocess.run([found, "-o", os.devnull, sys.executable, "-c", ""], capture_output=True, check=False)
+    if probe.returncode:
+        pytest.skip("strace may not trace here")
+    return found
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_kill_at_the_rename_leaves_the_old_file_or_none_and_the_next_run_works(big, tmp_path, strace, exists):
+    out = tmp_path / "out"
+    out.mkdir()
+    if exists:
+        (out / "x.pq.safetensors").write_bytes(b"the old one")
+    command = [sys.executable, "-m", "pqcli", "compress", str(big), "-o", "x.pq.safetensors", "--force"]
+    inject = ["-f", "-o", os.devnull, "-e", "trace=rename,renameat,renameat2", "-e",
+              "inject=rename,renameat,renameat2:signal=SIGKILL:when=1"]  # fmt: skip
+    subprocess.run(
+        [strace, *inject, *command], cwd=out, env={**ENVIRONMENT, "NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True, check=False, timeout=300,
+    )  # fmt: skip
+    target = out / "x.pq.safetensors"
+    if target.exists():  # the kill may come before the call or after it: both files are whole
+        assert target.read_bytes() == b"the old one" or pqcli("verify", target, cwd=out).returncode == 0
+    assert pqcli("compress", big, "-o", "x.pq.safetensors", "--force", cwd=out).returncode == 0
+    assert pqcli("verify", "x.pq.safetensors", "--against", big, cwd=out).returncode == 0
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_an_input_output_error_of_the_disk_is_told_and_leaves_the_old_file(big, tmp_path, strace, call):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "x.pq.safetensors").write_bytes(b"the old one")
+    names = {"fsync": "fsync", "rename": "rename,renameat,renameat2"}[call]
+    done = subprocess.run(
+        [strace, "-f", "-o", os.devnull, "-e", f"trace={names}", "-e", f"inject={names}:error=EIO",
+         sys.executable, "-m", "pqcli", "compress", str(big), "-o", "x.pq.safetensors", "--force"],
+        cwd=out, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    told(done, 1, "cannot write", os.strerror(errno.EIO))
+    assert contents(out) == {"x.pq.safetensors": b"the old one"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_told(big, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir(mode=0o555)
+    told(pqcli("compress", big, "-o", out / "x.pq.safetensors", cwd=tmp_path), 1, "cannot write", "permission denied")
+
+
+def test_the_input_may_vanish_or_shrink_meanwhile_without_a_wrong_result(tmp_path):
+    save_file({f"w{i}": torch.randn(1024, 1024) for i in range(8)}, tmp_path / "m.safetensors")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pqcli", "compress", "m.safetensors", "--n-centroids", "1024"],
+        cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_work(process)
+    os.truncate(tmp_path / "m.safetensors", 1 << 20)
+    out, err = process.communicate(timeout=300)
+    if process.returncode:  # it had not read everything yet
+        assert (process.returncode, out) == (1, "")
+        assert "truncated" in err
+        assert "Traceback" not in err
+        assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_modes_follow_the_umask_and_links_stay_links(big, tmp_path):
+    old = os.umask(0o027)
+    try:
+        assert pqcli("compress", big, "-o", tmp_path / "x.pq.safetensors", cwd=tmp_path).returncode == 0
+        assert pqcli("decode", tmp_path / "x.pq.safetensors", "-o", tmp_path / "d.pt", cwd=tmp_path).returncode == 0
+    finally:
+        os.umask(old)
+    for name in ("x.pq.safetensors", "d.pt"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "y").write_bytes(b"old")
+    (tmp_path / "link.pq.safetensors").symlink_to(tmp_path / "real" / "y")
+    assert pqcli("compress", big, "-o", tmp_path / "link.pq.safetensors", "--force", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "link.pq.safetensors").is_symlink()
+    assert pqcli("verify", tmp_path / "real" / "y", cwd=tmp_path).returncode == 0
