@@ -16,8 +16,8 @@ from pqcli.recipe import Recipe
 
 Result = TypeVar("Result")
 
-QUALITY_STEPS: Final = {"tiny": 1.2, "small": 0.7, "balanced": 0.32, "high": 0.16, "near-lossless": 0.04}
-"""Steps in units of the root mean square weight. Measured by tests/benchmarks/quality.py on the kit's models."""
+QUALITY_STEPS: Final = {"tiny": 1.2, "small": 0.6, "balanced": 0.22, "high": 0.11, "near-lossless": 0.03}
+"""Steps in units of the typical weight (`coding.Survey.unit`), chosen with tests/benchmarks/quality.py."""
 TOLERANCE: Final = 0.01
 FINE_TOLERANCE: Final = 0.003
 FINE_ABOVE_BYTES: Final = 5_000_000
@@ -29,7 +29,7 @@ NEAR: Final = 0.01
 DRAFT_EXCESS: Final = 0.0025
 """A draft is about this fraction larger than the final result at the same level."""
 SMALLEST, LARGEST = 2.0**-24, 2.0**10
-"""Levels tried, in units of the root mean square weight."""
+"""Levels tried, in units of the typical weight."""
 
 
 class BudgetError(PQError):
@@ -85,7 +85,7 @@ class Trial(Generic[Result]):
 def search(goal: Goal, attempt: Callable[[float, bool], Trial[Result]], start: float, unit: float) -> Trial[Result]:
     """The trial that meets the goal, or comes closest from below where no level does.
 
-    `attempt(level, draft)` tries a level; `unit` is the root mean square weight, the yardstick of levels. Raises
+    `attempt(level, draft)` tries a level; `unit` is the typical weight, the yardstick of levels. Raises
     BudgetError where even the coarsest level does not reach the goal.
     """
     aim = math.log(goal.value * (1 - goal.tolerance / 2))

@@ -221,16 +221,25 @@ def _compress_whole(
         used = {done.record.name: done.used for done in exact}
     if not survey.records:
         size = writer.finish(order, frame.source, frame.recipe)
-        records = writer.records(order)
-        return tuple(_tensor_report(r, errors.get(r.name), used.get(r.name)) for r in records), size
+        return _written(writer, order, errors, used), size
     outcome = coding.encode(codec, survey, checkpoint.read, recipe, frame, checkpoint.n_bytes)
     for record, error, digest in coding.measure(codec, outcome, checkpoint.read):
         writer.add_coded(record, digest, error)
         errors[record.name] = containers.StoredError.of(error)
         progress(record.info.numel, record.name)
     size = writer.finish(order, frame.source, frame.recipe, codec, outcome.coded)
-    records = writer.records(order)
-    return tuple(_tensor_report(r, errors.get(r.name), used.get(r.name)) for r in records), size
+    return _written(writer, order, errors, used), size
+
+
+def _written(
+    writer: Writer,
+    order: Sequence[str],
+    errors: Mapping[str, containers.StoredError],
+    used: Mapping[str, tuple[int, float] | None],
+) -> tuple[TensorReport, ...]:
+    """What became of every tensor of a finished file."""
+    records = containers.with_kept_shares(writer.records(order), writer.kept_bytes)
+    return tuple(_tensor_report(record, errors.get(record.name), used.get(record.name)) for record in records)
 
 
 def _take_exact(
@@ -508,7 +517,7 @@ def report(file: str | Path, against: str | Path | None = None, *, progress: Pro
     """
     with containers.open_container(file) as container:
         if against is None:
-            tensors = tuple(_stored_report(container, record) for record in container.records)
+            tensors = tuple(_stored_report(container, record) for record in _shared_out(container))
         else:
             with checkpoints.open(against) as original:
                 tensors = tuple(_measured_reports(container, original, progress))
@@ -593,6 +602,10 @@ def _describe(info: TensorInfo) -> str:
     return f"{info.dtype} {'x'.join(map(str, info.shape)) or 'scalar'}"
 
 
+def _shared_out(container: Container) -> list[Record]:
+    return containers.with_kept_shares(container.records, container.kept_bytes)
+
+
 def _stored_report(container: Container, record: Record) -> TensorReport:
     used = _use(container.pq_tensor(record.name)) if record.action == "pq" else None
     return _tensor_report(record, container.error(record.name), used)
@@ -600,7 +613,7 @@ def _stored_report(container: Container, record: Record) -> TensorReport:
 
 def _measured_reports(container: Container, original: Checkpoint, progress: Progress | None) -> Iterator[TensorReport]:
     known = {info.name: info for info in original.tensors}
-    for record in container.records:
+    for record in _shared_out(container):
         info = known.get(record.name)
         if info is None or info.shape != record.shape:
             raise CheckpointError(
