@@ -28,8 +28,8 @@ NEAR: Final = 0.01
 """A draft within this fraction of the goal ends drafting: the next step along the slope lands close enough."""
 DRAFT_EXCESS: Final = 0.0025
 """A draft is about this fraction larger than the final result at the same level."""
-SMALLEST, LARGEST = 2.0**-24, 2.0**10
-"""Levels tried, in units of the typical weight."""
+SMALLEST, LARGEST = 2.0**-24, 2.0**16
+"""Levels tried, in units of the typical weight: wide enough for tensors that are far louder, or far quieter."""
 
 
 class BudgetError(PQError):

@@ -61,20 +61,30 @@ class Coded:
 
 @dataclass
 class Coder(ABC):
-    """Encodes the same tensors at one level after another, remembering what serves the next level too."""
+    """Encodes the same tensors at one level after another, remembering what serves the next level too.
+
+    `effort` is the number of trellis states (None: by the size of the checkpoint), `seed` decides random samples; each
+    means something to one codec only.
+    """
 
     sources: Sequence[Source]
     read: Read
     scales: Mapping[str, float]
     effort: int | None = None
+    seed: int = 0
 
     @staticmethod
     def of(
-        codec: str, sources: Sequence[Source], read: Read, scales: Mapping[str, float], effort: int | None = None
+        codec: str,
+        sources: Sequence[Source],
+        read: Read,
+        scales: Mapping[str, float],
+        effort: int | None = None,
+        seed: int = 0,
     ) -> Coder:
-        """The coder of that name. `effort` is the number of trellis states, where there is a trellis."""
+        """The coder of that name; see its fields."""
         kinds: dict[str, type[Coder]] = {"trellis": TrellisCoder, "ecpq": EcpqCoder}
-        return kinds[codec](sources, read, scales, effort)
+        return kinds[codec](sources, read, scales, effort, seed)
 
     @abstractmethod
     def encode(self, level: float, *, draft: bool = False) -> Coded:
@@ -109,7 +119,6 @@ class TrellisCoder(Coder):
 class EcpqCoder(Coder):
     """Shared codebooks learned under a price for bits, and entropy-coded assignments (`pqcli.core.ecpq`)."""
 
-    seed: int = 0
     _samples: dict[tuple[str, float], Sample] = field(default_factory=dict)
     _model: Model | None = None
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pqcli.budget import QUALITY_STEPS, Goal, Trial, search
+from pqcli.budget import LARGEST, QUALITY_STEPS, SMALLEST, Goal, Trial, search
 from pqcli.codecs import RATE_WEIGHT, Coded, Coder, Decoder, decoder
 from pqcli.container import Record, tensor_hash
 from pqcli.container.layout import KEPT_CODED, header, make_manifest, shared_entries, tensor_entries
@@ -29,6 +29,10 @@ from pqcli.recipe import Recipe
 
 LARGEST_STEP: Final = 2.0
 """Largest step of a tensor by its own rms, in units of the typical step by the typical rms; see `Survey.scales`."""
+HEAVIEST_TAIL: Final = 2.0
+"""Root mean squares above this multiple of the robust estimate are the work of outliers; trained layers reach 1.8."""
+GAUSSIAN_ROOT: Final = 0.822179
+"""Mean of sqrt(|x|) for a standard Gaussian x."""
 SIZE_WEIGHT: Final = 0.5
 """How much steps grow with a tensor's size, between the two ends of the objective; see `Survey.scales`."""
 DEFAULT_QUALITY: Final = "balanced"
@@ -38,7 +42,7 @@ Read = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found out about the tensors that will be coded: their records and root mean squares."""
+    """What was found out about the tensors that will be coded: their records and their `spread`."""
 
     records: tuple[Record, ...]
     rms: dict[str, float]
@@ -101,6 +105,25 @@ class Frame:
         return len(head) + sum(entry.n_bytes for entry in entries)
 
 
+def spread(weight: torch.Tensor) -> float:
+    """Root mean square of a tensor, as it would be without its outliers.
+
+    The square of the mean root hardly notices a few gigantic values. It is taken over nonzero weights, so that a sparse
+    tensor does not look like one of outliers, and counts only where the root mean square is far above it.
+    """
+    count, total, roots, nonzero = weight.numel(), 0.0, 0.0, 0
+    flat = weight.reshape(-1)
+    for start in range(0, count, metrics.CHUNK):
+        magnitudes = flat[start : start + metrics.CHUNK].double().abs()
+        total += float(magnitudes.square().sum())
+        roots += float(magnitudes.sqrt().sum())
+        nonzero += int(magnitudes.count_nonzero())
+    if not total:
+        return 0.0
+    robust = (roots / nonzero / GAUSSIAN_ROOT) ** 2
+    return min(math.sqrt(total / count), HEAVIEST_TAIL * robust)
+
+
 def as_matrix(weight: torch.Tensor, record: Record) -> NDArray[np.float32]:
     """A tensor as the codecs take it: (rows, columns) float32."""
     return weight.reshape(record.matrix_shape).float().numpy()
@@ -111,7 +134,9 @@ def encode(codec: str, survey: Survey, read: Read, recipe: Recipe, frame: Frame,
     by_name = {record.name: record for record in survey.records}
     sources = [record.source for record in survey.records]
     scales = survey.scales(recipe.objective)
-    coder = Coder.of(codec, sources, lambda name: as_matrix(read(name), by_name[name]), scales, recipe.effort)
+    coder = Coder.of(
+        codec, sources, lambda name: as_matrix(read(name), by_name[name]), scales, recipe.effort, recipe.seed
+    )
     goal, unit = Goal.of(recipe, original_bytes), survey.unit
 
     def attempt(level: float, draft: bool) -> Trial[Outcome]:
@@ -170,7 +195,7 @@ def _measured(goal: Goal | None, codec: str, outcome: Outcome, read: Read, frame
 
 
 def _level(recipe: Recipe) -> float:
-    """The level, in units of the root mean square weight, that a recipe without a budget asks for."""
+    """The level, in units of `Survey.unit`, that a recipe without a budget asks for."""
     if recipe.rate_weight is not None:
         return math.sqrt(recipe.rate_weight / RATE_WEIGHT)
     return QUALITY_STEPS[recipe.quality or DEFAULT_QUALITY]
@@ -183,7 +208,7 @@ def _guess(goal: Goal, survey: Survey, scales: dict[str, float], frame: Frame) -
         return unit * min(2.0 * math.sqrt(goal.value), 1.5)
     n_weights = sum(record.info.numel for record in survey.records)
     n_bytes = goal.value * n_weights / 8 if goal.quantity == "bits" else max(goal.value - frame.kept_bytes, 1)
-    low, high = 2.0**-20, 2.0**8
+    low, high = SMALLEST, LARGEST
     for _ in range(40):
         middle = math.sqrt(low * high)
         bits = sum(

@@ -6,7 +6,6 @@ Progress goes to an optional hook `progress(weights, name)`, called as tensors g
 from __future__ import annotations
 
 import hashlib
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -311,7 +310,7 @@ def _survey(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, writer: Writer) 
             record = _kept_record(record, NOT_FINITE)
         if record.quantized:
             records.append(record)
-            rms[record.name] = math.sqrt(metrics.compare(weight, weight).energy / weight.numel())
+            rms[record.name] = coding.spread(weight)
         else:
             writer.add_kept(record, weight)
     order = [entry.info.name for entry in plan.entries]

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 
 import pqcli
+from pqcli import coding
 from pqcli import container as containers
 from pqcli.budget import BudgetError
 from pqcli.container.layout import CODED
@@ -86,16 +87,16 @@ def test_the_same_input_gives_the_same_bytes(codec, tmp_path):
     source = saved(tmp_path, network())
     files = [tmp_path / f"{i}.pq.safetensors" for i in range(2)]
     for file in files:
-        pqcli.compress(source, file, recipe(codec, target_bits=2.0))
+        pqcli.compress(source, file, recipe(codec, quality="small"))
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [8, 14])
+@pytest.mark.parametrize(("codec", "ratio"), [("trellis", 7), ("trellis", 12), ("pq", 10)])
 def test_a_target_size_is_hit_within_one_percent_below(codec, ratio, tmp_path):
-    source = saved(tmp_path, network(256))
+    source = saved(tmp_path, network(192))
     target = source.stat().st_size // ratio
     file = tmp_path / "model.pq.safetensors"
     report = pqcli.compress(source, file, recipe(codec, target_bytes=target))
@@ -103,27 +104,27 @@ def test_a_target_size_is_hit_within_one_percent_below(codec, ratio, tmp_path):
     assert report.compressed_bytes == file.stat().st_size
 
 
-def test_a_target_ratio_counts_the_files(codec, tmp_path):
-    source = saved(tmp_path, network(256))
-    report = pqcli.compress(source, tmp_path / "o.pq.safetensors", recipe(codec, target_ratio=10.0))
+def test_a_target_ratio_counts_the_files(tmp_path):
+    source = saved(tmp_path, network(192))
+    report = pqcli.compress(source, tmp_path / "o.pq.safetensors", recipe("trellis", target_ratio=10.0))
     assert 10.0 <= report.ratio <= 10.2
 
 
-def test_target_bits_are_hit(codec, tmp_path):
-    report = pqcli.compress(saved(tmp_path, network(256)), None, recipe(codec, target_bits=2.5))
+def test_target_bits_are_hit(tmp_path):
+    report = pqcli.compress(saved(tmp_path, network(192)), None, recipe("trellis", target_bits=2.5))
     assert 2.5 * 0.99 <= report.bits_per_weight <= 2.5
 
 
 @pytest.mark.parametrize("bound", [{"max_relative_mse": 0.05}, {"min_sqnr": 13.0103}])
-def test_a_bound_on_the_error_is_kept_and_used(codec, bound, tmp_path):
-    report = pqcli.compress(saved(tmp_path, network()), None, recipe(codec, **bound))
+def test_a_bound_on_the_error_is_kept_and_used(bound, tmp_path):
+    report = pqcli.compress(saved(tmp_path, network()), None, recipe("trellis", **bound))
     assert 0.95 * 0.05 <= report.relative_mse <= 0.05 * (1 + 1e-6)
 
 
-def test_a_size_that_cannot_be_reached_leaves_no_file(codec, tmp_path):
+def test_a_size_that_cannot_be_reached_leaves_no_file(tmp_path):
     source, file = saved(tmp_path, network()), tmp_path / "model.pq.safetensors"
     with pytest.raises(BudgetError, match=r"bytes of at most 500 cannot be reached"):
-        pqcli.compress(source, file, recipe(codec, target_bytes=500))
+        pqcli.compress(source, file, recipe("trellis", target_bytes=500))
     assert not file.exists()
 
 
@@ -135,6 +136,24 @@ def test_better_qualities_are_larger_with_less_error(codec, tmp_path):
     ]
     assert sorted(reports, key=lambda r: r.compressed_bytes) == reports
     assert sorted(reports, key=lambda r: -r.relative_mse) == reports
+
+
+# --- how large weights are --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_spread_of_ordinary_weights_is_their_root_mean_square(dtype):
+    weight = (gaussian(300, 200, rms=0.05) * torch.linspace(0.3, 2, 300)[:, None]).to(dtype)
+    assert coding.spread(weight) == pytest.approx(float(weight.double().square().mean().sqrt()), rel=1e-6)
+
+
+def test_the_spread_hardly_notices_outliers_nor_zeros():
+    weight = gaussian(300, 200)
+    weight[3, 4] = 1e6
+    assert coding.spread(weight) < 2.2
+    sparse = gaussian(300, 200) * (gaussian(300, 200, seed=1) > 2)
+    assert coding.spread(sparse) == pytest.approx(float(sparse.square().mean().sqrt()), rel=1e-5)
+    assert coding.spread(torch.zeros(5, 5)) == 0
 
 
 # --- all kinds of tensors ---------------------------------------------------------------------------------------------
@@ -216,19 +235,21 @@ def test_one_gigantic_outlier_ruins_neither_its_tensor_nor_the_others(codec, tmp
     source, file = saved(tmp_path, state), tmp_path / "model.pq.safetensors"
     pqcli.compress(source, file, recipe(codec))
     decoded = pqcli.load(file)
-    assert float(decoded["fc2.weight"][5, 7]) == pytest.approx(1e6, rel=0.5)
+    assert float(decoded["fc2.weight"][5, 7]) == pytest.approx(1e6, rel=0.01)
     for name in ("embed.weight", "conv.weight", "fc1.weight"):
-        assert relative_mse(state[name], decoded[name]) < 0.6, name
+        assert relative_mse(state[name], decoded[name]) < 0.2, name
+    rows = torch.arange(len(state["fc2.weight"])) != 5
+    assert relative_mse(state["fc2.weight"][rows], decoded["fc2.weight"][rows]) < 0.6
     assert pqcli.verify(file, source) == []
 
 
-@pytest.mark.parametrize("setting", [{"target_bits": 1.0}, {"quality": "balanced"}, {"quality": "tiny"}])
-def test_where_one_tensor_holds_the_energy_the_others_keep_most_of_theirs(codec, setting, tmp_path):
+@pytest.mark.parametrize(("setting", "worst"), [({"target_bits": 1.0}, 0.6), ({"quality": "tiny"}, 0.6), ({}, 0.15)])
+def test_where_one_tensor_holds_the_energy_the_others_keep_most_of_theirs(codec, setting, worst, tmp_path):
     """As in speech encoders, and in embeddings with rows of outliers: 99.99 % of the energy is in one tensor."""
     state = {**network(), "loud.weight": gaussian(128, 128, seed=8, rms=20.0)}
     file = tmp_path / "model.pq.safetensors"
     report = pqcli.compress(saved(tmp_path, state), file, recipe(codec, **setting))
-    assert max(tensor.relative_mse for tensor in report.quantized) < 0.6
+    assert max(tensor.relative_mse for tensor in report.quantized) < worst
 
 
 def test_a_checkpoint_with_nothing_to_quantize_is_kept_whole(codec, tmp_path):
@@ -293,19 +314,15 @@ def test_a_file_cut_short_ends_in_an_error(sound, share, tmp_path):
         decode_all(file)
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_a_flipped_bit_is_found(sound, seed, tmp_path):
+def test_a_flipped_bit_is_found(sound, tmp_path):
     data, start, stop = sound
-    place = start + (stop - start) * seed // 24
-    hurt = bytearray(data)
-    hurt[place] ^= 1 << seed % 8
     file = tmp_path / "flipped.pq.safetensors"
-    file.write_bytes(bytes(hurt))
-    try:
-        decode_all(file)
-    except ContainerError:
-        return
-    assert seed % 24 >= 20, "a flip that changes nothing can only lie in a stream's last bytes"
+    for i in range(8):
+        hurt = bytearray(data)
+        hurt[start + (stop - start) * i // 8] ^= 1 << i
+        file.write_bytes(bytes(hurt))
+        with pytest.raises(ContainerError):
+            decode_all(file)
 
 
 def pqcli_findings(file):

@@ -162,7 +162,8 @@ class Container:
         """The bytes of kept tensors that were coded without loss."""
         specs = [(ITEM_BYTES[record.dtype], record.info.numel) for record in records]
         try:
-            return [torch.from_numpy(piece) for piece in lossless.decompress(data.numpy().tobytes(), specs)]
+            pieces = lossless.decompress(data.numpy().tobytes(), specs)
+            return [torch.from_numpy(p) if p.size else torch.empty(0, dtype=torch.uint8) for p in pieces]
         except ValueError as error:
             raise self._damaged(f"kept tensor {records[0].name!r}: {error}") from None
 
