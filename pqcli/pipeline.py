@@ -34,6 +34,9 @@ from pqcli.tensorinfo import TensorInfo
 Progress = Callable[[int, str], None]
 Jsonable = Any
 
+REPORTED_WITHIN = 1e-4
+SMALLEST_REPORTED = torch.finfo(torch.float32).tiny
+"""Errors are stored in float32: `verify` accepts this relative and this absolute difference."""
 WORKING_COPIES = 2
 """Memory that encoding a tensor takes, in copies of the tensor: the weights, and what they decode to."""
 BASE_MEMORY_BYTES = 400 << 20
@@ -117,7 +120,7 @@ def save(
     with tempfile.NamedTemporaryFile(dir=Path(file).parent, suffix=".pt") as dense:
         torch.save(state_dict, dense)
         dense.flush()
-        return compress(dense.name, file, recipe, device=device, force=force)
+        return replace(compress(dense.name, file, recipe, device=device, force=force), source="")
 
 
 def default_output(source: Path) -> Path:
@@ -471,6 +474,8 @@ def decode(
     `output` says the format by its suffix (.safetensors, .pt and its kin, none for a folder); by default it is
     `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. Returns the path written.
     """
+    if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
+        raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
     with containers.open_container(file) as container:
         source = container.manifest.source
         target = Path(output) if output else _default_decoded(Path(file), source)
@@ -610,7 +615,7 @@ def _check_values(container: Container, record: Record, original: Checkpoint) ->
     measured = containers.StoredError.of(metrics.compare(weight, decoded))
     for key, value in asdict(stored).items():
         actual = getattr(measured, key)
-        if abs(actual - value) > 1e-4 * max(abs(actual), abs(value)):
+        if abs(actual - value) > REPORTED_WITHIN * max(abs(actual), abs(value)) + SMALLEST_REPORTED:
             yield Finding(record.name, f"{key} is {actual:.6g} against {original.path}, and {value:.6g} as reported")
 
 
