@@ -16,8 +16,8 @@ from pqcli.recipe import Recipe
 
 Result = TypeVar("Result")
 
-QUALITY_STEPS: Final = {"tiny": 1.2, "small": 0.7, "balanced": 0.32, "high": 0.16, "near-lossless": 0.04}
-"""Steps in units of the typical weight. Measured by tests/benchmarks/quality.py on the kit's models."""
+QUALITY_STEPS: Final = {"tiny": 1.2, "small": 0.6, "balanced": 0.22, "high": 0.11, "near-lossless": 0.03}
+"""Steps in units of the typical weight (`coding.Survey.unit`), chosen with tests/benchmarks/quality.py."""
 TOLERANCE: Final = 0.01
 FINE_TOLERANCE: Final = 0.003
 FINE_ABOVE_BYTES: Final = 5_000_000

@@ -114,7 +114,7 @@ MaxMemory = Annotated[
 ]
 Codec = Annotated[
     CodecName | None,
-    typer.Option(show_default="pq", help="pq: codebooks, random access. trellis: the smallest file.  auto: by tensor."),
+    typer.Option(show_default="pq", help="pq: codebooks, random access. trellis: the smallest file. auto: by tensor."),
 ]
 Quality = Annotated[
     QualityName | None, typer.Option(help="A named point on the curve of size against error.", rich_help_panel=BUDGET)
@@ -137,7 +137,9 @@ MinSqnr = Annotated[
 RateWeight = Annotated[
     float | None,
     typer.Option(
-        help="Price of a bit, in mean squared weights: 0.03 is about 2.5 bits.", metavar="L", rich_help_panel=BUDGET
+        help="Price of a bit, in squares of the typical weight: 0.03 is about 2 bits.",
+        metavar="L",
+        rich_help_panel=BUDGET,
     ),
 ]
 Objective = Annotated[
@@ -165,7 +167,7 @@ Include = Annotated[
     typer.Option(help="Quantize only tensors that match (glob, or re:REGEX); repeatable.", metavar="PAT"),
 ]
 Exclude = Annotated[list[str] | None, typer.Option(help="Keep tensors that match exactly; repeatable.", metavar="PAT")]
-Device = Annotated[str, typer.Option(help="Where EM runs: auto, cpu, cuda, cuda:0, mps.")]
+Device = Annotated[str, typer.Option(help="Where the EM of plain PQ runs: auto, cpu, cuda, cuda:0, mps.")]
 Seed = Annotated[int | None, typer.Option(show_default="0", help="Seed of the initial centroids.")]
 CodebookType = Annotated[CodebookDtype | None, typer.Option(show_default="fp16", help="Dtype codebooks are stored in.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]

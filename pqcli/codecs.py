@@ -5,7 +5,7 @@ probabilities) and spend bits where they lower the error most. One number, the `
 the quantization step in weight units; times a tensor's own `scale` it is that tensor's step. A bit may cost
 `RATE_WEIGHT * step^2` of squared error, in either codec, so that both answer a level with about the same error.
 
-    coder = Coder.of("trellis", sources, read, Steps(scales, ceilings))
+    coder = Coder.of("trellis", sources, read, scales)
     coded = coder.encode(level)                     -> Coded: bytes, and which tensor takes how many
     decoder("trellis", coded, sources).matrix(key)  -> one matrix, bit for bit what the encoder meant
 
@@ -59,32 +59,32 @@ class Coded:
         return len(self.shared) + sum(map(len, self.streams))
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The step of every tensor at a level: level * scale, but never above its ceiling, so that no tensor is lost."""
-
-    scales: Mapping[str, float]
-    ceilings: Mapping[str, float]
-
-    def at(self, level: float) -> dict[str, float]:
-        """Steps by key."""
-        return {key: min(level * scale, self.ceilings[key]) for key, scale in self.scales.items()}
-
-
 @dataclass
 class Coder(ABC):
-    """Encodes the same tensors at one level after another, remembering what serves the next level too."""
+    """Encodes the same tensors at one level after another, remembering what serves the next level too.
+
+    `effort` is the number of trellis states (None: by the size of the checkpoint), `seed` decides random samples; each
+    means something to one codec only.
+    """
 
     sources: Sequence[Source]
     read: Read
-    steps: Steps
+    scales: Mapping[str, float]
     effort: int | None = None
+    seed: int = 0
 
     @staticmethod
-    def of(codec: str, sources: Sequence[Source], read: Read, steps: Steps, effort: int | None = None) -> Coder:
-        """The coder of that name. `effort` is the number of trellis states, where there is a trellis."""
+    def of(
+        codec: str,
+        sources: Sequence[Source],
+        read: Read,
+        scales: Mapping[str, float],
+        effort: int | None = None,
+        seed: int = 0,
+    ) -> Coder:
+        """The coder of that name; see its fields."""
         kinds: dict[str, type[Coder]] = {"trellis": TrellisCoder, "ecpq": EcpqCoder}
-        return kinds[codec](sources, read, steps, effort)
+        return kinds[codec](sources, read, scales, effort, seed)
 
     @abstractmethod
     def encode(self, level: float, *, draft: bool = False) -> Coded:
@@ -106,7 +106,7 @@ class TrellisCoder(Coder):
         """All tensors at this level; rotations are fitted for the first level asked for, and kept."""
         from pqcli.core import trellis
 
-        steps = self.steps.at(level)
+        steps = {key: level * scale for key, scale in self.scales.items()}
         if self._rotations is None:
             self._rotations = trellis.fit_rotations(self.sources, self.read, steps)
         states = self.effort or (FINEST_STATES if self.n_weights < FINE_BELOW else COARSE_STATES)
@@ -119,7 +119,6 @@ class TrellisCoder(Coder):
 class EcpqCoder(Coder):
     """Shared codebooks learned under a price for bits, and entropy-coded assignments (`pqcli.core.ecpq`)."""
 
-    seed: int = 0
     _samples: dict[tuple[str, float], Sample] = field(default_factory=dict)
     _model: Model | None = None
 
@@ -131,19 +130,18 @@ class EcpqCoder(Coder):
 
         del draft  # encoding is quick enough
         price = RATE_WEIGHT * level**2
-        scales = {key: step / level for key, step in self.steps.at(level).items()}
 
         def matrix(key: str) -> torch.Tensor:
             return torch.from_numpy(self.read(key))
 
         self._samples = {
             (key, scale): self._samples.get((key, scale)) or ecpq.draw(matrix(key), scale=scale, seed=self._seed(key))
-            for key, scale in scales.items()
+            for key, scale in self.scales.items()
         }
         self._model = model = ecpq.fit(self._samples.values(), price, start=self._model)
         streams = tuple(
             ecpq.encode(matrix(key), model, price, scale=scale, seed=self._seed(key)).payload
-            for key, scale in scales.items()
+            for key, scale in self.scales.items()
         )
         sizes = {source.key: len(stream) for source, stream in zip(self.sources, streams, strict=True)}
         return Coded(self._model.to_bytes(), streams, sizes)

@@ -34,6 +34,9 @@ from pqcli.tensorinfo import TensorInfo
 Progress = Callable[[int, str], None]
 Jsonable = Any
 
+REPORTED_WITHIN = 1e-4
+SMALLEST_REPORTED = torch.finfo(torch.float32).tiny
+"""Errors are stored in float32: `verify` accepts this relative and this absolute difference."""
 WORKING_COPIES = 2
 """Memory that encoding a tensor takes, in copies of the tensor: the weights, and what they decode to."""
 BASE_MEMORY_BYTES = 400 << 20
@@ -61,9 +64,26 @@ class Preview:
 
 
 def preview(source: str | Path, output: str | Path | None = None, recipe: Recipe | None = None) -> Preview:
-    """What `compress` with the same arguments would do, from headers alone."""
+    """What `compress` with the same arguments would do.
+
+    Plain PQ needs the headers alone. What the other codecs will do depends on the weights: they are rehearsed, in a
+    temporary folder, which takes as long as compressing.
+    """
+    recipe = recipe or Recipe()
     with checkpoints.open(source) as checkpoint:
-        return _preview(checkpoint, output, recipe or Recipe())
+        seen = _preview(checkpoint, output, recipe)
+        return seen if recipe.whole_codec is None else _rehearsed(checkpoint, seen, recipe)
+
+
+def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe) -> Preview:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / f"rehearsal{containers.SUFFIX}"
+        report = _compress(checkpoint, target, recipe, torch.device("cpu"), False, None)
+    entries = tuple(
+        replace(entry, action=found.action, reason=found.reason, predicted_bytes=found.bytes)  # type: ignore[arg-type]
+        for entry, found in zip(seen.plan.entries, report.tensors, strict=True)
+    )
+    return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=report.compressed_bytes)
 
 
 def compress(
@@ -100,7 +120,7 @@ def save(
     with tempfile.NamedTemporaryFile(dir=Path(file).parent, suffix=".pt") as dense:
         torch.save(state_dict, dense)
         dense.flush()
-        return compress(dense.name, file, recipe, device=device, force=force)
+        return replace(compress(dense.name, file, recipe, device=device, force=force), source="")
 
 
 def default_output(source: Path) -> Path:
@@ -220,16 +240,25 @@ def _compress_whole(
         used = {done.record.name: done.used for done in exact}
     if not survey.records:
         size = writer.finish(order, frame.source, frame.recipe)
-        records = writer.records(order)
-        return tuple(_tensor_report(r, errors.get(r.name), used.get(r.name)) for r in records), size
+        return _written(writer, order, errors, used), size
     outcome = coding.encode(codec, survey, checkpoint.read, recipe, frame, checkpoint.n_bytes)
     for record, error, digest in coding.measure(codec, outcome, checkpoint.read):
         writer.add_coded(record, digest, error)
         errors[record.name] = containers.StoredError.of(error)
         progress(record.info.numel, record.name)
     size = writer.finish(order, frame.source, frame.recipe, codec, outcome.coded)
-    records = writer.records(order)
-    return tuple(_tensor_report(r, errors.get(r.name), used.get(r.name)) for r in records), size
+    return _written(writer, order, errors, used), size
+
+
+def _written(
+    writer: Writer,
+    order: Sequence[str],
+    errors: Mapping[str, containers.StoredError],
+    used: Mapping[str, tuple[int, float] | None],
+) -> tuple[TensorReport, ...]:
+    """What became of every tensor of a finished file."""
+    records = containers.with_kept_shares(writer.records(order), writer.kept_bytes)
+    return tuple(_tensor_report(record, errors.get(record.name), used.get(record.name)) for record in records)
 
 
 def _take_exact(
@@ -445,6 +474,8 @@ def decode(
     `output` says the format by its suffix (.safetensors, .pt and its kin, none for a folder); by default it is
     `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. Returns the path written.
     """
+    if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
+        raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
     with containers.open_container(file) as container:
         source = container.manifest.source
         target = Path(output) if output else _default_decoded(Path(file), source)
@@ -507,7 +538,7 @@ def report(file: str | Path, against: str | Path | None = None, *, progress: Pro
     """
     with containers.open_container(file) as container:
         if against is None:
-            tensors = tuple(_stored_report(container, record) for record in container.records)
+            tensors = tuple(_stored_report(container, record) for record in _shared_out(container))
         else:
             with checkpoints.open(against) as original:
                 tensors = tuple(_measured_reports(container, original, progress))
@@ -584,12 +615,16 @@ def _check_values(container: Container, record: Record, original: Checkpoint) ->
     measured = containers.StoredError.of(metrics.compare(weight, decoded))
     for key, value in asdict(stored).items():
         actual = getattr(measured, key)
-        if abs(actual - value) > 1e-4 * max(abs(actual), abs(value)):
+        if abs(actual - value) > REPORTED_WITHIN * max(abs(actual), abs(value)) + SMALLEST_REPORTED:
             yield Finding(record.name, f"{key} is {actual:.6g} against {original.path}, and {value:.6g} as reported")
 
 
 def _describe(info: TensorInfo) -> str:
     return f"{info.dtype} {'x'.join(map(str, info.shape)) or 'scalar'}"
+
+
+def _shared_out(container: Container) -> list[Record]:
+    return containers.with_kept_shares(container.records, container.kept_bytes)
 
 
 def _stored_report(container: Container, record: Record) -> TensorReport:
@@ -599,7 +634,7 @@ def _stored_report(container: Container, record: Record) -> TensorReport:
 
 def _measured_reports(container: Container, original: Checkpoint, progress: Progress | None) -> Iterator[TensorReport]:
     known = {info.name: info for info in original.tensors}
-    for record in container.records:
+    for record in _shared_out(container):
         info = known.get(record.name)
         if info is None or info.shape != record.shape:
             raise CheckpointError(

@@ -1,5 +1,7 @@
 """The documentation is part of the product: its examples run, its tables are complete, its links lead somewhere."""
 
+import ast
+import inspect
 import re
 import shlex
 import tomllib
@@ -10,6 +12,7 @@ from typer.main import get_command
 
 import pqcli
 from pqcli import errors, recipe
+from pqcli.budget import QUALITY_STEPS
 from pqcli.cli import EXIT_INTERRUPTED, app
 from pqcli.container import layout
 
@@ -116,6 +119,27 @@ def test_the_readme_names_every_preset():
 def test_the_readme_names_everything_public():
     documented = set(re.findall(r"`pqcli\.(\w+)", " ".join(cells[0] for cells in rows("name"))))
     assert documented == set(pqcli.__all__)
+
+
+def test_the_readme_shows_the_signature_of_every_public_function():
+    shown = {}
+    for call in words(" ".join(cells[0] for cells in rows("name"))):
+        if "(" in call:
+            function = ast.parse(f"def {call.removeprefix('pqcli.')}: pass").body[0]
+            shown[function.name] = ast.unparse(function.args)
+    functions = [name for name in pqcli.__all__ if inspect.isfunction(getattr(pqcli, name))]
+    assert set(shown) == set(functions)
+    for name in functions:
+        signature = inspect.signature(getattr(pqcli, name))
+        bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        text = str(inspect.Signature(bare))
+        expected = ast.unparse(ast.parse(f"def f{text}: pass").body[0].args)
+        assert shown[name] == expected, name
+
+
+def test_the_readme_states_the_steps_behind_the_names_of_quality():
+    for name, step in QUALITY_STEPS.items():
+        assert f"`{name}` {step}" in README
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

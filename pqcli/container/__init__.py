@@ -22,10 +22,10 @@ Every later ability is a new named feature; a reader refuses a file whose featur
 
 from pqcli.container.layout import SUFFIX, make_manifest, predict
 from pqcli.container.reader import Container, open_container
-from pqcli.container.records import Manifest, Record, StoredError, tensor_bytes, tensor_hash
+from pqcli.container.records import Manifest, Record, StoredError, tensor_bytes, tensor_hash, with_kept_shares
 from pqcli.container.writer import Writer
 
 __all__ = [
     "SUFFIX", "Container", "Manifest", "Record", "StoredError", "Writer", "make_manifest", "open_container", "predict",
-    "tensor_bytes", "tensor_hash",
+    "tensor_bytes", "tensor_hash", "with_kept_shares",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from pqcli.codecs import CODECS
-from pqcli.container.records import HASH_BYTES, Manifest, Record
+from pqcli.container.records import HASH_BYTES, Manifest, Record, is_bundled
 from pqcli.tensorinfo import ITEM_BYTES
 
 VERSION: Final = 1
@@ -20,8 +20,6 @@ SUFFIX: Final = ".pq.safetensors"
 MANIFEST, HASHES, ERRORS, KEPT, CODED = (
     "pqcli.manifest", "pqcli.hashes", "pqcli.errors", "pqcli.kept", "pqcli.coded",
 )  # fmt: skip
-BUNDLED_BYTES: Final = 1 << 16
-"""Kept tensors up to this size lie in `pqcli.kept`: a header entry of their own would outweigh many of them."""
 SAFETENSORS_DTYPES: Final = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
@@ -45,11 +43,6 @@ class Entry:
         for extent in self.shape:
             size *= extent
         return size
-
-
-def is_bundled(record: Record) -> bool:
-    """Whether a kept tensor lies in `pqcli.kept`, and not in an entry of its own."""
-    return record.action == "keep" and record.info.n_bytes <= BUNDLED_BYTES
 
 
 def tensor_entries(manifest: Manifest) -> list[Entry]:

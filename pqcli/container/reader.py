@@ -25,11 +25,10 @@ from pqcli.container.layout import (
     MANIFEST,
     SUFFIX,
     VERSION,
-    is_bundled,
     shared_entries,
     tensor_entries,
 )
-from pqcli.container.records import ACTIONS, HASH_BYTES, Manifest, Record, StoredError, tensor_hash
+from pqcli.container.records import ACTIONS, HASH_BYTES, Manifest, Record, StoredError, is_bundled, tensor_hash
 from pqcli.core import lossless, packing, pq
 from pqcli.errors import ContainerError
 from pqcli.tensorinfo import ITEM_BYTES, TensorInfo
@@ -78,6 +77,11 @@ class Container:
     def infos(self) -> tuple[TensorInfo, ...]:
         """The tensors as the checkpoint described them."""
         return tuple(record.info for record in self.records)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Length of `pqcli.kept`."""
+        return self._shape(KEPT)[0]
 
     def record(self, name: str) -> Record:
         """The record of a tensor. Raises ContainerError for a name that is not there."""
@@ -158,7 +162,8 @@ class Container:
         """The bytes of kept tensors that were coded without loss."""
         specs = [(ITEM_BYTES[record.dtype], record.info.numel) for record in records]
         try:
-            return [torch.from_numpy(piece) for piece in lossless.decompress(data.numpy().tobytes(), specs)]
+            pieces = lossless.decompress(data.numpy().tobytes(), specs)
+            return [torch.from_numpy(p) if p.size else torch.empty(0, dtype=torch.uint8) for p in pieces]
         except ValueError as error:
             raise self._damaged(f"kept tensor {records[0].name!r}: {error}") from None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +24,8 @@ HASH_BYTES: Final = 8
 """Bytes of a hash, with plain PQ."""
 SHORT_HASH_BYTES: Final = 4
 """Bytes of a hash in files made to be small: one corrupted tensor in four billion goes unnoticed."""
+BUNDLED_BYTES: Final = 1 << 16
+"""Kept tensors up to this size lie in `pqcli.kept`: a header entry of their own would outweigh many of them."""
 _STRICT = pydantic.ConfigDict(strict=True, extra="forbid")
 
 
@@ -105,6 +108,11 @@ class Manifest:
     coded: dict[str, Any] = field(default_factory=dict)
 
 
+def is_bundled(record: Record) -> bool:
+    """Whether a kept tensor lies in `pqcli.kept`, and not in an entry of its own."""
+    return record.action == "keep" and record.info.n_bytes <= BUNDLED_BYTES
+
+
 @dataclass(frozen=True)
 class StoredError:
     """The error of one tensor as compression measured it, in float32."""
@@ -119,6 +127,20 @@ class StoredError:
         """The stored form of a measured error."""
         rms = math.sqrt(error.energy / error.n) if error.n else 0.0
         return StoredError(rms, error.relative_mse, error.cosine, error.max_abs_error)
+
+
+def with_kept_shares(records: Sequence[Record], kept_bytes: int) -> list[Record]:
+    """The records with the bytes of `pqcli.kept` shared out among the small kept tensors, by their dense size."""
+    dense = sum(record.info.n_bytes for record in records if is_bundled(record))
+    seen, found = 0, []
+    for record in records:
+        if is_bundled(record) and dense:
+            before = kept_bytes * seen // dense
+            seen += record.info.n_bytes
+            found.append(replace(record, coded_bytes=kept_bytes * seen // dense - before))
+        else:
+            found.append(record)
+    return found
 
 
 def tensor_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:

@@ -23,13 +23,20 @@ from pqcli.container.layout import (
     KEPT_CODED,
     MANIFEST,
     header,
-    is_bundled,
     make_manifest,
     manifest_bytes,
     shared_entries,
     tensor_entries,
 )
-from pqcli.container.records import HASH_BYTES, SHORT_HASH_BYTES, Record, StoredError, tensor_bytes, tensor_hash
+from pqcli.container.records import (
+    HASH_BYTES,
+    SHORT_HASH_BYTES,
+    Record,
+    StoredError,
+    is_bundled,
+    tensor_bytes,
+    tensor_hash,
+)
 from pqcli.core import lossless, metrics, packing, pq
 from pqcli.tensorinfo import ITEM_BYTES
 
@@ -105,6 +112,11 @@ class Writer:
     def records(self, order: Sequence[str]) -> list[Record]:
         """The records of the tensors added so far, in this order of names."""
         return [self._items[name].record for name in order if name in self._items]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Length of `pqcli.kept` in the finished file."""
+        return self._spooled[KEPT][1]
 
     def bundle(self, order: Sequence[str]) -> bytes:
         """What `pqcli.kept` will hold, with the tensors in this order."""
