@@ -29,6 +29,8 @@ from pqcli.recipe import Recipe
 
 LARGEST_STEP: Final = 2.0
 """Largest step of a tensor by its own rms, in units of the typical step by the typical rms; see `Survey.scales`."""
+SMALLEST_STEP: Final = 2.0**-10
+"""Likewise the smallest: what no trained tensor needs, and where weights in steps still are numbers a coder holds."""
 HEAVIEST_TAIL: Final = 2.0
 """Root mean squares above this multiple of the robust estimate are the work of outliers; trained layers reach 1.8."""
 GAUSSIAN_ROOT: Final = 0.822179
@@ -72,7 +74,8 @@ class Survey:
         for record in self.records:
             relative = (self.rms[record.name] or unit) / unit
             scale = relative**objective * (record.info.numel / mean_size) ** size_exponent
-            found[record.name] = min(scale, LARGEST_STEP * relative) if objective else scale
+            bounded = min(scale, LARGEST_STEP * relative) if objective else scale
+            found[record.name] = max(bounded, SMALLEST_STEP * relative)
         return found
 
 
