@@ -311,9 +311,12 @@ def _survey(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, writer: Writer) 
         weight = checkpoint.read(record.name)
         if record.quantized and not pq.is_finite(weight):
             record = _kept_record(record, NOT_FINITE)
+        spread = coding.spread(weight) if record.quantized else 0.0
+        if record.quantized and pq.largest(weight) > coding.LOUDEST * spread:
+            record = _kept_record(record, "holds values a million times larger than the rest: kept bit-exact")
         if record.quantized:
             records.append(record)
-            rms[record.name] = coding.spread(weight)
+            rms[record.name] = spread
         else:
             writer.add_kept(record, weight)
     order = [entry.info.name for entry in plan.entries]
