@@ -22,6 +22,8 @@ TOLERANCE: Final = 0.01
 FINE_TOLERANCE: Final = 0.003
 FINE_ABOVE_BYTES: Final = 5_000_000
 ERROR_TOLERANCE: Final = 0.02
+MARGIN: Final = 0.002
+"""How far below the goal the search aims at most: about what separates one trial from the next."""
 MOST_DRAFTS: Final = 4
 MOST_TRIALS: Final = 10
 NEAR: Final = 0.01
@@ -88,7 +90,7 @@ def search(goal: Goal, attempt: Callable[[float, bool], Trial[Result]], start: f
     `attempt(level, draft)` tries a level; `unit` is the typical weight, the yardstick of levels. Raises
     BudgetError where even the coarsest level does not reach the goal.
     """
-    aim = math.log(goal.value * (1 - goal.tolerance / 2))
+    aim = math.log(goal.value * (1 - min(goal.tolerance / 2, MARGIN)))
     bracket = _Bracket(rises=goal.rises)
     level = start
     for _ in range(MOST_DRAFTS):
