@@ -14,7 +14,12 @@ def main() -> None:
         return
     from pqcli.cli import app
 
-    app()
+    try:
+        app()
+    except OSError as error:  # from printing help: the commands themselves let none out
+        sys.stderr.write(f"error: {error.strerror or error}\n")
+        sys.stdout = None  # nothing is left to flush
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pqcli.recipe import Recipe
 
 Result = TypeVar("Result")
 
-QUALITY_STEPS: Final = {"tiny": 1.2, "small": 0.6, "balanced": 0.22, "high": 0.11, "near-lossless": 0.03}
+QUALITY_STEPS: Final = {"tiny": 0.6, "small": 0.4, "balanced": 0.22, "high": 0.12, "near-lossless": 0.03}
 """Steps in units of the typical weight (`coding.Survey.unit`), chosen with tests/benchmarks/quality.py."""
 TOLERANCE: Final = 0.01
 FINE_TOLERANCE: Final = 0.003

@@ -60,7 +60,7 @@ class Choice:
 
 def choose(survey: Survey, read: Read, level: float, objective: float) -> list[Choice]:
     """The choice for every surveyed tensor at a level (in weight units)."""
-    steps = {key: level * scale for key, scale in survey.scales(objective).items()}
+    steps = survey.steps(objective).at(level)
     matrices = {record.name: _sampled(as_matrix(read(record.name), record), record) for record in survey.records}
     model = _ecpq_model(matrices, steps, level)
     return [_choice(record, read, matrices[record.name], steps[record.name], level, model) for record in survey.records]

@@ -246,7 +246,9 @@ def compress(
         from pqcli import pipeline
 
         if dry_run:
-            console.plan(pipeline.preview(src, output, recipe))
+            found = pipeline.preview(src, output, recipe)
+            pipeline.check_possible(found, device, force=force)
+            console.plan(found)
             return
         weights = pipeline.weights_to_compress(src)
         with console.progress(weights, f"Compressing {src.name}") as progress:

@@ -5,7 +5,7 @@ probabilities) and spend bits where they lower the error most. One number, the `
 the quantization step in weight units; times a tensor's own `scale` it is that tensor's step. A bit may cost
 `RATE_WEIGHT * step^2` of squared error, in either codec, so that both answer a level with about the same error.
 
-    coder = Coder.of("trellis", sources, read, scales)
+    coder = Coder.of("trellis", sources, read, Steps(scales, ceilings))
     coded = coder.encode(level)                     -> Coded: bytes, and which tensor takes how many
     decoder("trellis", coded, sources).matrix(key)  -> one matrix, bit for bit what the encoder meant
 
@@ -59,6 +59,18 @@ class Coded:
         return len(self.shared) + sum(map(len, self.streams))
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The step of every tensor at a level: level * scale, but never above its ceiling, so that no tensor is lost."""
+
+    scales: Mapping[str, float]
+    ceilings: Mapping[str, float]
+
+    def at(self, level: float) -> dict[str, float]:
+        """Steps by key."""
+        return {key: min(level * scale, self.ceilings[key]) for key, scale in self.scales.items()}
+
+
 @dataclass
 class Coder(ABC):
     """Encodes the same tensors at one level after another, remembering what serves the next level too.
@@ -69,7 +81,7 @@ class Coder(ABC):
 
     sources: Sequence[Source]
     read: Read
-    scales: Mapping[str, float]
+    steps: Steps
     effort: int | None = None
     seed: int = 0
 
@@ -78,13 +90,13 @@ class Coder(ABC):
         codec: str,
         sources: Sequence[Source],
         read: Read,
-        scales: Mapping[str, float],
+        steps: Steps,
         effort: int | None = None,
         seed: int = 0,
     ) -> Coder:
         """The coder of that name; see its fields."""
         kinds: dict[str, type[Coder]] = {"trellis": TrellisCoder, "ecpq": EcpqCoder}
-        return kinds[codec](sources, read, scales, effort, seed)
+        return kinds[codec](sources, read, steps, effort, seed)
 
     @abstractmethod
     def encode(self, level: float, *, draft: bool = False) -> Coded:
@@ -106,7 +118,7 @@ class TrellisCoder(Coder):
         """All tensors at this level; rotations are fitted for the first level asked for, and kept."""
         from pqcli.core import trellis
 
-        steps = {key: level * scale for key, scale in self.scales.items()}
+        steps = self.steps.at(level)
         if self._rotations is None:
             self._rotations = trellis.fit_rotations(self.sources, self.read, steps)
         states = self.effort or (FINEST_STATES if self.n_weights < FINE_BELOW else COARSE_STATES)
@@ -130,18 +142,19 @@ class EcpqCoder(Coder):
 
         del draft  # encoding is quick enough
         price = RATE_WEIGHT * level**2
+        scales = {key: step / level for key, step in self.steps.at(level).items()}
 
         def matrix(key: str) -> torch.Tensor:
             return torch.from_numpy(self.read(key))
 
         self._samples = {
             (key, scale): self._samples.get((key, scale)) or ecpq.draw(matrix(key), scale=scale, seed=self._seed(key))
-            for key, scale in self.scales.items()
+            for key, scale in scales.items()
         }
         self._model = model = ecpq.fit(self._samples.values(), price, start=self._model)
         streams = tuple(
             ecpq.encode(matrix(key), model, price, scale=scale, seed=self._seed(key)).payload
-            for key, scale in self.scales.items()
+            for key, scale in scales.items()
         )
         sizes = {source.key: len(stream) for source, stream in zip(self.sources, streams, strict=True)}
         return Coded(self._model.to_bytes(), streams, sizes)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from pqcli.budget import LARGEST, QUALITY_STEPS, SMALLEST, Goal, Trial, search
-from pqcli.codecs import RATE_WEIGHT, Coded, Coder, Decoder, decoder
+from pqcli.codecs import RATE_WEIGHT, Coded, Coder, Decoder, Steps, decoder
 from pqcli.container import Record, tensor_hash
 from pqcli.container.layout import KEPT_CODED, header, make_manifest, shared_entries, tensor_entries
 from pqcli.container.records import SHORT_HASH_BYTES
@@ -28,13 +28,19 @@ from pqcli.core.sources import Source
 from pqcli.recipe import Recipe
 
 LARGEST_STEP: Final = 2.0
-"""Largest step of a tensor by its own rms, in units of the typical step by the typical rms; see `Survey.scales`."""
+"""Largest step of a tensor by its own rms, in units of the typical step by the typical rms; see `Survey.steps`."""
+CEILING: Final = 1.4
+"""Largest step of a tensor by its own rms: a relative MSE of at most about 0.5."""
+LOUDEST: Final = 2.0**20
+"""Tensors that hold values so many times their spread are kept: no step would serve both."""
+SMALLEST_STEP: Final = 2.0**-10
+"""Likewise the smallest: what no trained tensor needs, and where weights in steps still are numbers a coder holds."""
 HEAVIEST_TAIL: Final = 2.0
 """Root mean squares above this multiple of the robust estimate are the work of outliers; trained layers reach 1.8."""
 GAUSSIAN_ROOT: Final = 0.822179
 """Mean of sqrt(|x|) for a standard Gaussian x."""
 SIZE_WEIGHT: Final = 0.5
-"""How much steps grow with a tensor's size, between the two ends of the objective; see `Survey.scales`."""
+"""How much steps grow with a tensor's size, between the two ends of the objective; see `Survey.steps`."""
 DEFAULT_QUALITY: Final = "balanced"
 
 Read = Callable[[str], torch.Tensor]
@@ -57,14 +63,15 @@ class Survey:
         n = sum(size for size, _ in sizes)
         return math.exp(sum(size * math.log(rms) for size, rms in sizes) / n) if n else 1.0
 
-    def scales(self, objective: float) -> dict[str, float]:
+    def steps(self, objective: float) -> Steps:
         """How steps differ between tensors: as rms ** objective, and slightly with size.
 
         A tensor adds noise to a network's output about in proportion to its relative error, whatever its size; to keep
         the sum of these small, a bit is better spent on a small tensor than on a large one. At either end of the scale
         (0: one absolute error, 1: one relative error) the user has said otherwise, and sizes do not matter. Short of
         the absolute end, no tensor's step is more than `LARGEST_STEP` times the typical one relative to its weights:
-        the weak tensors of a model whose energy sits in a few strong ones are not lost.
+        the weak tensors of a model whose energy sits in a few strong ones are not lost. Nor is any step above
+        `CEILING` times the tensor's own rms, however small the budget.
         """
         unit, mean_size = self.unit, sum(r.info.numel for r in self.records) / max(len(self.records), 1)
         size_exponent = objective * (1 - objective) * SIZE_WEIGHT
@@ -72,8 +79,10 @@ class Survey:
         for record in self.records:
             relative = (self.rms[record.name] or unit) / unit
             scale = relative**objective * (record.info.numel / mean_size) ** size_exponent
-            found[record.name] = min(scale, LARGEST_STEP * relative) if objective else scale
-        return found
+            bounded = min(scale, LARGEST_STEP * relative) if objective else scale
+            found[record.name] = max(bounded, SMALLEST_STEP * relative)
+        ceilings = {name: CEILING * rms if rms and objective else math.inf for name, rms in self.rms.items()}
+        return Steps(found, ceilings)
 
 
 @dataclass(frozen=True)
@@ -133,9 +142,9 @@ def encode(codec: str, survey: Survey, read: Read, recipe: Recipe, frame: Frame,
     """All surveyed tensors at the level or to the budget that the recipe asks for."""
     by_name = {record.name: record for record in survey.records}
     sources = [record.source for record in survey.records]
-    scales = survey.scales(recipe.objective)
+    steps = survey.steps(recipe.objective)
     coder = Coder.of(
-        codec, sources, lambda name: as_matrix(read(name), by_name[name]), scales, recipe.effort, recipe.seed
+        codec, sources, lambda name: as_matrix(read(name), by_name[name]), steps, recipe.effort, recipe.seed
     )
     goal, unit = Goal.of(recipe, original_bytes), survey.unit
 
@@ -155,7 +164,7 @@ def first_level(survey: Survey, recipe: Recipe, frame: Frame, original_bytes: in
     goal = Goal.of(recipe, original_bytes)
     if goal is None:
         return _level(recipe) * survey.unit
-    return _guess(goal, survey, survey.scales(recipe.objective), frame)
+    return _guess(goal, survey, survey.steps(recipe.objective), frame)
 
 
 def measure(codec: str, outcome: Outcome, read: Read) -> Iterator[tuple[Record, metrics.Error, bytes]]:
@@ -201,7 +210,7 @@ def _level(recipe: Recipe) -> float:
     return QUALITY_STEPS[recipe.quality or DEFAULT_QUALITY]
 
 
-def _guess(goal: Goal, survey: Survey, scales: dict[str, float], frame: Frame) -> float:
+def _guess(goal: Goal, survey: Survey, steps: Steps, frame: Frame) -> float:
     """A level to start from: where a Gaussian model of every tensor meets the goal."""
     unit = survey.unit
     if goal.quantity == "relative_mse":
@@ -211,9 +220,9 @@ def _guess(goal: Goal, survey: Survey, scales: dict[str, float], frame: Frame) -
     low, high = SMALLEST, LARGEST
     for _ in range(40):
         middle = math.sqrt(low * high)
+        found = steps.at(middle * unit)
         bits = sum(
-            r.info.numel * 0.5 * math.log2(1 + 3 * (survey.rms[r.name] / (middle * unit * scales[r.name])) ** 2)
-            for r in survey.records
+            r.info.numel * 0.5 * math.log2(1 + 3 * (survey.rms[r.name] / found[r.name]) ** 2) for r in survey.records
         )
         low, high = (middle, high) if bits / 8 > n_bytes else (low, middle)
     return low * unit

@@ -86,6 +86,12 @@ def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe) -> Preview
     return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=report.compressed_bytes)
 
 
+def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
+    """Raise what `compress` would raise before it does any work: no such device, or an output that may not be."""
+    resolve_device(device)
+    _check_output(seen.output, force, seen.source)
+
+
 def compress(
     source: str | Path,
     output: str | Path | None = None,
@@ -311,9 +317,12 @@ def _survey(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, writer: Writer) 
         weight = checkpoint.read(record.name)
         if record.quantized and not pq.is_finite(weight):
             record = _kept_record(record, NOT_FINITE)
+        spread = coding.spread(weight) if record.quantized else 0.0
+        if record.quantized and pq.largest(weight) > coding.LOUDEST * spread:
+            record = _kept_record(record, "holds values a million times larger than the rest: kept bit-exact")
         if record.quantized:
             records.append(record)
-            rms[record.name] = coding.spread(weight)
+            rms[record.name] = spread
         else:
             writer.add_kept(record, weight)
     order = [entry.info.name for entry in plan.entries]
@@ -329,7 +338,13 @@ def _no_progress(_weights: int, _name: str) -> None:
 
 
 def _dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
-    return tuple(f"{item.path} ({item.reason})" for item in checkpoint.dropped)
+    return tuple(f"{path} ({reason})" for path, reason in _left_out(checkpoint))
+
+
+def _left_out(checkpoint: Checkpoint) -> list[list[str]]:
+    """What the container does not hold: entries that JSON cannot carry, and files of a folder that are no weights."""
+    entries = [[item.path, item.reason] for item in checkpoint.dropped]
+    return entries + [[name, "a file beside the weights; copy it yourself"] for name in checkpoint.side_files]
 
 
 def _preview(checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe) -> Preview:
@@ -351,7 +366,7 @@ def _source(checkpoint: Checkpoint) -> dict[str, Jsonable]:
         "format": checkpoint.format,
         "n_bytes": checkpoint.n_bytes,
         "skeleton": checkpoint.skeleton,
-        "dropped": [[item.path, item.reason] for item in checkpoint.dropped],
+        "dropped": _left_out(checkpoint),
     }
 
 
@@ -591,8 +606,10 @@ def _check_hash(container: Container, record: Record, progress: Progress | None)
 
 def _differences(container: Container, original: Checkpoint, progress: Progress | None) -> Iterator[Finding]:
     known = {info.name: info for info in original.tensors}
-    for name in known.keys() - {record.name for record in container.records}:
-        yield Finding(name, f"is in {original.path} but not in the container")
+    held = {record.name for record in container.records}
+    for name in known:
+        if name not in held:
+            yield Finding(name, f"is in {original.path} but not in the container")
     for record in container.records:
         info = known.get(record.name)
         if info is None or (info.shape, info.dtype) != (record.shape, record.dtype):

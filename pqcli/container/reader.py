@@ -42,17 +42,21 @@ class Container:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.is_dir():
+            raise ContainerError(f"{path}: a folder, not a {SUFFIX} file; `pqcli compress` makes one of it")
         try:
             self._file = safetensors.safe_open(str(path), framework="pt", backend="pread")
         except FileNotFoundError:
             raise ContainerError(f"{path}: no such file") from None
-        except IsADirectoryError:
-            raise ContainerError(f"{path}: a folder; give the {SUFFIX} file inside it") from None
-        except (OSError, safetensors.SafetensorError) as error:
+        except safetensors.SafetensorError as error:
             raise ContainerError(
-                f"{path}: not a readable container ({error}); was it made by pqcli compress?"
+                f"{path}: not a {SUFFIX} file, or a damaged one; `pqcli compress` makes one of a checkpoint"
             ) from error
+        except OSError as error:
+            raise ContainerError(f"{path}: cannot be read: {error.strerror or error}") from error
         self._keys = set(self._file.keys())  # type: ignore[no-untyped-call]
+        if MANIFEST not in self._keys:
+            raise ContainerError(f"{path}: a safetensors file, but not compressed by pqcli; `pqcli compress` does that")
         self.manifest = self._read_manifest()
         self._by_name = {record.name: i for i, record in enumerate(self.records)}
         self._check_records()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,8 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._spool.close()
+        with contextlib.suppress(OSError):  # a full disk fails once more, on what is still buffered
+            self._spool.close()
 
     def add_pq(self, record: Record, tensor: pq.PQTensor, decoded_hash: bytes, error: metrics.Error) -> None:
         """A tensor as codebook and assignments."""

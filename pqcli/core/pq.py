@@ -107,12 +107,12 @@ def is_finite(weight: Tensor) -> bool:
     Nor are weights quantized that are all so small that float32 holds them with few digits or as zero (a float64
     tensor of 1e-200 would come back as nothing); a single small value among larger ones does no harm.
     """
-    largest = _largest(weight)
-    return largest <= FLOAT32.max and (largest == 0 or largest >= FLOAT32.tiny / FLOAT32.eps)
+    peak = largest(weight)
+    return peak <= FLOAT32.max and (peak == 0 or peak >= FLOAT32.tiny / FLOAT32.eps)
 
 
-def _largest(weight: Tensor) -> float:
-    """The largest magnitude; NaN if there is a NaN."""
+def largest(weight: Tensor) -> float:
+    """The largest magnitude in `weight`, 0 where it is empty, NaN where it holds one."""
     if not weight.numel():
         return 0.0
     low, high = weight.aminmax()
@@ -121,11 +121,11 @@ def _largest(weight: Tensor) -> float:
 
 def _exponent(matrix: Tensor) -> int:
     """The power of two to divide by before squaring; 0 for ordinary weights. Raises ValueError for NaN and infinity."""
-    largest = _largest(matrix)
-    if not math.isfinite(largest):
+    peak = largest(matrix)
+    if not math.isfinite(peak):
         raise ValueError("NaN or infinite values cannot be quantized")
-    exponent = math.frexp(largest)[1]
-    return exponent if largest and abs(exponent) > SAFE_EXPONENT else 0
+    exponent = math.frexp(peak)[1]
+    return exponent if peak and abs(exponent) > SAFE_EXPONENT else 0
 
 
 def _rounded(codebook: Tensor, exponent: int, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
