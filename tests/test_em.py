@@ -121,3 +121,23 @@ def test_the_answer_depends_on_the_seed_only():
     first, second = (em.fit(cut, em.Options(n_centroids=16, seed=7)).codebook for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, em.fit(cut, em.Options(n_centroids=16, seed=8)).codebook)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-8, 1e-7])
+def test_where_there_are_fewer_points_than_centroids_the_codebook_shrinks_instead_of_failing(noise):
+    """Float32 tells the vectors apart, but not their distances: a weight that has hardly left its initial constant."""
+    weight = 1 + noise * torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    cut = blocks.cut(weight, 8)
+    fitted = em.fit(cut, em.Options(n_centroids=64))
+    decoded = blocks.join(fitted.codebook, em.assign(cut, fitted.codebook), 256, 64)
+    assert 1 <= len(fitted.codebook) <= 64
+    assert float((decoded - weight).abs().max()) <= 1e-6
+
+
+def test_a_short_last_block_that_repeats_a_full_one_is_no_point_of_its_own():
+    """Three points in the body, the same three in the tail: a fourth centroid can never be of use."""
+    values = torch.randn(3, 1, generator=torch.Generator().manual_seed(0)).repeat(8, 4)
+    cut = blocks.cut(values, 3)
+    fitted = em.fit(cut, em.Options(n_centroids=4))
+    decoded = blocks.join(fitted.codebook, em.assign(cut, fitted.codebook), 24, 4)
+    assert torch.allclose(decoded, values, rtol=1e-6)

@@ -37,7 +37,7 @@ def peak_bytes(folder: Path, *arguments: object) -> int:
 def write_large(path: Path, dtype: str) -> None:
     """A checkpoint of 1.5 GB whose largest tensors have 200 MB; written tensor by tensor, so that tests stay small."""
     shapes = {f"layer.{i}.weight": DTYPES[dtype] for i in range(N_LARGE)}
-    shapes |= {f"small.{i}.weight": (1024, 512) for i in range(40)} | {f"small.{i}.bias": (1024,) for i in range(40)}
+    shapes |= {f"small.{i}.weight": (1024, 512) for i in range(80)} | {f"small.{i}.bias": (1024,) for i in range(80)}
     infos = [TensorInfo(name, shape, dtype) for name, shape in shapes.items()]
     pattern = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
 

@@ -14,7 +14,8 @@ Empty clusters. The ancestor (fairseq) splits the most populated cluster by two 
 its centroid. In the limit of a small hair this cuts the cluster by a plane through its mean, and that is how it is done
 here: exactly, for all empty clusters in one pass, with both halves' means known at once. The cluster of the largest
 squared error is cut first, because a crowd of identical vectors (pruned weights) cannot be cut at all. A cluster
-narrower than `eps` times the data counts as a single point.
+narrower than `eps` times the data counts as a single point. Where single points are all there is, the clusters that
+are still empty are dropped.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def lloyd(blocks: Blocks, codebook: Tensor, options: Options, generator: torch.G
         if bool((sweep.population == 0).any()):
             sweep = _fill_empty(blocks, sweep, options, generator)
         codebook = torch.where(sweep.counts > 0, sweep.sums / sweep.counts.clamp(min=1), codebook.double()).float()
+        codebook = codebook[sweep.population > 0]
         if len(objective) > 1 and objective[-2] - objective[-1] <= CONVERGED * objective[-2]:
             break
     return Fit(codebook, tuple(objective))
@@ -214,7 +216,10 @@ def _sweep(blocks: Blocks, codebook: Tensor, energy: float) -> _Sweep:
 
 
 def _fill_empty(blocks: Blocks, sweep: _Sweep, options: Options, generator: torch.Generator) -> _Sweep:
-    """The sweep after cutting populated clusters in two until none is empty. The objective can only fall by it."""
+    """The sweep after cutting populated clusters in two until none is empty. The objective can only fall by it.
+
+    Where every cluster is a single point already, the empty ones stay empty: more centroids would serve nothing.
+    """
     spread = _squared_spread(blocks, sweep)
     scale = options.eps**2 * float(sweep.sums.square().sum() + spread.sum()) / max(float(sweep.population.sum()), 1.0)
     for _ in range(options.max_tentatives):
@@ -222,8 +227,8 @@ def _fill_empty(blocks: Blocks, sweep: _Sweep, options: Options, generator: torc
         if not len(empty):
             return sweep
         divisible = ((sweep.population > 1) & (spread > scale)).nonzero().flatten()
-        if not len(divisible):
-            break
+        if not len(divisible):  # every cluster is a single point: there are fewer points than centroids
+            return sweep
         order = spread[divisible].argsort(descending=True, stable=True)
         donors = divisible[order[: len(empty)]]
         sweep = _split(blocks, sweep, donors, empty[: len(donors)], generator)
