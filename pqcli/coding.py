@@ -24,7 +24,6 @@ from pqcli.container import Record, tensor_hash
 from pqcli.container.layout import KEPT_CODED, header, make_manifest, shared_entries, tensor_entries
 from pqcli.container.records import SHORT_HASH_BYTES
 from pqcli.core import metrics, pq
-from pqcli.core.sources import Source
 from pqcli.recipe import Recipe
 
 LARGEST_STEP: Final = 2.0
@@ -234,4 +233,4 @@ def kernel_of(shape: tuple[int, ...], rows: int) -> int:
     return math.prod(shape[2:]) if is_convolution else 1
 
 
-__all__ = ["Frame", "Outcome", "Source", "Survey", "encode", "kernel_of", "measure"]
+__all__ = ["Frame", "Outcome", "Survey", "encode", "kernel_of", "measure"]

@@ -24,7 +24,7 @@ from pqcli.atomic import atomic_writer, check_target
 from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import n_threads
 from pqcli.container import Container, Record, Writer
-from pqcli.core import em, metrics, packing, pq
+from pqcli.core import em, metrics, pq
 from pqcli.errors import CheckpointError, ContainerError, OutputError, PQError, UsageError
 from pqcli.plan import Plan, PlanEntry
 from pqcli.recipe import Recipe
@@ -758,4 +758,4 @@ def n_weights(file: str | Path) -> int:
         return sum(record.info.numel for record in container.records if record.alias_of is None)
 
 
-__all__ = ["Finding", "Preview", "compress", "decode", "load", "packing", "preview", "report", "save", "verify"]
+__all__ = ["Finding", "Preview", "compress", "decode", "load", "preview", "report", "save", "verify"]
