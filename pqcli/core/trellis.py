@@ -453,41 +453,39 @@ def _block(weights: Matrix, period: int) -> _Block:
 
 def _search(blocks: Sequence[_Block], params: TrellisParams) -> Matrix:
     """Fill in the blocks' levels; the reconstruction points (3, N_POINTS) that fit them."""
-    from pqcli.core.trellis_kernels import N_CLASSES, N_COSTS, N_POINTS, gather, search, trellis_moves
+    from pqcli.core.trellis_kernels import N_CLASSES, N_POINTS
+    from pqcli.core.viterbi import Costs, Search
+    from pqcli.core.viterbi_kernels import N_COSTS, gather
 
     prior = _prior_probabilities(N_CLASSES, N_COSTS)
     scale = 2.0 ** ((np.arange(N_CLASSES) + 0.5) / 4 - 6)
     slope = np.minimum(2.0 / scale, 4.0).astype(np.float32)
-    cost = _bits(prior)
     points: Matrix = np.tile(np.arange(N_POINTS, dtype=np.float32), (3, 1))
+    costs = Costs(_bits(prior), slope, points, params.rate_weight)
     trial = [_sample(block) for block in blocks] if sum(b.weights.size for b in blocks) > _TRIAL_ALL_BELOW else blocks
     schedule = [(trial, _TRIAL_STATES)] * _TRIAL_PASSES + [(blocks, params.n_states)]
     for some, n_states in schedule:
         next_state = _trellis(n_states)
-        butterflies, backward = trellis_moves(next_state)
+        search = Search(costs, next_state)
         counts = np.zeros((N_CLASSES, 3, N_COSTS))
         sums = np.zeros((3, N_POINTS, 2))
         for block in some:
-            search(
-                block.weights, block.row_scale, block.column_scale, block.labels, cost, slope, points,
-                np.float32(params.rate_weight), butterflies, backward, block.levels,
-            )  # fmt: skip
-            gather(
-                block.weights, block.row_scale, block.column_scale, block.levels, block.labels, next_state,
-                counts, sums,
-            )  # fmt: skip
+            scales = block.row_scale, block.column_scale
+            search.fill(block.weights, *scales, block.labels, block.levels)
+            gather(block.weights, *scales, block.levels, block.labels, next_state, counts, sums)
         seen = counts.copy()
         seen[1:] += 0.25 * counts[:-1]
         seen[:-1] += 0.25 * counts[1:]
-        cost = _bits(seen + 20 * prior)
         means = sums[..., 0] / np.maximum(sums[..., 1], 1)
         points = np.where(sums[..., 1] > 20, means, np.arange(N_POINTS)).astype(np.float32)
-    return points
+        costs = Costs(_bits(seen + 20 * prior), slope, points, params.rate_weight)
+    return costs.points
 
 
 def _sample(block: _Block) -> _Block:
     """Every so manieth batch of runs of a block."""
-    from pqcli.core.trellis_kernels import LANES, RUN_LENGTH
+    from pqcli.core.trellis_kernels import RUN_LENGTH
+    from pqcli.core.viterbi_kernels import LANES
 
     n_rows, n_columns = block.weights.shape
     height = max(1, RUN_LENGTH // n_columns) * LANES

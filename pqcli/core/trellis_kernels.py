@@ -1,8 +1,8 @@
-"""The loops of the trellis codec, compiled: the search for levels, their entropy coding, and what decoding undoes.
+"""The loops of the trellis codec, compiled: the entropy coding of levels, and what decoding undoes.
 
 Shapes: weights (rows, columns) float32 in units of the step; levels (rows, columns) int32; labels (columns,) uint8,
 1 where the odd set is pure. `next_state (n_states, 2)` is the trellis; `reconstruction (3, N_POINTS)` float32 and
-`cost (N_CLASSES, 3, N_COSTS)` float32 are indexed by *set*: 0 the even levels, 1 the odd levels and zero, 2 the odd
+is indexed by *set*: 0 the even levels, 1 the odd levels and zero, 2 the odd
 levels alone. A state's low bit says whether its weight takes an even or an odd level, see `pqcli.core.trellis`.
 """
 
@@ -24,14 +24,10 @@ RUN_LENGTH = 2048
 
 N_POINTS = 8
 """Reconstruction points kept per set; a larger level stands for itself."""
-N_COSTS = 32
 N_CLASSES = 80
 """Scale classes: quarter octaves of the mean magnitude of a level, from 2^-6 upwards."""
 N_UNARY = 15
 N_LEVEL_MODELS = N_CLASSES * 3 * N_UNARY
-
-LANES = 32
-"""Runs searched side by side, one per SIMD lane."""
 
 BYTES_PER_LEVEL = 32
 """Room that the costliest level needs."""
@@ -40,7 +36,6 @@ _LARGE_CLASS = 38
 """From this class on (mean magnitude about 11) the low bits of an index are sent as they are, one more per octave."""
 _MAX_STATISTIC = 1 << 15
 _MAX_LEVEL = 1 << 30
-_INFINITE = np.float32(3e38)
 
 
 @kernel
@@ -208,174 +203,6 @@ def dequantize(levels, labels, next_state, reconstruction, weights):
 
 
 @kernel
-def _class_of(row_scale, column_scale):
-    """The search's guess of a weight's scale class, from 4 log2 of its row's and its column's scale."""
-    return min(max(int(row_scale + column_scale), 0), N_CLASSES - 1)
-
-
-@kernel
-def gather(weights, row_scale, column_scale, levels, labels, next_state, counts, sums):
-    """Add the levels found to counts (N_CLASSES, 3, N_COSTS) and sums (3, N_POINTS, 2) of |weight| and how many."""
-    n_rows, n_columns = levels.shape
-    run_rows = max(1, RUN_LENGTH // max(1, n_columns))
-    state = 0
-    for r in range(n_rows):
-        if r % run_rows == 0:
-            state = 0
-        for j in range(n_columns):
-            if j % RUN_COLUMNS == 0 and j > 0:
-                state = 0
-            level = np.int64(levels[r, j])
-            parity = state & 1
-            which = parity + (parity & labels[j])
-            magnitude = abs(level)
-            if magnitude < N_COSTS:
-                counts[_class_of(row_scale[r], column_scale[j]), which, magnitude] += 1
-            if magnitude < N_POINTS:
-                sums[which, magnitude, 0] += -weights[r, j] if level < 0 else weights[r, j]
-                sums[which, magnitude, 1] += 1
-            state = next_state[state, branch(level, parity, labels[j])]
-
-
-@kernel
-def search(
-    weights, row_scale, column_scale, labels, cost, slope, reconstruction, rate_weight, butterflies, backward, levels
-):
-    """Viterbi: levels that minimise sum (weight - point)^2 + rate_weight * bits over every run.
-
-    Two states share each pair of successors; `butterflies (n_states / 2, 6)` and `backward (n_states, 3)` of
-    `trellis_moves` say how. LANES runs are searched side by side, so that the inner loops run along SIMD lanes.
-    """
-    n_rows, n_columns = weights.shape
-    n_states = backward.shape[0]
-    n_butterflies = butterflies.shape[0]
-    n_words = (n_states + 31) // 32
-    run_rows = max(1, RUN_LENGTH // max(1, n_columns))
-    n_steps = run_rows * min(n_columns, RUN_COLUMNS)
-    choice = np.empty((n_steps, 4, LANES), np.int32)
-    taken = np.empty((n_steps, n_words, LANES), np.uint32)
-    price = np.empty((4, LANES), np.float32)
-    here = np.empty((n_states, LANES), np.float32)
-    there = np.empty((n_states, LANES), np.float32)
-    size = np.empty(LANES, np.float32)
-    negative = np.empty(LANES, np.bool_)
-    base = np.empty(LANES, np.int32)
-    steep = np.empty(LANES, np.float32)
-    nearest = np.empty(LANES, np.int32)
-    lower = np.empty(LANES, np.int32)
-    costs = cost.reshape(-1)
-    points = np.empty(3 * N_COSTS, np.float32)
-    for which in range(3):
-        for magnitude in range(N_COSTS):
-            entry = which * N_COSTS + magnitude
-            points[entry] = reconstruction[which, magnitude] if magnitude < N_POINTS else np.float32(magnitude)
-    n_batches = (n_rows + run_rows * LANES - 1) // (run_rows * LANES)
-    for batch in range(n_batches):
-        row0 = batch * run_rows * LANES
-        for column0 in range(0, n_columns, RUN_COLUMNS):
-            width = min(RUN_COLUMNS, n_columns - column0)
-            here[:] = _INFINITE
-            here[0] = 0
-            n_live = min(run_rows, n_rows - row0)  # steps that no lane needs are not taken
-            for step in range(n_live * width):
-                j = column0 + step % width
-                in_run = step // width
-                label = labels[j]
-                for lane in range(LANES):
-                    r = row0 + lane * run_rows + in_run
-                    value = np.float32(0)
-                    scale = 0
-                    if r < n_rows:
-                        value = weights[r, j]
-                        scale = _class_of(row_scale[r], column_scale[j])
-                    size[lane] = abs(value)
-                    negative[lane] = value < 0
-                    base[lane] = scale * (3 * N_COSTS)
-                    steep[lane] = slope[scale]
-                for subset in range(4):
-                    parity = subset >> 1
-                    half = subset & 1
-                    which = parity + (parity & label)
-                    first = which * N_COSTS
-                    mirrored = label == 1 or parity == 0
-                    lowest = (
-                        np.int32(-4) if label else np.int32(0 if parity and not half else 2 - parity if half else 0)
-                    )
-                    for lane in range(LANES):
-                        # the level of this subset that is nearest, mirrored so that the weight is not negative
-                        residue = np.int32(parity + 2 * half if mirrored else 3 - 2 * half)
-                        if mirrored and negative[lane]:
-                            residue = np.int32(4 - residue) & np.int32(3)
-                        above = (size[lane] - np.float32(residue - 6)) * np.float32(0.25)
-                        near = max(residue - np.int32(4) + np.int32(4) * np.int32(above), lowest)
-                        nearest[lane] = near
-                        lower[lane] = max(near - np.int32(4), lowest)
-                    for lane in range(LANES):
-                        near = nearest[lane]
-                        magnitude = abs(near)
-                        entry = magnitude if magnitude < N_COSTS else N_COSTS - 2 + (magnitude & 1)
-                        beyond = np.float32(magnitude - entry)
-                        point = points[first + entry] + beyond
-                        error = size[lane] - (point if near > 0 else -point)
-                        bits = costs[base[lane] + first + entry] + steep[lane] * beyond
-                        price[subset, lane] = error * error + rate_weight * bits
-                    for lane in range(LANES):
-                        low = lower[lane]
-                        magnitude = abs(low)
-                        entry = magnitude if magnitude < N_COSTS else N_COSTS - 2 + (magnitude & 1)
-                        beyond = np.float32(magnitude - entry)
-                        point = points[first + entry] + beyond
-                        error = size[lane] - (point if low > 0 else -point)
-                        bits = costs[base[lane] + first + entry] + steep[lane] * beyond
-                        total = error * error + rate_weight * bits
-                        is_lower = total < price[subset, lane]
-                        price[subset, lane] = total if is_lower else price[subset, lane]
-                        level = low if is_lower else nearest[lane]
-                        choice[step, subset, lane] = -level if negative[lane] else level
-                for word in range(n_words):
-                    for lane in range(LANES):
-                        taken[step, word, lane] = 0
-                for i in range(n_butterflies):
-                    from_a = butterflies[i, 0]
-                    from_b = butterflies[i, 1]
-                    to_a = butterflies[i, 2]
-                    to_b = butterflies[i, 3]
-                    way_a = butterflies[i, 4]
-                    way_b = butterflies[i, 5]
-                    word = i >> 4
-                    place = np.uint32((2 * i) & 31)
-                    for lane in range(LANES):
-                        a = here[from_a, lane]
-                        b = here[from_b, lane]
-                        straight_a = a + price[way_a, lane]
-                        straight_b = b + price[way_b, lane]
-                        crossed_a = a + price[way_a ^ 1, lane]
-                        crossed_b = b + price[way_b ^ 1, lane]
-                        there[to_a, lane] = min(straight_a, straight_b)
-                        there[to_b, lane] = min(crossed_a, crossed_b)
-                        bits = np.uint32(1) if straight_b < straight_a else np.uint32(0)
-                        bits |= np.uint32(2) if crossed_b < crossed_a else np.uint32(0)
-                        taken[step, word, lane] |= bits << place
-                here, there = there, here
-            for lane in range(LANES):
-                r0 = row0 + lane * run_rows
-                n_valid = min(run_rows, n_rows - r0) * width
-                if n_valid <= 0:
-                    continue
-                state = 0
-                for s in range(n_states):
-                    if here[s, lane] < here[state, lane]:
-                        state = s
-                for step in range(n_live * width - 1, -1, -1):
-                    slot = backward[state, 0]
-                    second = np.int64((taken[step, slot >> 5, lane] >> np.uint32(slot & 31)) & np.uint32(1))
-                    origin = backward[state, 1 + second]
-                    if step < n_valid:
-                        levels[r0 + step // width, column0 + step % width] = choice[step, origin & 3, lane]
-                    state = origin >> 2
-
-
-@kernel
 def scale_up(weights, step):
     """Multiply by the step, in place; what would overflow becomes the largest float32."""
     largest = np.float32(3.4028234663852886e38)
@@ -405,28 +232,3 @@ def initial_models() -> NDArray[np.int32]:
                 models[scale_class, which, n, 0] = min(max(int(p * 65536.0), 200), 65300)
     models[..., 1] = 4
     return models.reshape(N_LEVEL_MODELS, 2)
-
-
-def trellis_moves(next_state: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What `search` wants to know of a trellis whose states pair up to share their successors.
-
-    butterflies (n_states / 2, 6): states a, b; successors u, v; subset that leads from a to u, and from b to u (to v
-    leads the other half of the set). backward (n_states, 3): the bit that tells how a state was reached, and
-    4 * origin + subset for bit 0 and for bit 1. A subset is 2 * parity + branch.
-    """
-    n_states = len(next_state)
-    ways_in = np.argsort(next_state.ravel(), kind="stable").reshape(n_states, 2)
-    butterflies: list[tuple[int, ...]] = []
-    backward = np.empty((n_states, 3), np.int64)
-    done = np.zeros(n_states, bool)
-    for u in range(n_states):
-        if done[u]:
-            continue
-        (a, branch_a), (b, branch_b) = (divmod(int(way), 2) for way in ways_in[u])
-        v = int(next_state[a, 1 - branch_a])
-        subset_a, subset_b = 2 * (a & 1) + branch_a, 2 * (b & 1) + branch_b
-        backward[u] = 2 * len(butterflies), 4 * a + subset_a, 4 * b + subset_b
-        backward[v] = 2 * len(butterflies) + 1, 4 * a + (subset_a ^ 1), 4 * b + (subset_b ^ 1)
-        butterflies.append((a, b, u, v, subset_a, subset_b))
-        done[[u, v]] = True
-    return np.array(butterflies, np.int64), backward

@@ -94,10 +94,12 @@ class Code:
         """Write a value to an address."""
         self.do(f"store {kind} {value}, ptr {address}, align {align}")
 
-    def shuffle(self, a: str, b: str, width: int, indices: Sequence[int]) -> str:
-        """A vector picked from the elements of two float vectors of `width`, counted through both."""
+    def shuffle(self, a: str, b: str, width: int, indices: Sequence[int], kind: str = "float") -> str:
+        """A vector picked from the elements of two vectors of `width`, counted through both."""
         mask = ", ".join(f"i32 {index}" for index in indices)
-        return self.let(f"shufflevector <{width} x float> {a}, <{width} x float> {b}, <{len(indices)} x i32> <{mask}>")
+        return self.let(
+            f"shufflevector <{width} x {kind}> {a}, <{width} x {kind}> {b}, <{len(indices)} x i32> <{mask}>"
+        )
 
     def splat(self, kind: str, value: str, lanes: int | None = None) -> str:
         """A vector of equal values."""
