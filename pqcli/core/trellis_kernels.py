@@ -1,9 +1,9 @@
 """The loops of the trellis codec, compiled: the entropy coding of levels, and what decoding undoes.
 
 Shapes: weights (rows, columns) float32 in units of the step; levels (rows, columns) int32; labels (columns,) uint8,
-1 where the odd set is pure. `next_state (n_states, 2)` is the trellis; `reconstruction (3, N_POINTS)` float32 and
-is indexed by *set*: 0 the even levels, 1 the odd levels and zero, 2 the odd
-levels alone. A state's low bit says whether its weight takes an even or an odd level, see `pqcli.core.trellis`.
+1 where the odd set is pure. `next_state (n_states, 2)` is the trellis; `reconstruction (3, N_POINTS)` float32 is
+indexed by *set*: 0 the even levels, 1 the odd levels and zero, 2 the odd levels alone. A state's low bit says whether
+its weight takes an even or an odd level, see `pqcli.core.trellis`.
 """
 
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, check-untyped-defs=False
@@ -42,11 +42,12 @@ _MAX_LEVEL = 1 << 30
 def _scale_class(scale):
     """The class of a mean magnitude in 1/4096: floor(4 log2) from 64 (2^-6) on, its fractions rounded as specified."""
     scale = np.int64(max(scale, 64))
-    octave = -1
+    octave = 0
     rest = scale
-    while rest > 0:
-        rest >>= 1
-        octave += 1
+    for width in (32, 16, 8, 4, 2, 1):
+        if rest >> width:
+            octave += width
+            rest >>= width
     mantissa = (scale << 8) >> octave
     quarter = 0
     if mantissa >= 304:
@@ -170,12 +171,13 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
             column_mean[j] = mean + (((statistic - mean) * rates[column_count[j]]) >> 16)
             if column_count[j] < 250:
                 column_count[j] += 1
-            phase_mean[phase] += ((statistic - phase_mean[phase]) * rates[phase_count[phase]]) >> 16
-            if phase_count[phase] < 500:
-                phase_count[phase] += 1
-            phase += 1
-            if phase == period:
-                phase = 0
+            if r == 0:  # no later row asks for the means of phases
+                phase_mean[phase] += ((statistic - phase_mean[phase]) * rates[phase_count[phase]]) >> 16
+                if phase_count[phase] < 500:
+                    phase_count[phase] += 1
+                phase += 1
+                if phase == period:
+                    phase = 0
     window[0], window[1], window[2], window[3] = low, span, code, position
     return True
 
