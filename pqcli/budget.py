@@ -28,8 +28,6 @@ MOST_DRAFTS: Final = 4
 MOST_TRIALS: Final = 10
 NEAR: Final = 0.01
 """A draft within this fraction of the goal ends drafting: the next step along the slope lands close enough."""
-DRAFT_EXCESS: Final = 0.0025
-"""A draft is about this fraction larger than the final result at the same level."""
 SMALLEST, LARGEST = 2.0**-24, 2.0**16
 """Levels tried, in units of the typical weight: wide enough for tensors that are far louder, or far quieter."""
 
@@ -84,17 +82,23 @@ class Trial(Generic[Result]):
     result: Result
 
 
-def search(goal: Goal, attempt: Callable[[float, bool], Trial[Result]], start: float, unit: float) -> Trial[Result]:
+def search(
+    goal: Goal,
+    draft: Callable[[float], float],
+    attempt: Callable[[float], Trial[Result]],
+    start: float,
+    unit: float,
+) -> Trial[Result]:
     """The trial that meets the goal, or comes closest from below where no level does.
 
-    `attempt(level, draft)` tries a level; `unit` is the typical weight, the yardstick of levels. Raises
-    BudgetError where even the coarsest level does not reach the goal.
+    `attempt(level)` tries a level, `draft(level)` guesses in less time what it would measure; `unit` is the typical
+    weight, the yardstick of levels. Raises BudgetError where even the coarsest level does not reach the goal.
     """
     aim = math.log(goal.value * (1 - min(goal.tolerance / 2, MARGIN)))
     bracket = _Bracket(rises=goal.rises)
     level = start
     for _ in range(MOST_DRAFTS):
-        found = math.log(max(attempt(level, True).measured, 1e-300)) - DRAFT_EXCESS
+        found = math.log(max(draft(level), 1e-300))
         bracket.add(math.log(level), found)
         if abs(found - aim) < NEAR:
             break
@@ -103,7 +107,7 @@ def search(goal: Goal, attempt: Callable[[float, bool], Trial[Result]], start: f
     bracket = _Bracket(rises=goal.rises, slope=bracket.slope)  # drafts say where to look, not what will be found
     best: Trial[Result] | None = None
     for _ in range(MOST_TRIALS):
-        trial = attempt(level, False)
+        trial = attempt(level)
         if trial.measured <= goal.value and (best is None or trial.measured > best.measured):
             best = trial
         if goal.is_met(trial.measured):
@@ -120,9 +124,9 @@ def _within(log_level: float, unit: float) -> float:
     return min(max(math.exp(log_level), SMALLEST * unit), LARGEST * unit)
 
 
-def _coarsest(goal: Goal, attempt: Callable[[float, bool], Trial[Result]], unit: float) -> Trial[Result]:
+def _coarsest(goal: Goal, attempt: Callable[[float], Trial[Result]], unit: float) -> Trial[Result]:
     extreme = SMALLEST if goal.rises else LARGEST
-    trial = attempt(extreme * unit, False)
+    trial = attempt(extreme * unit)
     if trial.measured <= goal.value:
         return trial
     raise BudgetError(

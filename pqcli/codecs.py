@@ -15,10 +15,11 @@ Shapes: matrix (rows, columns) float32.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -27,8 +28,11 @@ from numpy.typing import NDArray
 from pqcli.core.sources import Source
 
 if TYPE_CHECKING:
+    import torch
+
     from pqcli.core.ecpq import Model, Sample
     from pqcli.core.rotation import Rotations
+    from pqcli.core.trellis import EncodedStreams
 
 Matrix = NDArray[np.float32]
 Read = Callable[[str], Matrix]
@@ -36,11 +40,17 @@ Read = Callable[[str], Matrix]
 CODECS: Final = ("trellis", "ecpq")
 RATE_WEIGHT: Final = 0.3
 """What a bit may cost, in squared steps: close to the slope of the rate-distortion curve at all rates of interest."""
-FINEST_STATES: Final = 256
-COARSE_STATES: Final = 128
-FINE_BELOW: Final = 4_000_000
-"""Checkpoints with fewer weights than this afford the trellis with most states: 0.04 dB for twice the time."""
-DRAFT_STATES: Final = 8
+STATES_BELOW: Final = ((4e6, 2048), (64e6, 1024), (math.inf, 256))
+"""Trellis states by the number of weights: doubling them finds 0.03 dB, and the time of the search doubles."""
+DRAFT_STATES: Final = 64
+DRAFT_WEIGHTS: Final = 1 << 22
+DRAFT_WEIGHTS_EACH: Final = 1 << 17
+DRAFT_TENSORS: Final = 128
+"""Drafts look at so many weights in all, but so many at least of each tensor, of so many tensors."""
+SAMPLING_EXCESS: Final = 0.004
+"""A sample takes more bytes by this fraction than its share: contexts learn less from it."""
+DRAFT_EXCESS: Final = 0.025
+"""What more error the few states of a draft leave, as a fraction."""
 SKIPPED_TENSORS: Final = 16
 """A decoder passes over so many tensors before it starts anew behind them."""
 
@@ -57,6 +67,14 @@ class Coded:
     def n_bytes(self) -> int:
         """Size of all of it."""
         return len(self.shared) + sum(map(len, self.streams))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """About what encoding all tensors at some level would give."""
+
+    n_bytes: float
+    relative_mse: float
 
 
 @dataclass(frozen=True)
@@ -99,8 +117,12 @@ class Coder(ABC):
         return kinds[codec](sources, read, steps, effort, seed)
 
     @abstractmethod
-    def encode(self, level: float, *, draft: bool = False) -> Coded:
-        """All tensors at this level. A `draft` is quicker and up to a percent off in size: for finding a level."""
+    def encode(self, level: float) -> Coded:
+        """All tensors at this level."""
+
+    @abstractmethod
+    def draft(self, level: float) -> Draft:
+        """What `encode` would come to at this level, in less time and a few percent off: for finding a level."""
 
     @property
     def n_weights(self) -> int:
@@ -113,18 +135,72 @@ class TrellisCoder(Coder):
     """Rotations, trellis-coded quantization and adaptive arithmetic coding (`pqcli.core.trellis`)."""
 
     _rotations: Rotations | None = None
+    _drafted: dict[str, Matrix] = field(default_factory=dict)
 
-    def encode(self, level: float, *, draft: bool = False) -> Coded:
+    def encode(self, level: float) -> Coded:
         """All tensors at this level; rotations are fitted for the first level asked for, and kept."""
+        encoded = self._encoded(self.sources, self.read, level, self._n_states)
+        return Coded(encoded.side, encoded.streams, encoded.coded_bytes)
+
+    def draft(self, level: float) -> Draft:
+        """From some rows of every large tensor, with few states; the rows are read once and kept in memory."""
+        steps = self.steps.at(level)
+        if not self._drafted:
+            transposed = self._rotations_for(steps).transposed
+            most = _draft_weights([source.n_weights for source in self.sources])
+            for source, n in zip(self.sources, most, strict=True):
+                self._drafted[source.key] = _some_rows(self.read(source.key), n, source.key in transposed)
+        sources = [
+            replace(source, rows=self._drafted[source.key].shape[0], columns=self._drafted[source.key].shape[1])
+            for source in self.sources
+        ]
+        encoded = self._encoded(sources, self._drafted.__getitem__, level, min(self._n_states, DRAFT_STATES))
+        n_bytes, error, energy = float(len(encoded.side)), 0.0, 0.0
+        for source in self.sources:
+            rows = self._drafted[source.key]
+            factor = source.n_weights / max(rows.size, 1)
+            n_bytes += factor * encoded.coded_bytes[source.key]
+            error += factor * encoded.squared_errors[source.key]
+            energy += factor * float(np.sum(np.square(rows, dtype=np.float64)))
+        is_sample = sum(rows.size for rows in self._drafted.values()) < self.n_weights
+        return Draft(
+            n_bytes / (1 + SAMPLING_EXCESS * is_sample), error / energy / (1 + DRAFT_EXCESS) if energy else 0.0
+        )
+
+    @property
+    def _n_states(self) -> int:
+        return self.effort or next(states for below, states in STATES_BELOW if self.n_weights < below)
+
+    def _rotations_for(self, steps: Mapping[str, float]) -> Rotations:
+        from pqcli.core import trellis
+
+        if self._rotations is None:
+            self._rotations = trellis.fit_rotations(self.sources, self.read, steps, n_threads())
+        return self._rotations
+
+    def _encoded(self, sources: Sequence[Source], read: Read, level: float, n_states: int) -> EncodedStreams:
         from pqcli.core import trellis
 
         steps = self.steps.at(level)
-        if self._rotations is None:
-            self._rotations = trellis.fit_rotations(self.sources, self.read, steps)
-        states = self.effort or (FINEST_STATES if self.n_weights < FINE_BELOW else COARSE_STATES)
-        params = trellis.TrellisParams(level, min(states, DRAFT_STATES) if draft else states, RATE_WEIGHT)
-        encoded = trellis.encode(self.sources, self.read, params, self._rotations, steps, n_threads())
-        return Coded(encoded.side, encoded.streams, encoded.coded_bytes)
+        params = trellis.TrellisParams(level, n_states, RATE_WEIGHT)
+        return trellis.encode(sources, read, params, self._rotations_for(steps), steps, n_threads())
+
+
+def _draft_weights(sizes: Sequence[int]) -> list[int]:
+    """How many weights of each tensor a draft looks at: all of small ones, a share of large ones."""
+    share = DRAFT_WEIGHTS / max(sum(sizes), 1)
+    least = DRAFT_WEIGHTS_EACH * min(1.0, DRAFT_TENSORS / max(len(sizes), 1))
+    return [min(size, int(max(share * size, least))) for size in sizes]
+
+
+def _some_rows(matrix: Matrix, n_weights: int, is_transposed: bool) -> Matrix:
+    """Evenly spread rows (columns where the matrix is coded transposed), about `n_weights` weights, as a copy."""
+    if matrix.size <= n_weights:
+        return matrix.copy()
+    axis = 1 if is_transposed else 0
+    n_rows = max(1, n_weights * matrix.shape[axis] // matrix.size)
+    chosen = np.linspace(0, matrix.shape[axis] - 1, n_rows).astype(np.int64)
+    return np.ascontiguousarray(np.take(matrix, chosen, axis))
 
 
 @dataclass
@@ -134,30 +210,49 @@ class EcpqCoder(Coder):
     _samples: dict[tuple[str, float], Sample] = field(default_factory=dict)
     _model: Model | None = None
 
-    def encode(self, level: float, *, draft: bool = False) -> Coded:
-        """All tensors at this level. The codebooks of the level before are a start for this one's."""
-        import torch
-
+    def encode(self, level: float) -> Coded:
+        """All tensors at this level."""
         from pqcli.core import ecpq
 
-        del draft  # encoding is quick enough
-        price = RATE_WEIGHT * level**2
-        scales = {key: step / level for key, step in self.steps.at(level).items()}
-
-        def matrix(key: str) -> torch.Tensor:
-            return torch.from_numpy(self.read(key))
-
-        self._samples = {
-            (key, scale): self._samples.get((key, scale)) or ecpq.draw(matrix(key), scale=scale, seed=self._seed(key))
-            for key, scale in scales.items()
-        }
-        self._model = model = ecpq.fit(self._samples.values(), price, start=self._model)
+        samples, model, price = self._learned(level)
         streams = tuple(
-            ecpq.encode(matrix(key), model, price, scale=scale, seed=self._seed(key)).payload
-            for key, scale in scales.items()
+            ecpq.encode(self._matrix(key), model, price, scale=scale, seed=self._seed(key)).payload
+            for key, scale in samples
         )
         sizes = {source.key: len(stream) for source, stream in zip(self.sources, streams, strict=True)}
-        return Coded(self._model.to_bytes(), streams, sizes)
+        return Coded(model.to_bytes(), streams, sizes)
+
+    def draft(self, level: float) -> Draft:
+        """From the samples that the codebooks are learned from."""
+        from pqcli.core import ecpq
+
+        samples, model, price = self._learned(level)
+        n_bytes, error, energy = float(len(model.to_bytes())), 0.0, 0.0
+        for (_, scale), sample in samples.items():
+            estimate = ecpq.estimate([sample], model, price)
+            n_bytes += estimate.bits / 8
+            error += scale**2 * estimate.squared_error
+            energy += scale**2 * sample.factor * float(np.sum(np.square(sample.pieces, dtype=np.float64)))
+        return Draft(n_bytes, error / energy if energy else 0.0)
+
+    def _learned(self, level: float) -> tuple[Mapping[tuple[str, float], Sample], Model, float]:
+        """Samples by key and scale, the model for this level (that of the level before is its start), a bit's price."""
+        from pqcli.core import ecpq
+
+        price = RATE_WEIGHT * level**2
+        scales = {key: step / level for key, step in self.steps.at(level).items()}
+        self._samples = {
+            (key, scale): self._samples.get((key, scale))
+            or ecpq.draw(self._matrix(key), scale=scale, seed=self._seed(key))
+            for key, scale in scales.items()
+        }
+        self._model = ecpq.fit(self._samples.values(), price, start=self._model)
+        return self._samples, self._model, price
+
+    def _matrix(self, key: str) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.read(key))
 
     def _seed(self, key: str) -> int:
         return int.from_bytes(hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=7).digest(), "little")

@@ -145,17 +145,32 @@ def encode(codec: str, survey: Survey, read: Read, recipe: Recipe, frame: Frame,
     coder = Coder.of(
         codec, sources, lambda name: as_matrix(read(name), by_name[name]), steps, recipe.effort, recipe.seed
     )
-    goal, unit = Goal.of(recipe, original_bytes), survey.unit
+    goal = Goal.of(recipe, original_bytes)
 
-    def attempt(level: float, draft: bool) -> Trial[Outcome]:
-        coded = coder.encode(level, draft=draft)
-        outcome = Outcome(coded, _with_shares(survey.records, coded), level)
-        return Trial(level, _measured(goal, codec, outcome, read, frame), outcome)
+    def encoded(level: float) -> Outcome:
+        coded = coder.encode(level)
+        return Outcome(coded, _with_shares(survey.records, coded), level)
 
     start = first_level(survey, recipe, frame, original_bytes)
     if goal is None:
-        return attempt(start, False).result
-    return search(goal, attempt, start, unit).result
+        return encoded(start)
+    nothing = Coded(b"", (), {record.name: 0 for record in survey.records})
+    frame_bytes = frame.file_bytes(codec, nothing, _with_shares(survey.records, nothing))
+
+    def draft(level: float) -> float:
+        found = coder.draft(level)
+        amounts = {
+            "bytes": frame_bytes + found.n_bytes,
+            "bits": 8 * found.n_bytes / max(coder.n_weights, 1),
+            "relative_mse": found.relative_mse,
+        }
+        return amounts[goal.quantity]
+
+    def attempt(level: float) -> Trial[Outcome]:
+        outcome = encoded(level)
+        return Trial(level, _measured(goal, codec, outcome, read, frame), outcome)
+
+    return search(goal, draft, attempt, start, survey.unit).result
 
 
 def first_level(survey: Survey, recipe: Recipe, frame: Frame, original_bytes: int) -> float:
@@ -192,9 +207,7 @@ def _with_shares(records: Sequence[Record], coded: Coded) -> tuple[Record, ...]:
     return tuple(found)
 
 
-def _measured(goal: Goal | None, codec: str, outcome: Outcome, read: Read, frame: Frame) -> float:
-    if goal is None:
-        return 0.0
+def _measured(goal: Goal, codec: str, outcome: Outcome, read: Read, frame: Frame) -> float:
     if goal.quantity == "bytes":
         return frame.file_bytes(codec, outcome.coded, outcome.records)
     if goal.quantity == "bits":

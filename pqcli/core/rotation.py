@@ -15,11 +15,15 @@ operations, and never by LAPACK, whose answer differs from machine to machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from pqcli.core.sources import Source
 
@@ -27,6 +31,7 @@ Matrix = NDArray[np.float32]
 Reader = Callable[[str], Matrix]
 
 _RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_MIN_OWN_SIZE = 8
 _MAX_OWN_SIZE = 16384
 _MAX_POOLED_SIZE = 256
 _GRAM_ROWS = 8192
@@ -38,6 +43,10 @@ _ERROR_PER_STEP = 0.2
 _MARGIN = 1.0005
 """A saving must show above the noise of predicting it."""
 _MAX_PRECISION = 20
+_LARGE = 1 << 24
+"""A tensor of more weights is looked at alone, for memory's sake."""
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -69,36 +78,83 @@ class Rotations:
     transposed: frozenset[str] = frozenset()
 
 
-def fit_rotations(sources: Sequence[Source], read: Reader, steps: Mapping[str, float]) -> Rotations:
+def fit_rotations(sources: Sequence[Source], read: Reader, steps: Mapping[str, float], n_threads: int = 2) -> Rotations:
     """The rotations that pay for themselves when source `key` is quantized with step `steps[key]`.
 
-    `read(key)` is called once per source that can be rotated, in order.
+    `read(key)` is called once per source that can be rotated, by up to `n_threads` threads at a time where tensors are
+    small. The answer does not depend on `n_threads`.
     """
     items: list[Rotation] = []
     use: dict[str, int] = {}
     transposed: set[str] = set()
     pools: dict[tuple[int, ...], list[tuple[Source, NDArray[np.float64], int]]] = {}
-    for source in sources:
-        if source.rows * source.columns == 0:
-            continue
+
+    def look_at(source: Source) -> _Own | _Pooled | None:
+        step = np.float32(steps[source.key])
         if source.kernel == 1:
-            if min(source.rows, source.columns) < 8:
-                continue
-            found = _own(read(source.key) / np.float32(steps[source.key]))
-            if found is not None:
-                use[source.key] = len(items)
-                items.append(found[0])
-                if found[1]:
-                    transposed.add(source.key)
-        elif source.kernel <= _MAX_POOLED_SIZE:
-            vectors = (read(source.key) / np.float32(steps[source.key])).reshape(-1, source.kernel)
-            pools.setdefault(source.kernel_shape, []).append((source, _gram(vectors), len(vectors)))
+            return _own(read(source.key), step)
+        vectors = (read(source.key) / step).reshape(-1, source.kernel)
+        return _Pooled(_gram(vectors), len(vectors))
+
+    for source, found in _in_order([source for source in sources if _can_rotate(source)], look_at, n_threads):
+        if isinstance(found, _Own):
+            use[source.key] = len(items)
+            items.append(found.rotation)
+            if found.is_transposed:
+                transposed.add(source.key)
+        elif isinstance(found, _Pooled):
+            pools.setdefault(source.kernel_shape, []).append((source, found.gram, found.n_vectors))
     for members in pools.values():
         rotation = _pooled([(gram, n) for _, gram, n in members])
         if rotation is not None:
             use.update({source.key: len(items) for source, _, _ in members})
             items.append(rotation)
     return Rotations(tuple(items), use, frozenset(transposed))
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A rotation for one matrix alone."""
+
+    rotation: Rotation
+    is_transposed: bool
+
+
+@dataclass(frozen=True)
+class _Pooled:
+    """What one convolution adds to the basis of its kernel shape."""
+
+    gram: NDArray[np.float64]
+    n_vectors: int
+
+
+def _can_rotate(source: Source) -> bool:
+    if source.kernel == 1:
+        return min(source.rows, source.columns) >= _MIN_OWN_SIZE
+    return source.n_weights > 0 and source.kernel <= _MAX_POOLED_SIZE
+
+
+def _in_order(
+    sources: Sequence[Source], work: Callable[[Source], Found], n_threads: int
+) -> Iterator[tuple[Source, Found]]:
+    """(source, work(source)) in order: large ones one at a time, small ones side by side.
+
+    A call of LAPACK gets one thread: its own threads wait for each other at every turn, which takes ten times as long
+    as soon as something else runs on one of the cores.
+    """
+    pending: deque[tuple[Source, Future[Found]]] = deque()
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n_threads) as pool:
+        for source in sources:
+            is_large = source.n_weights > _LARGE
+            while pending and (is_large or len(pending) > n_threads):
+                done, future = pending.popleft()
+                yield done, future.result()
+            if is_large:
+                yield source, work(source)
+            else:
+                pending.append((source, pool.submit(work, source)))
+        for done, future in pending:
+            yield done, future.result()
 
 
 def apply(weights: Matrix, rotation: Rotation, *, inverse: bool) -> None:
@@ -152,14 +208,14 @@ def _pooled(members: Sequence[tuple[NDArray[np.float64], int]]) -> Rotation | No
     return _quantize(vectors[:, :k], energies[:k], float(np.mean(energies[k:])) / n_vectors)
 
 
-def _own(weights: Matrix) -> tuple[Rotation, bool] | None:
-    """The leading directions of the columns, or of the rows (True), of one matrix, if they pay."""
+def _own(weights: Matrix, step: np.float32) -> _Own | None:
+    """The leading directions of the columns, or of the rows, of one matrix, if they pay."""
     n_rows, n_columns = weights.shape
-    largest = float(np.max(np.abs(weights)))
+    stride = -(-n_rows // _GRAM_ROWS)
+    sample = np.ascontiguousarray(weights[::stride] / step)
+    largest = float(np.max(np.abs(sample)))
     if not 0.0 < largest < 1e15:
         return None  # nothing to save, or squares beyond float32
-    stride = -(-n_rows // _GRAM_ROWS)
-    sample = np.ascontiguousarray(weights[::stride])
     energies, right = _principal(sample)
     left = np.asarray(sample @ right / np.sqrt(energies), np.float32)
     plain = _trial_rate(sample, None, 0) * weights.size
@@ -181,7 +237,7 @@ def _own(weights: Matrix) -> tuple[Rotation, bool] | None:
     vectors = left if transpose else right
     rest = max(float((sample.astype(np.float64) ** 2).sum() - energies[:k].sum()), 0.0) / sample.size
     scale = 1 if transpose else n_rows / len(sample)
-    return _quantize(vectors[:, :k].astype(np.float64), energies[:k] * scale, rest), transpose
+    return _Own(_quantize(vectors[:, :k].astype(np.float64), energies[:k] * scale, rest), transpose)
 
 
 def _principal(sample: Matrix) -> tuple[NDArray[np.float64], Matrix]:
