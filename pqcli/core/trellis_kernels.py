@@ -208,6 +208,23 @@ def dequantize(levels, labels, next_state, reconstruction, weights):
 
 
 @kernel
+def sets(levels, labels, next_state, which):
+    """which[r, j] = the set that levels[r, j] comes from, walking the trellis as the coder does."""
+    n_rows, n_columns = levels.shape
+    run_rows = max(1, RUN_LENGTH // max(1, n_columns))
+    state = 0
+    for r in range(n_rows):
+        if r % run_rows == 0:
+            state = 0
+        for j in range(n_columns):
+            if j % RUN_COLUMNS == 0 and j > 0:
+                state = 0
+            parity = state & 1
+            which[r, j] = parity + (parity & labels[j])
+            state = next_state[state, branch(np.int64(levels[r, j]), parity, labels[j])]
+
+
+@kernel
 def _class_of(row_scale, column_scale):
     """The search's guess of a weight's scale class, from 4 log2 of its row's and its column's scale."""
     return min(max(int(row_scale + column_scale), 0), N_CLASSES - 1)
