@@ -154,7 +154,7 @@ Objective = Annotated[
 Effort = Annotated[
     int | None,
     typer.Option(
-        show_default="by size", help="States of the trellis, 4 to 256: more find less error.", metavar="N",
+        show_default="by size", help="States of the trellis, 4 to 2048: more find less error.", metavar="N",
         rich_help_panel=BUDGET,
     ),
 ]  # fmt: skip

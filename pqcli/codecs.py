@@ -273,6 +273,10 @@ class Decoder(ABC):
     def matrix(self, key: str) -> Matrix:
         """The matrix of that source. Asking in the sources' order is quickest."""
 
+    @abstractmethod
+    def entropy(self, key: str) -> float:
+        """Bits that the source's symbols would take at their order-0 entropy: a table of its own, and no context."""
+
 
 def decoder(codec: str, coded: Coded, sources: Sequence[Source]) -> Decoder:
     """The decoder of that codec. `coded.streams` is indexed as needed, so it may fetch a stream when asked for it."""
@@ -288,6 +292,7 @@ class TrellisDecoder(Decoder):
         self._running: Iterator[tuple[str, Matrix]] = iter(())
         self._next = len(sources)
         self._ahead: dict[str, Matrix] = {}
+        self._entropies: dict[str, float] | None = None
 
     def matrix(self, key: str) -> Matrix:
         """The matrix of that source; decodes from there on, unless it has been passed on the way just now."""
@@ -302,13 +307,25 @@ class TrellisDecoder(Decoder):
             self._ahead[found] = matrix
         raise ValueError(f"no stream holds {key!r}")
 
+    def entropy(self, key: str) -> float:
+        """Bits at the order-0 entropy; the first call decodes all levels."""
+        from pqcli.core import trellis
+
+        if self._entropies is None:
+            self._entropies = trellis.entropies(self._encoded(), self._sources, n_threads())
+        return self._entropies[key]
+
+    def _encoded(self) -> EncodedStreams:
+        from pqcli.core import trellis
+
+        return trellis.EncodedStreams(self._coded.shared, self._coded.streams)  # type: ignore[arg-type]
+
     def _start(self, index: int) -> None:
         from pqcli.core import trellis
 
-        encoded = trellis.EncodedStreams(self._coded.shared, self._coded.streams)  # type: ignore[arg-type]
         wanted = [source.key for source in self._sources[index:]]
         self._ahead.clear()
-        self._running, self._next = trellis.decode(encoded, self._sources, wanted, n_threads()), index
+        self._running, self._next = trellis.decode(self._encoded(), self._sources, wanted, n_threads()), index
 
 
 class EcpqDecoder(Decoder):
@@ -328,3 +345,10 @@ class EcpqDecoder(Decoder):
         i, source = self._sources[key]
         found: Matrix = ecpq.decode(self._streams[i], self._model, source.rows, source.columns).numpy()
         return found
+
+    def entropy(self, key: str) -> float:
+        """Bits at the order-0 entropy."""
+        from pqcli.core import ecpq
+
+        i, source = self._sources[key]
+        return ecpq.entropy(self._streams[i], self._model, source.rows, source.columns)

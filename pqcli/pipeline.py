@@ -6,6 +6,7 @@ Progress goes to an optional hook `progress(weights, name)`, called as tensors g
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,11 +25,11 @@ from pqcli.atomic import atomic_writer, check_target
 from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import n_threads
 from pqcli.container import Container, Record, Writer
-from pqcli.core import em, metrics, pq
+from pqcli.core import em, metrics, pq, rtn
 from pqcli.errors import CheckpointError, ContainerError, OutputError, PQError, UsageError
 from pqcli.plan import Plan, PlanEntry
 from pqcli.recipe import Recipe
-from pqcli.reporting import Report, TensorReport
+from pqcli.reporting import INT4_GROUP, Report, TensorReport
 from pqcli.tensorinfo import TensorInfo
 
 Progress = Callable[[int, str], None]
@@ -154,6 +155,15 @@ def resolve_device(device: str) -> torch.device:
 
 
 @dataclass(frozen=True)
+class _Use:
+    """How a tensor's assignments are spread: centroids that occur, entropy in bits per assignment and in all."""
+
+    centroids: int | None
+    entropy: float | None
+    entropy_bits: float
+
+
+@dataclass(frozen=True)
 class _Encoded:
     """What a job hands to the writer: the record, and either a `PQTensor` or the tensor itself."""
 
@@ -162,7 +172,7 @@ class _Encoded:
     tensor: pq.PQTensor | None = None
     error: metrics.Error | None = None
     decoded_hash: bytes = b""
-    used: tuple[int, float] | None = None  # centroids in use, entropy of the assignments in bits
+    used: _Use | None = None
 
 
 def _compress(
@@ -238,7 +248,7 @@ def _compress_whole(
     order = [entry.info.name for entry in plan.entries]
     survey, frame = _survey(checkpoint, plan, recipe, writer)
     codec = recipe.whole_codec or ""
-    used: dict[str, tuple[int, float] | None] = {}
+    used: dict[str, _Use | None] = {}
     errors: dict[str, containers.StoredError] = {}
     if recipe.codec == "auto":
         exact, survey, frame = _take_exact(checkpoint, survey, frame, recipe, writer)
@@ -260,7 +270,7 @@ def _written(
     writer: Writer,
     order: Sequence[str],
     errors: Mapping[str, containers.StoredError],
-    used: Mapping[str, tuple[int, float] | None],
+    used: Mapping[str, _Use | None],
 ) -> tuple[TensorReport, ...]:
     """What became of every tensor of a finished file."""
     records = containers.with_kept_shares(writer.records(order), writer.kept_bytes)
@@ -452,9 +462,10 @@ def _kept_record(record: Record, reason: str) -> Record:
     return Record(record.name, record.shape, record.dtype, "keep", reason, record.kind, record.role)
 
 
-def _use(tensor: pq.PQTensor) -> tuple[int, float]:
+def _use(tensor: pq.PQTensor) -> _Use:
     counts = torch.bincount(tensor.assignments, minlength=tensor.n_centroids)
-    return int((counts > 0).sum()), metrics.entropy(counts)
+    entropy = metrics.entropy(counts)
+    return _Use(int((counts > 0).sum()), entropy, entropy * tensor.assignments.numel())
 
 
 def _write(writer: Writer, done: _Encoded) -> None:
@@ -547,9 +558,9 @@ def _converted(info: TensorInfo, dtype: str | None) -> TensorInfo:
 
 
 def report(file: str | Path, against: str | Path | None = None, *, progress: Progress | None = None) -> Report:
-    """Size and error of every tensor of a container, as compression measured them.
+    """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
 
-    With `against`, the original checkpoint, every error is measured again from the two files.
+    With `against`, the original checkpoint, every error is measured again from the two files, and that of int4.
     """
     with containers.open_container(file) as container:
         if against is None:
@@ -645,7 +656,11 @@ def _shared_out(container: Container) -> list[Record]:
 
 
 def _stored_report(container: Container, record: Record) -> TensorReport:
-    used = _use(container.pq_tensor(record.name)) if record.action == "pq" else None
+    used = None
+    if record.action == "pq":
+        used = _use(container.pq_tensor(record.name))
+    elif record.quantized:
+        used = _Use(None, None, container.entropy(record.name))
     return _tensor_report(record, container.error(record.name), used)
 
 
@@ -661,18 +676,18 @@ def _measured_reports(container: Container, original: Checkpoint, progress: Prog
         if record.alias_of is not None or record.action == "keep":
             yield _stored_report(container, record)
         else:
-            error = metrics.compare(original.read(record.name), container.decode(record.name))
-            measured = replace(
-                _stored_report(container, record), **_error_fields(containers.StoredError.of(error), record)
+            weight = original.read(record.name)
+            error = metrics.compare(weight, container.decode(record.name))
+            yield replace(
+                _stored_report(container, record),
+                int4_relative_mse=rtn.error(weight, INT4_GROUP).relative_mse,
+                **_error_fields(containers.StoredError.of(error), record),
             )
-            yield measured
         if progress:
             progress(record.info.numel, record.name)
 
 
-def _tensor_report(
-    record: Record, error: containers.StoredError | None, used: tuple[int, float] | None
-) -> TensorReport:
+def _tensor_report(record: Record, error: containers.StoredError | None, used: _Use | None) -> TensorReport:
     info = record.info
     payload = record.payload_bytes
     schemes = {
@@ -695,8 +710,10 @@ def _tensor_report(
         original_bytes=0 if record.alias_of else info.n_bytes,
         bytes=payload,
         bits_per_weight=8 * payload / info.numel if info.numel and record.action != "alias" else None,
-        centroids_used=used[0] if used else None,
-        assignment_entropy=used[1] if used else None,
+        centroids_used=used.centroids if used else None,
+        assignment_entropy=used.entropy if used else None,
+        assignment_bytes=record.assignment_bytes if used else None,
+        entropy_bytes=math.ceil(used.entropy_bits / 8) if used else None,
         alias_of=record.alias_of,
         kind=record.kind,
         **(_error_fields(error, record) if error else {}),
@@ -712,7 +729,10 @@ def _error_fields(error: containers.StoredError, record: Record) -> dict[str, An
     }
 
 
-def _paper_bytes(records: Sequence[Record]) -> int:
+def _paper_bytes(records: Sequence[Record]) -> int | None:
+    """The papers' size; None where something is coded in a way that they do not count."""
+    if any(record.quantized and record.action != "pq" for record in records):
+        return None
     return plans.paper_bytes(
         (
             record.name,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
 
-from pqcli.reporting import Report
+from pqcli.reporting import INT4_GROUP, Report
 
 UNKNOWN = "-"
 
@@ -126,6 +126,31 @@ def headline(report: Report) -> str:
     if report.relative_mse is not None:
         parts.append(f"relative MSE {error(report.relative_mse)}")
     return "  ".join(parts)
+
+
+def entropy_line(report: Report) -> str | None:
+    """What the assignments take against their entropy; None where that is unknown."""
+    taken, ideal = report.assignment_bytes, report.entropy_bytes
+    if taken is None or ideal is None:
+        return None
+    if not ideal:
+        return f"assignments take {size(taken)}; their order-0 entropy, tensor by tensor, is 0"
+    word = "more" if taken >= ideal else "less"
+    percent = f"{100 * abs(taken - ideal) / ideal:.1f} % {word}"
+    return f"assignments take {size(taken)}: {percent} than their order-0 entropy, tensor by tensor ({size(ideal)})"
+
+
+def int4_line(report: Report) -> str | None:
+    """What the quantized tensors would cost as int4 in groups; None where nothing is quantized."""
+    n_bytes, weights = report.int4_bytes, report.n_quantized_weights
+    if n_bytes is None or not weights:
+        return None
+    mse = report.int4_relative_mse
+    measured = "" if mse is None else f", relative MSE {error(mse)}"
+    return (
+        f"{size(n_bytes)} for the quantized tensors as int4 in groups of {INT4_GROUP} "
+        f"({8 * n_bytes / weights:.3f} bits/weight{measured})"
+    )
 
 
 def kept_reasons(report: Report, most: int) -> list[str]:

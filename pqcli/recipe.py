@@ -33,7 +33,7 @@ from pqcli.kinds import KINDS, is_kind
 SPENDING = ("rate_weight", "quality", "target_bytes", "target_ratio", "target_bits", "max_relative_mse", "min_sqnr")
 """Settings that say how much to spend; a recipe has at most one of them."""
 QUALITIES = ("tiny", "small", "balanced", "high", "near-lossless")
-EFFORTS = (4, 8, 16, 32, 64, 128, 256)
+EFFORTS = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 MAX_CENTROIDS = 65_536
 """Assignments are at most 16 bits wide."""
 
@@ -91,7 +91,7 @@ class Recipe:
     codebook_dtype: Literal["fp16", "fp32"] = "fp16"
     clamp: Literal["dense", "quarter"] = "dense"
     codec: Literal["pq", "trellis", "auto"] = "pq"
-    objective: float = 0.5
+    objective: float = 0.25
     effort: int | None = None
     rate_weight: float | None = None
     quality: str | None = None

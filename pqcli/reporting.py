@@ -8,6 +8,11 @@ A report is built by whoever has measured something (compressing, or comparing t
 - `sqnr_db` = -10 log10(relative_mse): signal to quantization noise, 6.02 dB for every bit spent ideally.
 - `bits_per_weight` counts all that is stored for a tensor: codebook, assignments and scales.
 - `shannon_gap_db`: how far below the rate-distortion bound of a Gaussian source the result stays, see `shannon_gap_db`.
+- `entropy_bytes`: what the assignments would take if each tensor's were coded at their order-0 entropy, by a table of
+  their own and without looking at neighbours. Fixed-width assignments (plain PQ) take more; coded ones may take less,
+  because their coder does look at neighbours.
+- `int4_bytes` and `int4_relative_mse`: the quantized tensors as integers of four bits, rounded to nearest, in groups of
+  128 that share a float16 scale: what a size and an error are worth.
 - `ratio` = bytes of the original file / bytes of the compressed file, both on disk.
 """
 
@@ -18,11 +23,13 @@ import difflib
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from pqcli.errors import UsageError
 
+INT4_GROUP = 128
+"""Weights that share a scale in the int4 baseline; the scale takes two bytes."""
 DB_PER_BIT = 20 * math.log10(2)
 """6.02 dB: what one more bit per weight gains an ideal coder."""
 
@@ -33,8 +40,10 @@ class TensorReport:
 
     `action` is "keep" (stored bit-exact), "alias" (another name of `alias_of`, stores nothing), or the codec that
     quantized it ("pq"). `scheme` says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk.
-    `energy` is the sum of squares of the original weights. `assignment_entropy` is in bits per assignment. What was
-    not measured, or has no meaning for the action, is None.
+    `energy` is the sum of squares of the original weights. `assignment_entropy` is in bits per assignment;
+    `assignment_bytes` is what the assignments (with a codec for whole checkpoints, all that is coded for the tensor)
+    take, `entropy_bytes` what they would take at their entropy. What was not measured, or has no meaning for the
+    action, is None.
     """
 
     name: str
@@ -57,6 +66,9 @@ class TensorReport:
     centroids_used: int | None = None
     assignment_entropy: float | None = None
     alias_of: str | None = None
+    assignment_bytes: int | None = None
+    entropy_bytes: int | None = None
+    int4_relative_mse: float | None = None
 
     @property
     def quantized(self) -> bool:
@@ -73,6 +85,11 @@ class TensorReport:
         """Decibels between this tensor and the Gaussian bound at its bits per weight; see `shannon_gap_db`."""
         return shannon_gap_db(self.relative_mse, self.bits_per_weight) if self.quantized else None
 
+    @property
+    def int4_bytes(self) -> int | None:
+        """What this tensor would take as int4 in groups; None where it is not quantized."""
+        return int4_bytes(self.n_weights) if self.quantized else None
+
     def to_json(self) -> dict[str, object]:
         """Every field and derived figure under its own name; None where a number is missing or not finite."""
         return {column: _jsonable(getattr(self, column)) for column in TENSOR_COLUMNS}
@@ -83,7 +100,8 @@ class Report:
     """One compressed file: its tensors in the checkpoint's order, and what they add up to.
 
     `dropped` names what the source held and the output does not. `paper_bytes` is the size by the papers' own
-    accounting (log2(k) bits a block, fp16 codebooks, fp32 for the rest, running statistics not counted).
+    accounting (log2(k) bits a block, fp16 codebooks, fp32 for the rest, running statistics not counted), None where
+    anything but plain PQ was at work.
     """
 
     source: str
@@ -139,15 +157,27 @@ class Report:
 
         None when nothing is quantized, or when the error of a quantized tensor is unknown.
         """
-        energy = noise = 0.0
-        for tensor in self.quantized:
-            if tensor.relative_mse is None or tensor.energy is None:
-                return None
-            energy += tensor.energy
-            noise += tensor.relative_mse * tensor.energy
-        if not self.quantized:
-            return None
-        return noise / energy if energy else noise
+        return _together([(tensor.relative_mse, tensor.energy) for tensor in self.quantized])
+
+    @property
+    def assignment_bytes(self) -> int | None:
+        """Bytes of all assignments; None when nothing is quantized or a tensor's are unknown."""
+        return _sum([tensor.assignment_bytes for tensor in self.quantized])
+
+    @property
+    def entropy_bytes(self) -> int | None:
+        """Bytes of all assignments if each tensor's were coded at their order-0 entropy; None where that is unknown."""
+        return _sum([tensor.entropy_bytes for tensor in self.quantized])
+
+    @property
+    def int4_bytes(self) -> int | None:
+        """Bytes of the quantized tensors as int4 in groups; None when nothing is quantized."""
+        return _sum([tensor.int4_bytes for tensor in self.quantized])
+
+    @property
+    def int4_relative_mse(self) -> float | None:
+        """Relative MSE of the quantized tensors as int4 in groups; None where the original was not at hand."""
+        return _together([(tensor.int4_relative_mse, tensor.energy) for tensor in self.quantized])
 
     @property
     def max_abs_error(self) -> float | None:
@@ -204,6 +234,10 @@ class Report:
                 "tensor_bytes": self.tensor_bytes,
                 "overhead_bytes": self.overhead_bytes,
                 "paper_bytes": self.paper_bytes,
+                "assignment_bytes": self.assignment_bytes,
+                "entropy_bytes": self.entropy_bytes,
+                "int4_bytes": self.int4_bytes,
+                "int4_relative_mse": self.int4_relative_mse,
             },
             "recipe": self.recipe,
             "dropped": self.dropped,
@@ -226,8 +260,32 @@ class Report:
         return lines.getvalue()
 
 
-TENSOR_COLUMNS = (*(item.name for item in fields(TensorReport)), "sqnr_db", "shannon_gap_db")
+TENSOR_COLUMNS = (*(item.name for item in fields(TensorReport)), "sqnr_db", "shannon_gap_db", "int4_bytes")
 """Every figure of a tensor, in the order of JSON and CSV."""
+
+
+def int4_bytes(n_weights: int) -> int:
+    """Bytes of so many weights as int4 in groups: 4.125 bits a weight, both parts rounded up."""
+    return -(-n_weights // 2) + 2 * -(-n_weights // INT4_GROUP)
+
+
+def _together(errors: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """The relative MSE of all of (relative MSE, energy) together; None for none and where one is unknown."""
+    energy = noise = 0.0
+    for mse, weight in errors:
+        if mse is None or weight is None:
+            return None
+        energy += weight
+        noise += mse * weight
+    if not errors:
+        return None
+    return noise / energy if energy else noise
+
+
+def _sum(sizes: Sequence[int | None]) -> int | None:
+    """The sum; None for none and where one is unknown."""
+    known = [size for size in sizes if size is not None]
+    return sum(known) if known and len(known) == len(sizes) else None
 
 
 def sqnr_db(relative_mse: float | None) -> float | None:
@@ -255,7 +313,8 @@ def shannon_gap_db(relative_mse: float | None, bits_per_weight: float | None) ->
 TEXT_KEYS = ("name", "kind", "dtype", "action", "scheme")
 NUMBER_KEYS = (
     "n_weights", "original_bytes", "bytes", "block_size", "n_centroids", "bits_per_weight", "relative_mse", "sqnr_db",
-    "shannon_gap_db", "cosine", "max_abs_error", "energy", "centroids_used", "assignment_entropy",
+    "shannon_gap_db", "cosine", "max_abs_error", "energy", "centroids_used", "assignment_entropy", "assignment_bytes",
+    "entropy_bytes",
 )  # fmt: skip
 SORT_KEYS = (*TEXT_KEYS, *NUMBER_KEYS)
 SMALL_IS_BAD = ("sqnr_db", "cosine")

@@ -187,6 +187,11 @@ def _notes(report: Report) -> list[Text]:
         notes.append(f"dropped   {readable.joined(report.dropped, N_DROPPED)}")
     if report.paper_mib is not None:
         notes.append(f"papers    {report.paper_mib:.3f} MiB by the accounting of the papers on PQ")
+    notes += [
+        f"{word:<10}{line}"
+        for word, line in (("entropy", readable.entropy_line(report)), ("int4", readable.int4_line(report)))
+        if line is not None
+    ]
     notes += [f"warning   {visible(warning)}" for warning in report.warnings]
     return [Text(), *(Text(note, style="dim") for note in notes)] if notes else []
 

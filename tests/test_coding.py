@@ -76,6 +76,37 @@ def test_what_compress_reports_is_what_decode_gives(codec, tmp_path):
     assert again.compressed_bytes == report.compressed_bytes
 
 
+def test_a_report_tells_the_entropy_of_what_was_coded_and_the_error_of_int4(codec, tmp_path):
+    state = network()
+    source, file = saved(tmp_path, state), tmp_path / "model.pq.safetensors"
+    pqcli.compress(source, file, recipe(codec))
+    report = pqcli.report(file, source)
+    for tensor in report.quantized:
+        assert tensor.assignment_bytes == tensor.bytes
+        assert 0.8 * tensor.bytes < tensor.entropy_bytes < 1.25 * tensor.bytes
+        assert tensor.int4_relative_mse == pytest.approx(int4_relative_mse(state[tensor.name]), rel=1e-5)
+    assert pqcli.report(file).entropy_bytes == report.entropy_bytes
+    assert pqcli.report(file).int4_relative_mse is None
+    assert report.paper_bytes is None
+
+
+def int4_relative_mse(weight):
+    """Group by group."""
+    groups = weight.flatten().split(128)
+    scales = [float((group.abs().max() / 7).half()) for group in groups]
+    decoded = [scale * (group / scale).round().clamp(-8, 7) for group, scale in zip(groups, scales, strict=True)]
+    return relative_mse(weight.flatten(), torch.cat(decoded))
+
+
+def test_plain_pq_reports_the_entropy_of_its_assignments(tmp_path):
+    source, file = saved(tmp_path, {"w": gaussian(64, 128)}), tmp_path / "model.pq.safetensors"
+    pqcli.compress(source, file, Recipe(block_size=4, n_centroids=32))
+    (tensor,) = pqcli.report(file).tensors
+    n = 64 * 128 // 4
+    assert tensor.assignment_bytes == n * 5 // 8
+    assert tensor.entropy_bytes == math.ceil(n * tensor.assignment_entropy / 8) <= tensor.assignment_bytes
+
+
 def test_the_bytes_of_the_tensors_add_up_to_the_coded_entry(codec, tmp_path):
     file = tmp_path / "model.pq.safetensors"
     report = pqcli.compress(saved(tmp_path, network()), file, recipe(codec))

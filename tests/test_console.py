@@ -132,6 +132,23 @@ def test_kept_tensors_are_grouped_by_reason_and_dropped_ones_named(minilm):
     assert "dropped   optimizer (a set)" in spoken.out
 
 
+def test_a_report_compares_assignments_with_their_entropy_and_the_size_with_int4():
+    shown = []
+    for taken in (2100, 1900):
+        tensor = quantized(assignment_bytes=taken, entropy_bytes=2000, int4_relative_mse=0.0123)
+        spoken = Spoken()
+        spoken.console.report(report_of(tensor))
+        shown.append(spoken.out)
+    entropy = "than their order-0 entropy, tensor by tensor (2.00 kB)"
+    assert f"entropy   assignments take 2.10 kB: 5.0 % more {entropy}" in shown[0]
+    assert f"entropy   assignments take 1.90 kB: 5.0 % less {entropy}" in shown[1]
+    assert "int4      2.11 kB for the quantized tensors as int4 in groups of 128 (4.125 bits/weight, rel" in shown[0]
+    unknown = Spoken()
+    unknown.console.report(report_of(quantized()))
+    assert "order-0" not in unknown.out
+    assert "int4 in groups of 128 (4.125 bits/weight)" in unknown.out
+
+
 def test_a_plan_shows_action_and_reason_of_every_tensor_and_the_total(minilm):
     spoken = Spoken()
     spoken.console.plan(preview(replace(minilm, dropped=("optimizer (a set)",))))

@@ -104,6 +104,15 @@ def test_the_estimate_is_what_encoding_costs():
     assert metrics.compare(matrix, encoded.decoded).squared_error == pytest.approx(estimate.squared_error, rel=0.02)
 
 
+def test_the_entropy_of_symbols_is_what_one_table_would_take_and_classes_take_less():
+    even, uneven = gaussian(256, 256, spread=0), gaussian(256, 256)
+    for matrix, least in ((even, 0.97), (uneven, 1.02)):
+        of = ecpq.fit([ecpq.draw(matrix)], LAM)
+        payload = ecpq.encode(matrix, of, LAM).payload
+        assert least < ecpq.entropy(payload, of, 256, 256) / (8 * len(payload)) < least + 0.2
+    assert ecpq.entropy(b"", model(), 0, 4) == 0
+
+
 def test_a_gaussian_is_coded_within_1_4_db_of_the_shannon_bound_model_included():
     matrix = torch.randn(512, 512, generator=torch.Generator().manual_seed(3))
     of = ecpq.fit([ecpq.draw(matrix)], 0.15)

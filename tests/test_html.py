@@ -58,6 +58,13 @@ def test_the_page_has_every_tensor_and_the_totals(page, minilm):
         assert figure in text
 
 
+def test_the_page_compares_with_entropy_and_int4():
+    tensor = quantized(assignment_bytes=2100, entropy_bytes=2000, int4_relative_mse=0.0123)
+    text = "".join(Page(html.render(report_of(tensor))).text)
+    assert "assignments take 2.10 kB: 5.0 % more than their order-0 entropy" in text
+    assert "2.11 kB for the quantized tensors as int4 in groups of 128 (4.125 bits/weight, relative MSE 0.0123)" in text
+
+
 def test_the_page_asks_nobody_for_anything_and_runs_nothing(page, minilm):
     assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name in {"src", "href", "action"} or name.startswith("on")]

@@ -103,6 +103,23 @@ def test_paper_mib_is_in_binary_units():
     assert report_of(quantized(), paper_bytes=1_615_904).paper_mib == pytest.approx(1.541, abs=5e-4)
 
 
+@pytest.mark.parametrize(("n", "n_bytes"), [(0, 0), (1, 3), (2, 3), (128, 66), (129, 69), (1_000_000, 515_626)])
+def test_int4_takes_half_a_byte_a_weight_and_two_bytes_a_group(n, n_bytes):
+    assert quantized(n_weights=n).int4_bytes == n_bytes
+    assert kept(n=n).int4_bytes is None
+
+
+def test_assignments_and_int4_add_up_and_are_unknown_where_one_tensor_is():
+    known = {"assignment_bytes": 10, "entropy_bytes": 8, "int4_relative_mse": 0.01, "energy": 3.0}
+    report = report_of(quantized(**known), kept(), quantized(**{**known, "int4_relative_mse": 0.03, "energy": 1.0}))
+    assert (report.assignment_bytes, report.entropy_bytes, report.int4_bytes) == (20, 16, 2 * (2048 + 64))
+    assert report.int4_relative_mse == pytest.approx(0.015)
+    assert report.to_json()["totals"]["int4_relative_mse"] == report.int4_relative_mse
+    more = replace(report, tensors=(*report.tensors, quantized()))
+    assert (more.assignment_bytes, more.entropy_bytes, more.int4_relative_mse) == (None, None, None)
+    assert report_of(kept()).int4_bytes is None
+
+
 def test_csv_and_json_hold_the_same_figures(minilm):
     report = replace(minilm, tensors=(*minilm.tensors, quantized('a,"b"\nc', relative_mse=0.0)))
     rows = list(csv.DictReader(io.StringIO(report.to_csv())))

@@ -15,6 +15,7 @@ from pqcli.core.trellis import (
     TrellisParams,
     decode,
     encode,
+    entropies,
     fit_rotations,
     stream_layout,
 )
@@ -69,6 +70,20 @@ def test_the_error_that_the_encoder_states_is_the_error_made():
     encoded, decoded = round_trip(sources, weights, TrellisParams(0.5), {"dense": 0.1})
     for key, stated in encoded.squared_errors.items():
         np.testing.assert_allclose(stated, np.sum((weights[key] - decoded[key]) ** 2), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("stream_weights", "learning"), [(1024, 0.08), (1 << 20, 0.02)])
+def test_the_entropy_of_levels_is_about_what_independent_weights_are_coded_in(stream_weights, learning):
+    rng = np.random.default_rng(0)
+    weights = {
+        "zeros": np.zeros((20, 30), np.float32),
+        "w": rng.standard_normal((200, 200)).astype(np.float32),
+        "empty": np.zeros((0, 4), np.float32),
+    }
+    sources = [Source(key, w.shape, *w.shape) for key, w in weights.items()]
+    encoded, _ = round_trip(sources, weights, TrellisParams(0.3, 8, stream_weights=stream_weights))
+    bits = entropies(encoded, sources)
+    assert bits == {"zeros": 0, "w": pytest.approx(8 * encoded.coded_bytes["w"], rel=learning), "empty": 0}
 
 
 def test_more_states_find_less_error():

@@ -115,6 +115,13 @@ class Container:
         dtype = getattr(torch, record.dtype)
         return pq.PQTensor(record.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
 
+    def entropy(self, name: str) -> float:
+        """Bits that the symbols of a whole-checkpoint codec would take at their order-0 entropy, a table a tensor."""
+        try:
+            return self._opened_decoder().entropy(self.record(name).name)
+        except (ValueError, OverflowError) as error:
+            raise self._damaged(f"tensor {name!r}: {error}") from None
+
     def decode(self, name: str, *, check: bool = True) -> torch.Tensor:
         """The dense tensor, in its original dtype and in its own memory.
 
@@ -173,16 +180,20 @@ class Container:
 
     def _coded(self, record: Record) -> torch.Tensor:
         """A tensor of a whole-checkpoint codec."""
-        codec = self.manifest.coded["codec"]
         try:
-            if self._decoder is None:
-                sources = [other.source for other in self.records if other.action == codec]
-                self._decoder = decoder(codec, self._coded_bytes(), sources)
-            matrix = torch.from_numpy(self._decoder.matrix(record.name))
+            matrix = torch.from_numpy(self._opened_decoder().matrix(record.name))
         except (ValueError, OverflowError) as error:
             raise self._damaged(f"tensor {record.name!r}: {error}") from None
         dtype = getattr(torch, record.dtype)
         return pq.saturated(matrix.reshape(record.shape), dtype)
+
+    def _opened_decoder(self) -> Decoder:
+        """The decoder of all coded tensors. Raises ValueError where their shared part is damaged."""
+        if self._decoder is None:
+            codec = self.manifest.coded["codec"]
+            sources = [other.source for other in self.records if other.action == codec]
+            self._decoder = decoder(codec, self._coded_bytes(), sources)
+        return self._decoder
 
     def _coded_bytes(self) -> Coded:
         """The coded bytes: what all tensors share now, a stream when it is asked for."""

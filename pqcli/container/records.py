@@ -82,14 +82,20 @@ class Record:
         return rows * -(-columns // (self.block_size or 1))
 
     @property
+    def assignment_bytes(self) -> int:
+        """Bytes of the assignments; with a whole-checkpoint codec, of all that is coded for the tensor."""
+        if self.action == "pq":
+            return packing.packed_bytes(self.n_vectors, packing.n_bits(self.n_centroids or 0))
+        return self.coded_bytes or 0
+
+    @property
     def payload_bytes(self) -> int:
         """Bytes this tensor takes in the file, without header and manifest."""
         if self.action == "alias":
             return 0
         if self.action == "pq":
             block_size, n_centroids = self.block_size or 0, self.n_centroids or 0
-            codebook = n_centroids * block_size * ITEM_BYTES[self.codebook_dtype]
-            return codebook + packing.packed_bytes(self.n_vectors, packing.n_bits(n_centroids))
+            return n_centroids * block_size * ITEM_BYTES[self.codebook_dtype] + self.assignment_bytes
         return self.info.n_bytes if self.coded_bytes is None else self.coded_bytes
 
 

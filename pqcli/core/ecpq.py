@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pqcli.core import ans, bitfields
+from pqcli.core import ans, bitfields, metrics
 from pqcli.core.ecpq_fit import Vectors, fit_book
 from pqcli.core.ecpq_model import BLOCK_SIZES, ESCAPE_STEP, GRID_PER_RATE, Book, Model, is_grid
 from pqcli.core.ecpq_search import CHUNK, Moments, Scales, choose, in_grid_units, moments, scales
@@ -37,7 +37,7 @@ from pqcli.core.ecpq_search import CHUNK, Moments, Scales, choose, in_grid_units
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Encoded", "Estimate", "Model", "Sample", "decode", "draw", "encode", "estimate", "fit"]
+__all__ = ["Encoded", "Estimate", "Model", "Sample", "decode", "draw", "encode", "entropy", "estimate", "fit"]
 
 PIECE = 8
 """Values in a row that a sample takes together: a multiple of every block size."""
@@ -191,20 +191,36 @@ def decode(payload: bytes | memoryview, model: Model, rows: int, columns: int) -
 
     Raises ValueError if `payload` is not intact. Allocates in proportion to rows * columns and the payload only.
     """
-    reader = bitfields.Reader(payload)
     if not rows * columns:
-        if reader.remaining:
-            raise ValueError(f"{reader.remaining} bytes for an empty matrix")
+        if len(payload):
+            raise ValueError(f"{len(payload)} bytes for an empty matrix")
         return torch.zeros(rows, columns)
-    block_size, scale, of = _read_head(reader, rows, columns)
-    parts = _parts(rows, columns, block_size, model)
-    jobs = [[_Stream.read(reader, span) for span in part.streams] for part in parts]
-    if reader.remaining:
-        raise ValueError(f"{reader.remaining} bytes left over")
+    scale, of, jobs = _read_payload(payload, model, rows, columns)
     out = np.empty((rows, columns), np.float32)
-    for part, streams in zip(parts, jobs, strict=True):
+    for part, streams in jobs:
         _mapped(_StreamReader(part, part.classes(of), model.grid, scale, out), streams)
     return torch.from_numpy(out)
+
+
+def entropy(payload: bytes | memoryview, model: Model, rows: int, columns: int) -> float:
+    """Bits that the payload's symbols would take at their order-0 entropy, one table for the tensor, and side bits.
+
+    Raises ValueError if `payload` is not intact.
+    """
+    if not rows * columns:
+        return 0.0
+    bits = 0.0
+    _, of, jobs = _read_payload(payload, model, rows, columns)
+    for part, streams in jobs:
+        classes = part.classes(of)
+        counts = np.zeros(len(part.book.n_signs), np.int64)
+        for stream in streams:
+            start, stop = stream.span
+            symbols = ans.decode(stream.coded, classes[start:stop], part.book.tables)
+            counts += np.bincount(symbols, minlength=len(counts))
+            bits += 8 * len(stream.side)
+        bits += int(counts.sum()) * metrics.entropy(counts.tolist())
+    return bits
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
@@ -325,6 +341,19 @@ class _Part:
             rows = of.rows[start : start + step, None].astype(np.int32)
             out[start : start + step] = self.book.classes(of.base + rows + blocks)
         return out.reshape(-1)
+
+
+def _read_payload(
+    payload: bytes | memoryview, model: Model, rows: int, columns: int
+) -> tuple[np.float32, Scales, list[tuple[_Part, list[_Stream]]]]:
+    """The scale, the scales of rows and blocks, and the parts with their streams."""
+    reader = bitfields.Reader(payload)
+    block_size, scale, of = _read_head(reader, rows, columns)
+    parts = _parts(rows, columns, block_size, model)
+    jobs = [(part, [_Stream.read(reader, span) for span in part.streams]) for part in parts]
+    if reader.remaining:
+        raise ValueError(f"{reader.remaining} bytes left over")
+    return scale, of, jobs
 
 
 def _parts(rows: int, columns: int, block_size: int, model: Model) -> list[_Part]:

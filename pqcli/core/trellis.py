@@ -19,11 +19,11 @@ large tensor, or several small tensors. How, follows from the shapes alone (`str
 from __future__ import annotations
 
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,11 +43,13 @@ __all__ = [
     "TrellisParams",
     "decode",
     "encode",
+    "entropies",
     "fit_rotations",
     "stream_layout",
 ]
 
 Matrix = NDArray[np.float32]
+_T = TypeVar("_T")
 
 _POLYNOMIALS = {
     1: (0, 0),
@@ -82,6 +84,7 @@ _WEIGHTS_PER_BYTE = 12_000
 """No stream holds more weights per byte: the surest decision has a probability of 1 - 32/65536."""
 _LARGEST = float(np.finfo(np.float32).max)
 _MAX_RANK = 256
+_FEW_SYMBOLS = 1 << 12
 _HEADER = struct.Struct("<fBB")
 _OCTAVE_STEPS = 8
 _RATIOS = tuple(float(np.float32(2.0 ** (i / _OCTAVE_STEPS))) for i in range(_OCTAVE_STEPS))
@@ -237,31 +240,51 @@ def decode(
     Bit-identical on every machine. Only streams that hold a wanted tensor are decoded, at most `n_threads + 1` ahead.
     Raises ValueError for bytes that are not what `encode` wrote for these sources.
     """
+    side, layout = _parsed(encoded, sources)
+    wanted = {source.key for source in sources} if keys is None else set(keys)
+    return _assemble(_ahead(_decode_stream, encoded, layout, sources, side, wanted, n_threads), sources, side, wanted)
+
+
+def entropies(encoded: EncodedStreams, sources: Sequence[Source], n_threads: int = 2) -> dict[str, float]:
+    """Bits that the levels of every source would take at their order-0 entropy: one table a source and a set.
+
+    Which set a level comes from is known before it, so the entropy is that of the level given the set. Raises
+    ValueError as `decode` does.
+    """
+    side, layout = _parsed(encoded, sources)
+    wanted = {source.key for source in sources}
+    counts: dict[str, Counter[int]] = {source.key: Counter() for source in sources}
+    for segment, found in _ahead(_count_stream, encoded, layout, sources, side, wanted, n_threads):
+        counts[sources[segment.source].key].update(found)
+    return {key: _entropy_bits(found) for key, found in counts.items()}
+
+
+def _parsed(encoded: EncodedStreams, sources: Sequence[Source]) -> tuple[_Side, list[tuple[Segment, ...]]]:
     side = _parse_side(encoded.side, sources)
     layout = stream_layout(sources, side.rotations.transposed, side.stream_weights)
     if len(layout) != len(encoded.streams):
         raise ValueError(f"{len(encoded.streams)} streams where the shapes make {len(layout)}")
-    wanted = {source.key for source in sources} if keys is None else set(keys)
-    return _assemble(_decode_ahead(encoded.streams, layout, sources, side, wanted, n_threads), sources, side, wanted)
+    return side, layout
 
 
-def _decode_ahead(
-    streams: Sequence[bytes],
+def _ahead(
+    work: Callable[[bytes, Sequence[Segment], Sequence[Source], _Side], list[_T]],
+    encoded: EncodedStreams,
     layout: Sequence[tuple[Segment, ...]],
     sources: Sequence[Source],
     side: _Side,
     wanted: set[str],
     n_threads: int,
-) -> Iterator[tuple[Segment, Matrix]]:
-    """The segments of every stream that holds a wanted tensor, in order, while later streams are being decoded."""
+) -> Iterator[tuple[Segment, _T]]:
+    """What `work` makes of each segment of the streams that hold a wanted tensor, in order; later streams run ahead."""
     needed = [i for i, segments in enumerate(layout) if any(sources[s.source].key in wanted for s in segments)]
-    pending: deque[tuple[int, Future[list[Matrix]]]] = deque()
+    pending: deque[tuple[int, Future[list[_T]]]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         try:
             while needed or pending:
                 while needed and len(pending) <= n_threads:
                     i = needed.pop(0)
-                    pending.append((i, pool.submit(_decode_stream, streams[i], layout[i], sources, side)))
+                    pending.append((i, pool.submit(work, encoded.streams[i], layout[i], sources, side)))
                 i, future = pending.popleft()
                 yield from zip(layout[i], future.result(), strict=True)
         finally:
@@ -395,6 +418,58 @@ def _decode_stream(data: bytes, segments: Sequence[Segment], sources: Sequence[S
     """The segments' weights (coded rows, coded columns)."""
     from pqcli.core.trellis_kernels import dequantize, scale_up
 
+    next_state = _trellis(side.n_states)
+    found = []
+    for segment, levels, labels, points in _levels_of_stream(data, segments, sources, side):
+        source = sources[segment.source]
+        weights = np.empty(levels.shape, np.float32)
+        dequantize(levels, labels, next_state, points, weights)
+        if source.key in side.rotations.use:
+            apply(weights, side.rotations.items[side.rotations.use[source.key]], inverse=True)
+        scale_up(weights, side.step_of(segment.source))
+        found.append(weights)
+    return found
+
+
+def _count_stream(
+    data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
+) -> list[dict[int, int]]:
+    """How often each symbol, 3 * level + set, occurs in each segment."""
+    from pqcli.core.trellis_kernels import sets
+
+    next_state = _trellis(side.n_states)
+    found = []
+    for _, levels, labels, _ in _levels_of_stream(data, segments, sources, side):
+        which = np.empty(levels.shape, np.uint8)
+        sets(levels, labels, next_state, which)
+        found.append(_counts(3 * levels.astype(np.int64) + which))
+    return found
+
+
+def _counts(symbols: NDArray[np.int64]) -> dict[int, int]:
+    """How often each occurs; without sorting where they lie close together, as levels do."""
+    least = int(symbols.min())
+    if int(symbols.max()) - least > symbols.size + _FEW_SYMBOLS:
+        found, counts = np.unique(symbols, return_counts=True)
+    else:
+        counts = np.bincount((symbols - least).reshape(-1))
+        found = np.flatnonzero(counts)
+        found, counts = found + least, counts[found]
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def _entropy_bits(counts: Mapping[int, int]) -> float:
+    bits = 0.0
+    for which in range(3):
+        n = np.array([count for symbol, count in counts.items() if symbol % 3 == which], np.float64)
+        bits += float((n * np.log2(n.sum() / n)).sum())
+    return bits
+
+
+def _levels_of_stream(
+    data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
+) -> Iterator[tuple[Segment, NDArray[np.int32], NDArray[np.uint8], Matrix]]:
+    """(segment, levels, labels, reconstruction points) of the segments in turn."""
     shapes = [
         (s.stop - s.start, sources[s.source].n_weights // _height(sources[s.source], side.rotations.transposed))
         for s in segments
@@ -405,7 +480,6 @@ def _decode_stream(data: bytes, segments: Sequence[Segment], sources: Sequence[S
     next_state = _trellis(side.n_states)
     coder = _level_coder_for_reading(data)
     points = _code_points(coder, np.zeros((3, 0), np.float32))
-    found = []
     previous_class = 0
     for segment, shape in zip(segments, shapes, strict=True):
         source = sources[segment.source]
@@ -413,14 +487,8 @@ def _decode_stream(data: bytes, segments: Sequence[Segment], sources: Sequence[S
         levels = np.empty(shape, np.int32)
         labels = np.empty(shape[1], np.uint8)
         previous_class = _code_block(coder, levels, labels, _period(source, flipped), previous_class, next_state)
-        weights = np.empty(shape, np.float32)
-        dequantize(levels, labels, next_state, points, weights)
-        if source.key in side.rotations.use:
-            apply(weights, side.rotations.items[side.rotations.use[source.key]], inverse=True)
-        scale_up(weights, side.step_of(segment.source))
-        found.append(weights)
+        yield segment, levels, labels, points
     coder.finish()
-    return found
 
 
 def _height(source: Source, transposed: frozenset[str]) -> int:

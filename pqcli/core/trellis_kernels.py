@@ -205,6 +205,23 @@ def dequantize(levels, labels, next_state, reconstruction, weights):
 
 
 @kernel
+def sets(levels, labels, next_state, which):
+    """which[r, j] = the set that levels[r, j] comes from, walking the trellis as the coder does."""
+    n_rows, n_columns = levels.shape
+    run_rows = max(1, RUN_LENGTH // max(1, n_columns))
+    state = 0
+    for r in range(n_rows):
+        if r % run_rows == 0:
+            state = 0
+        for j in range(n_columns):
+            if j % RUN_COLUMNS == 0 and j > 0:
+                state = 0
+            parity = state & 1
+            which[r, j] = parity + (parity & labels[j])
+            state = next_state[state, branch(np.int64(levels[r, j]), parity, labels[j])]
+
+
+@kernel
 def scale_up(weights, step):
     """Multiply by the step, in place; what would overflow becomes the largest float32."""
     largest = np.float32(3.4028234663852886e38)

@@ -1,22 +1,25 @@
-"""Error against bytes, of whole files: pqcli's codecs, plain PQ, integers in groups, and NNCodec where it is installed.
+"""Error against bytes, of whole files: pqcli's codecs, plain PQ, integers in groups, and others if installed.
 
     python tests/benchmarks/rate_distortion.py resnet20.th --scorer 'python eval_resnet_cifar10.py {}'
     python tests/benchmarks/rate_distortion.py model.safetensors --sizes 2330828,6316994 --codecs trellis,rtn
     python tests/benchmarks/rate_distortion.py model.safetensors --json curve.json --plot curve.svg
     python tests/benchmarks/rate_distortion.py model.safetensors --nncodec-python venv-nnc/bin/python --qp=-26,-32,-38
+    python tests/benchmarks/rate_distortion.py resnet20.th --codecs rtn,gguf,hqq
 
 Everybody is measured alike, from what decodes: relative MSE over all floating tensors with two dimensions or more,
 bytes of the whole file, and bits per weight as these bytes less all other tensors as they were. NNCodec's figures hold
-such tensors beside its stream, uncompressed. Where figures of NNCodec are published for a checkpoint (it is recognized
-by its SHA-256), they are the anchors: every curve is compared with them at their bytes, by interpolating the logarithm
-of the error over the logarithm of the bytes. The scorer is a command that gets the path of a decoded checkpoint for
-`{}` and prints JSON.
+such tensors beside its stream, uncompressed. Integers in groups lie in a safetensors file together with them, and so
+does what the packages gguf and hqq make of groups of weights, where they can be imported. Where figures
+of NNCodec are published for a checkpoint (it is recognized by its SHA-256), they are the anchors: every curve is
+compared with them at their bytes, by interpolating the logarithm of the error over the logarithm of the bytes. The
+scorer is a command that gets the path of a decoded checkpoint for `{}` and prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -38,12 +41,19 @@ from pqcli import checkpoint as checkpoints
 from pqcli.errors import PQError
 from pqcli.recipe import Recipe
 
-CODECS = ("trellis", "ecpq", "pq", "rtn")
+CODECS = ("trellis", "ecpq", "pq", "rtn", "gguf", "hqq")
 RATIOS = (32, 24, 16, 12, 8)
 """Original bytes per byte of the file, where neither sizes nor anchors say otherwise."""
 PQ_BLOCKS = (8, 4, 2)
 RTN_BITS = (8, 4, 3)
 GROUP = 128
+GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""The types that gguf can make itself; it only reads the K and IQ ones."""
+GGUF_BLOCK = 32
+HQQ_BITS = (8, 4, 3, 2)
+HQQ_GROUP = 64
+HQQ_PACKED = 4
+"""Groups that it packs together."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -172,31 +182,78 @@ def _pqcli(model: Model, codec: str, setting: str, recipe: Recipe) -> Iterator[P
     yield model.point(codec, setting, file.stat().st_size, pqcli.load(file), seconds)
 
 
+Packed = tuple[Tensors, torch.Tensor]
+"""What a file would hold of groups of weights, and the groups that it gives back."""
+
+
+def _grouped(model: Model, codec: str, setting: str, group: int, pack: Callable[[torch.Tensor], Packed]) -> Point:
+    """A file of groups of weights, each packed by `pack` (n, group), and all other tensors as they were."""
+    started = time.perf_counter()
+    stored, decoded = dict(model.others), dict(model.others)
+    for name, weight in model.weights.items():
+        n_groups = -(-weight.numel() // group)
+        groups = torch.nn.functional.pad(weight.flatten().float(), (0, n_groups * group - weight.numel()))
+        pieces, back = pack(groups.reshape(n_groups, group))
+        decoded[name] = back.float().flatten()[: weight.numel()].reshape(weight.shape)
+        stored |= {f"{name}.{part}": piece.contiguous() for part, piece in pieces.items()}
+    seconds = time.perf_counter() - started
+    n_bytes = len(safetensors.torch.save(stored))  # a real file's: header and all
+    return model.point(codec, setting, n_bytes, decoded, seconds)
+
+
 def round_to_nearest(model: Model, sizes: Sequence[int], recipe: Mapping[str, float]) -> Iterator[Point]:
-    """Integers in groups of 128 that share an fp16 scale; all other tensors as they were."""
+    """Integers in groups of 128 that share an fp16 scale."""
     del sizes, recipe
     for bits in RTN_BITS:
-        started = time.perf_counter()
-        stored, decoded = dict(model.others), dict(model.others)
-        for name, weight in model.weights.items():
-            n_groups = -(-weight.numel() // GROUP)
-            groups = torch.nn.functional.pad(weight.flatten().float(), (0, n_groups * GROUP - weight.numel()))
-            groups = groups.reshape(n_groups, GROUP)
-            largest = 2 ** (bits - 1) - 1
+        largest = 2 ** (bits - 1) - 1
+
+        def pack(groups: torch.Tensor, bits: int = bits, largest: int = largest) -> Packed:
             scales = (groups.abs().amax(1, keepdim=True) / largest).half()
             integers = (groups / scales.float().clamp(min=1e-12)).round().clamp(-largest - 1, largest)
-            decoded[name] = (integers * scales.float()).flatten()[: weight.numel()].reshape(weight.shape)
-            stored[f"{name}.scales"] = scales
-            stored[f"{name}.integers"] = torch.empty(-(-weight.numel() * bits // 8), dtype=torch.uint8)
-        n_bytes = len(safetensors.torch.save(stored))  # a real file's: header and all
-        yield model.point("rtn", f"int{bits}", n_bytes, decoded, time.perf_counter() - started)
+            packed = torch.empty(-(-groups.numel() * bits // 8), dtype=torch.uint8)
+            return {"scales": scales, "integers": packed}, integers * scales.float()
+
+        yield _grouped(model, "rtn", f"int{bits}", GROUP, pack)
+
+
+def gguf_blocks(model: Model, sizes: Sequence[int], recipe: Mapping[str, float]) -> Iterator[Point]:
+    """The block formats of llama.cpp, as far as the package gguf can write them."""
+    del sizes, recipe
+    from gguf import GGMLQuantizationType, quants
+
+    for kind in GGUF_TYPES:
+        qtype = GGMLQuantizationType[kind]
+
+        def pack(groups: torch.Tensor, qtype: object = qtype) -> Packed:
+            packed = quants.quantize(groups.numpy(), qtype)
+            return {"blocks": torch.from_numpy(packed)}, torch.from_numpy(quants.dequantize(packed, qtype))
+
+        yield _grouped(model, "gguf", kind, GGUF_BLOCK, pack)
+
+
+def half_quadratic(model: Model, sizes: Sequence[int], recipe: Mapping[str, float]) -> Iterator[Point]:
+    """HQQ in groups of 64 with its own packing; scales and zero points in fp16."""
+    del sizes, recipe
+    from hqq.core.quantize import Quantizer
+
+    for bits in HQQ_BITS:
+
+        def pack(groups: torch.Tensor, bits: int = bits) -> Packed:
+            packed, meta = Quantizer.quantize(
+                groups, nbits=bits, group_size=HQQ_GROUP, axis=1, device="cpu", compute_dtype=torch.float32
+            )
+            pieces = {"packed": packed, "scale": meta["scale"].half(), "zero": meta["zero"].half()}
+            rounded = {"scale": pieces["scale"].float(), "zero": pieces["zero"].float()}
+            return pieces, Quantizer.dequantize(packed, {**meta, **rounded})
+
+        yield _grouped(model, "hqq", f"{bits} bits", HQQ_PACKED * HQQ_GROUP, pack)
 
 
 _NNCODEC = """
 import pickle, sys, time, unittest.mock
 for name in (  # imported by NNCodec, and not needed to code tensors
     "torchvision torchvision.datasets torchvision.transforms h5py pandas cv2 wandb flwr sklearn sklearn.metrics "
-    "sentencepiece torchmetrics ptflops"
+    "sentencepiece torchmetrics ptflops tqdm"
 ).split():
     try: __import__(name)
     except ImportError: sys.modules[name] = unittest.mock.MagicMock()
@@ -230,8 +287,16 @@ def nncodec(model: Model, python: str, qps: Sequence[int]) -> Iterator[Point]:
 
 
 CONTESTANTS: dict[str, Callable[[Model, Sequence[int], Mapping[str, float]], Iterator[Point]]] = {
-    "trellis": trellis, "ecpq": ecpq, "pq": plain_pq, "rtn": round_to_nearest,
+    "trellis": trellis, "ecpq": ecpq, "pq": plain_pq, "rtn": round_to_nearest, "gguf": gguf_blocks,
+    "hqq": half_quadratic,
 }  # fmt: skip
+PACKAGES = {"gguf": "gguf", "hqq": "hqq"}
+"""What a contestant needs beside this project."""
+
+
+def is_installed(codec: str) -> bool:
+    """Whether all that a contestant needs is there."""
+    return codec not in PACKAGES or importlib.util.find_spec(PACKAGES[codec]) is not None
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -286,7 +351,8 @@ def gaps(curves: Mapping[str, Sequence[Point]], anchors: Sequence[Point]) -> str
 
 # --- the plot ---------------------------------------------------------------------------------------------------------
 
-COLOURS = {"trellis": "#0b6e4f", "ecpq": "#1f78b4", "pq": "#8da0cb", "rtn": "#e08214", "NNCodec": "#b2182b"}
+COLOURS = {"trellis": "#0b6e4f", "ecpq": "#1f78b4", "pq": "#8da0cb", "rtn": "#e08214", "NNCodec": "#b2182b",
+    "gguf": "#7b3294", "hqq": "#c51b7d"}  # fmt: skip
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 420, 60, 110, 34, 46
 
 
@@ -377,7 +443,9 @@ def main() -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--scorer", action="append", help="command with {} for the file; once, or once a checkpoint")
     parser.add_argument("--sizes", type=lambda text: [int(word) for word in text.split(",")], help="bytes, by commas")
-    parser.add_argument("--codecs", type=lambda text: text.split(","), default=list(CODECS))
+    parser.add_argument(
+        "--codecs", type=lambda text: text.split(","), default=[name for name in CODECS if is_installed(name)]
+    )
     parser.add_argument("--objective", type=float, help="as in `pqcli compress`")
     parser.add_argument("--nncodec-python", help="a Python that can import nncodec")
     parser.add_argument("--qp", type=lambda t: [int(word) for word in t.split(",")], default=[-14, -20, -26, -32, -38])
@@ -386,6 +454,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.codecs) - set(CODECS):
         parser.error(f"--codecs: {', '.join(sorted(unknown))}: not among {', '.join(CODECS)}")
+    if missing := [PACKAGES[name] for name in options.codecs if not is_installed(name)]:
+        parser.error(f"--codecs: not installed here: {', '.join(missing)}")
     scorers = options.scorer or [None]
     if len(scorers) not in {1, len(options.checkpoints)}:
         parser.error("--scorer: give one, or one for each checkpoint")
