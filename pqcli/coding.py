@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pqcli.budget import LARGEST, QUALITY_STEPS, SMALLEST, Goal, Trial, search
+from pqcli.budget import LARGEST, QUALITY_STEPS, SMALLEST, BudgetError, Goal, Trial, search
 from pqcli.codecs import RATE_WEIGHT, Coded, Coder, Decoder, Steps, decoder
 from pqcli.container import Record, tensor_hash
 from pqcli.container.layout import KEPT_CODED, header, make_manifest, shared_entries, tensor_entries
@@ -171,7 +171,23 @@ def encode(codec: str, survey: Survey, read: Read, recipe: Recipe, frame: Frame,
         outcome = encoded(level)
         return Trial(level, _measured(goal, codec, outcome, read, frame), outcome)
 
-    return search(goal, draft, attempt, start, survey.unit).result
+    try:
+        return search(goal, draft, attempt, start, survey.unit).result
+    except BudgetError as error:
+        raise BudgetError(f"{error}{_of_kept(frame)}") from None
+
+
+def _of_kept(frame: Frame) -> str:
+    """What a message says of the bytes that no level makes fewer."""
+    kept = [record for record in frame.records if record.action == "keep"]
+    total = sum(record.info.n_bytes for record in kept)
+    state = sum(record.info.n_bytes for record in kept if record.role != "model")
+    if not state:
+        return f" ({total:,} B of tensors are kept exactly)"
+    return (
+        f" ({total:,} B of tensors are kept exactly, {state:,} B of which are optimizer state and the like: save the "
+        "model without them, or ask for them by name with --include)"
+    )
 
 
 def first_level(survey: Survey, recipe: Recipe, frame: Frame, original_bytes: int) -> float:
