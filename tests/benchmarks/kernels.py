@@ -34,9 +34,19 @@ MINILM = [(30522, 384), (512, 384)] + 6 * ([(384, 384)] * 4 + [(1536, 384), (384
 # --- what the hardware allows -----------------------------------------------------------------------------------------
 
 
+CHAINS = (8, 10, 12, 14, 16, 24)
+
+
 def multiply_add_peak(n_threads: int) -> float:
-    """GFLOP/s of a loop of nothing but independent multiply-adds, the best of several tries."""
-    lanes, chains, unrolled, turns = ir.host_lanes(), 16, 4, 20_000
+    """GFLOP/s of a loop of nothing but independent multiply-adds: the best of several tries and numbers of chains.
+
+    Too few chains wait for each other, and too many spill: which number is best depends on the processor.
+    """
+    return max(_multiply_adds(n_threads, chains) for chains in CHAINS)
+
+
+def _multiply_adds(n_threads: int, chains: int) -> float:
+    lanes, unrolled, turns = ir.host_lanes(), 4, 20_000
     code = ir.Code(lanes)
     kind = f"<{lanes} x float>"
     x = code.splat("float", "%x")
@@ -62,7 +72,7 @@ def multiply_add_peak(n_threads: int) -> float:
         function.call(turns, 0.5, out[i].data_ptr())
 
     best = float("inf")
-    for _ in range(20):
+    for _ in range(10):
         threads = [threading.Thread(target=work, args=(i,)) for i in range(1, n_threads)]
         start = time.perf_counter()
         for thread in threads:
