@@ -34,11 +34,13 @@ MANY_PER_CENTROID = 1024
 """A tensor with more blocks per centroid than this starts on a smaller share of them."""
 FEWEST_PER_CENTROID = 32
 """Blocks per centroid in the smallest sample: on fewer, centroids fit the sample and not the tensor."""
+LEAST_SAMPLED_BLOCK = 4
+"""Shorter blocks are never sampled: at block size 2 rare large weights make most of the error (4.5 % more of it)."""
 _FEW = ((1 / 8, 5), (1 / 4, 5), (1 / 2, 5))
 _MANY = ((1 / 32, 6), (1 / 8, 6), (1 / 4, 5))
 _OF_ITERATIONS = 20
 """Shares of the blocks, and how many of 20 iterations run on them; the rest runs on all blocks. Measured: the relative
-MSE is within 0.3 % of training on all blocks all the time."""
+MSE of MiniLM is within 0.2 % of training on all blocks all the time (256 centroids, block sizes 4 and 8)."""
 BOOKKEEPING_BYTES = 200
 """About what a quantized tensor costs beside its payload: headers and its record in the manifest."""
 
@@ -262,6 +264,8 @@ def _sample(wanted: int | Literal["auto", "all"], n_centroids: int, n_vectors: i
 
 def _stages(scheme: Scheme, n_vectors: int) -> tuple[tuple[int, int], ...]:
     """What EM does on samples, as (blocks, iterations), before it takes all blocks."""
+    if scheme.block_size < LEAST_SAMPLED_BLOCK:
+        return ()
     shares = _MANY if n_vectors > MANY_PER_CENTROID * scheme.n_centroids else _FEW
     fewest = FEWEST_PER_CENTROID * scheme.n_centroids
     stages = [(max(int(share * n_vectors), fewest), n * scheme.n_iter // _OF_ITERATIONS) for share, n in shares]
