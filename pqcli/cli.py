@@ -104,6 +104,10 @@ Sample = Annotated[
     str | None,
     typer.Option(show_default="auto", help="Blocks per tensor that EM trains on.", metavar="N|auto|all"),
 ]
+Restarts = Annotated[
+    int | None,
+    typer.Option(show_default="1", help="Starts of EM per tensor; the best one is kept.", metavar="N"),
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
@@ -196,6 +200,7 @@ def compress(
     n_centroids: NCentroids = None,
     n_iter: NIter = None,
     sample: Sample = None,
+    restarts: Restarts = None,
     max_memory: MaxMemory = None,
     codec: Codec = None,
     quality: Quality = None,
@@ -227,6 +232,7 @@ def compress(
             n_centroids=n_centroids,
             n_iter=n_iter,
             sample=_number_or_auto("--sample", sample),
+            restarts=restarts,
             codec=codec,
             quality=quality,
             target_bytes=_bytes("--target-size", target_size),
@@ -265,6 +271,7 @@ def plan(
     n_centroids: NCentroids = None,
     n_iter: NIter = None,
     sample: Sample = None,
+    restarts: Restarts = None,
     max_memory: MaxMemory = None,
     codec: Codec = None,
     quality: Quality = None,
@@ -298,6 +305,7 @@ def plan(
             n_centroids=n_centroids,
             n_iter=n_iter,
             sample=_number_or_auto("--sample", sample),
+            restarts=restarts,
             codec=codec,
             quality=quality,
             target_bytes=_bytes("--target-size", target_size),

@@ -424,6 +424,9 @@ def _encode(checkpoint: Checkpoint, entry: PlanEntry, recipe: Recipe, device: to
         max_tentatives=recipe.max_tentatives,
         seed=tensor_seed(recipe.seed, record.name),
         sample=scheme.sample,
+        stages=scheme.stages,
+        relaxation=em.RELAXATION,
+        restarts=recipe.restarts,
     )
     return _quantized(record, weight, options, device)
 

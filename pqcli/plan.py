@@ -30,8 +30,17 @@ QUANTIZABLE_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 Action = Literal["pq", "trellis", "ecpq", "keep", "alias"]
 LEAST_CODED = 64
 """Tensors of fewer weights gain nothing from a codec for whole checkpoints."""
-SAMPLED_PER_CENTROID = 1024
-"""Blocks per centroid in an automatic sample: the relative MSE is within 0.3 % of training on all blocks."""
+MANY_PER_CENTROID = 1024
+"""A tensor with more blocks per centroid than this starts on a smaller share of them."""
+FEWEST_PER_CENTROID = 32
+"""Blocks per centroid in the smallest sample: on fewer, centroids fit the sample and not the tensor."""
+LEAST_SAMPLED_BLOCK = 4
+"""Shorter blocks are never sampled: at block size 2 rare large weights make most of the error (4.5 % more of it)."""
+_FEW = ((1 / 8, 5), (1 / 4, 5), (1 / 2, 5))
+_MANY = ((1 / 32, 6), (1 / 8, 6), (1 / 4, 5))
+_OF_ITERATIONS = 20
+"""Shares of the blocks, and how many of 20 iterations run on them; the rest runs on all blocks. Measured: the relative
+MSE of MiniLM is within 0.2 % of training on all blocks all the time (256 centroids, block sizes 4 and 8)."""
 BOOKKEEPING_BYTES = 200
 """About what a quantized tensor costs beside its payload: headers and its record in the manifest."""
 
@@ -44,7 +53,8 @@ _UNCOUNTED_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 class Scheme:
     """How one tensor is quantized; `codebook_dtype` is torch's name ("float16", "float32").
 
-    `sample` is the number of blocks that EM trains on, None for all of them.
+    `sample` is the number of blocks that EM trains on, None for all of them. `stages` are (blocks, iterations) that EM
+    begins with, on ever larger samples.
     """
 
     block_size: int
@@ -52,6 +62,7 @@ class Scheme:
     n_iter: int
     codebook_dtype: str
     sample: int | None = None
+    stages: tuple[tuple[int, int], ...] = ()
 
     def payload_bytes(self, n_vectors: int) -> int:
         """Bytes of the codebook plus the bit-packed assignments of `n_vectors` vectors."""
@@ -237,15 +248,28 @@ def _scheme(info: TensorInfo, recipe: Recipe, rule: Rule | None) -> tuple[Scheme
     sample = _sample(recipe.sample, scheme.n_centroids, n_vectors)
     if sample is not None:
         notes.append(f"EM trained on {sample:,} of {n_vectors:,} blocks")
-    return replace(scheme, sample=sample), notes
+    stages = _stages(scheme, n_vectors) if recipe.sample == "auto" else ()
+    if stages:
+        notes.append(f"EM started on {stages[0][0]:,} of {n_vectors:,} blocks")
+    return replace(scheme, sample=sample, stages=stages), notes
 
 
 def _sample(wanted: int | Literal["auto", "all"], n_centroids: int, n_vectors: int) -> int | None:
     """Blocks to train on; None for all of them."""
-    if wanted == "all":
+    if wanted in {"all", "auto"}:
         return None
-    n = SAMPLED_PER_CENTROID * n_centroids if wanted == "auto" else max(wanted, n_centroids)
+    n = max(int(wanted), n_centroids)
     return n if n < n_vectors else None
+
+
+def _stages(scheme: Scheme, n_vectors: int) -> tuple[tuple[int, int], ...]:
+    """What EM does on samples, as (blocks, iterations), before it takes all blocks."""
+    if scheme.block_size < LEAST_SAMPLED_BLOCK:
+        return ()
+    shares = _MANY if n_vectors > MANY_PER_CENTROID * scheme.n_centroids else _FEW
+    fewest = FEWEST_PER_CENTROID * scheme.n_centroids
+    stages = [(max(int(share * n_vectors), fewest), n * scheme.n_iter // _OF_ITERATIONS) for share, n in shares]
+    return tuple((n, n_iter) for n, n_iter in stages if n <= n_vectors // 2 and n_iter)
 
 
 def _clamped(scheme: Scheme, n_vectors: int, dense_bytes: int, clamp: str, notes: list[str]) -> Scheme:

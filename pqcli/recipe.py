@@ -79,8 +79,8 @@ class Recipe:
     kill-the-bits papers do. At most one of `rate_weight`, `quality`, the three targets and the two bounds sets how much
     to spend (`spending`); without one, and with codec "pq", every tensor is quantized by itself as `block_size` and
     `n_centroids` say. `objective` 0 gives all weights one absolute error, 1 gives all tensors one relative error;
-    `effort` is the number of states of the trellis. `sample` is the number of vectors EM trains on; `eps` is
-    relative to the data.
+    `effort` is the number of states of the trellis. `sample` is the number of vectors EM trains on,
+    `restarts` the number of starts that the best is taken of; `eps` is relative to the data.
     `include` and `exclude` choose tensors; with no `include` every tensor fit for it is quantized.
     """
 
@@ -101,6 +101,7 @@ class Recipe:
     max_relative_mse: float | None = None
     min_sqnr: float | None = None
     sample: int | Literal["auto", "all"] = "auto"
+    restarts: int = 1
     max_memory: int | None = None
     eps: float = 1e-6
     max_tentatives: int = 30
@@ -445,6 +446,7 @@ _RECIPE_CHECKS: dict[str, _Check] = {
     "min_sqnr": _positive,
     "clamp": _choice("dense", "quarter"),
     "sample": _whole(1, None, "auto", "all"),
+    "restarts": _whole(1),
     "max_memory": _whole(1),
     "eps": _positive,
     "max_tentatives": _whole(1),

@@ -141,3 +141,50 @@ def test_a_short_last_block_that_repeats_a_full_one_is_no_point_of_its_own():
     fitted = em.fit(cut, em.Options(n_centroids=4))
     decoded = blocks.join(fitted.codebook, em.assign(cut, fitted.codebook), 24, 4)
     assert torch.allclose(decoded, values, rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 60), st.integers(1, 20), st.integers(1, 9), st.integers(1, 40), st.integers(0, 9), st.booleans(),
+    st.floats(1, 2),
+)  # fmt: skip
+def test_the_objective_never_rises_at_any_step_up_to_twice_lloyds(
+    rows, columns, block_size, k, seed, sparse, relaxation
+):
+    matrix = gaussian(rows, columns, seed)
+    if sparse:
+        matrix[matrix.abs() < 1] = 0
+    cut = blocks.cut(matrix, min(block_size, columns))
+    fitted = em.fit(cut, em.Options(n_centroids=k, n_iter=8, seed=seed, relaxation=relaxation))
+    assert all(b <= a * (1 + 1e-5) + 1e-9 for a, b in zip(fitted.objective, fitted.objective[1:], strict=False))
+    assert squared_error(cut, fitted.codebook) <= fitted.objective[-1] * (1 + 1e-4) + 1e-4
+
+
+def test_longer_steps_reach_in_fewer_iterations_what_lloyds_steps_reach():
+    cut = blocks.cut(gaussian(3000, 16), 8)
+    lloyd = em.fit(cut, em.Options(n_centroids=64, n_iter=20))
+    relaxed = em.fit(cut, em.Options(n_centroids=64, n_iter=14, relaxation=em.RELAXATION))
+    assert squared_error(cut, relaxed.codebook) < 1.001 * squared_error(cut, lloyd.codebook)
+
+
+def test_of_several_starts_the_best_is_kept():
+    cut = blocks.cut(gaussian(300, 8), 8)
+    errors = [em.fit(cut, em.Options(n_centroids=16, seed=seed)).objective[-1] for seed in (5, 6, 7)]
+    assert em.fit(cut, em.Options(n_centroids=16, seed=5, restarts=3)).objective[-1] == min(errors)
+
+
+def test_starting_on_growing_samples_ends_where_all_vectors_lead():
+    cut = blocks.cut(gaussian(8000, 8), 8)
+    options = em.Options(n_centroids=16, relaxation=em.RELAXATION)
+    everything = squared_error(cut, em.fit(cut, options).codebook)
+    stages = ((1000, 5), (2000, 5), (4000, 5))
+    gradual = squared_error(cut, em.fit(cut, em.Options(n_centroids=16, relaxation=1.85, stages=stages)).codebook)
+    assert gradual < 1.01 * everything
+
+
+def test_a_spread_sample_takes_one_vector_of_every_stretch():
+    cut = blocks.cut(torch.arange(1000.0)[:, None], 1)
+    drawn = em.spread_sample(cut, 100, torch.Generator().manual_seed(0)).body.flatten()
+    assert (drawn // 10).tolist() == list(range(100))
+    assert len(set((drawn % 10).tolist())) > 5
+    assert em.spread_sample(cut, 600, torch.Generator()) is cut

@@ -399,3 +399,12 @@ def test_the_papers_count_bits_fp16_codebooks_and_fp32_for_the_rest() -> None:
         ("bn.num_batches_tracked", 1, None),
     ]
     assert plan.paper_bytes(tensors) == 100 * 8 // 8 + 256 * 9 * 2 + 10 * 4
+
+
+def test_long_blocks_start_on_samples_and_short_ones_do_not():
+    tensors = [TensorInfo("a.weight", (4096, 384), "float32")]
+    stages = {size: plan.make(Recipe(block_size=size), tensors).entries[0].scheme.stages for size in (2, 4, 8)}
+    assert stages[2] == ()
+    assert [n_iter for _, n_iter in stages[4]] == [6, 6, 5]
+    assert stages[8] == ((24_576, 5), (49_152, 5), (98_304, 5))
+    assert plan.make(Recipe(block_size=8, sample="all"), tensors).entries[0].scheme.stages == ()

@@ -41,6 +41,7 @@ RECIPES = st.builds(
     seed=st.integers(0, 2**63 - 1),
     clamp=st.sampled_from(["dense", "quarter"]),
     sample=st.sampled_from(["auto", "all"]) | st.integers(1, 10**9),
+    restarts=st.integers(1, 9),
     eps=st.floats(1e-30, 1.0),
     max_tentatives=st.integers(1, 99),
     include=st.lists(PATTERNS, max_size=3).map(tuple),

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/kernels.py                 # everything, a few minutes on two cores
     python tests/benchmarks/kernels.py --fraction 0.1  # a tenth of the vectors
-    python tests/benchmarks/kernels.py --json out.json
+    python tests/benchmarks/kernels.py --json out.json --checkpoint model.safetensors  # `pqcli compress` too
 
 Each row is 20 iterations of Lloyd's algorithm over all vectors and a final assignment, from random vectors as centroids
 (faiss' own start for faiss). GFLOP/s counts 2 n k d per iteration; share is of the multiply-add peak of the cores used,
@@ -15,7 +15,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import resource
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -34,9 +37,19 @@ MINILM = [(30522, 384), (512, 384)] + 6 * ([(384, 384)] * 4 + [(1536, 384), (384
 # --- what the hardware allows -----------------------------------------------------------------------------------------
 
 
+CHAINS = (8, 10, 12, 14, 16, 24)
+
+
 def multiply_add_peak(n_threads: int) -> float:
-    """GFLOP/s of a loop of nothing but independent multiply-adds, the best of several tries."""
-    lanes, chains, unrolled, turns = ir.host_lanes(), 16, 4, 20_000
+    """GFLOP/s of a loop of nothing but independent multiply-adds: the best of several tries and numbers of chains.
+
+    Too few chains wait for each other, and too many spill: which number is best depends on the processor.
+    """
+    return max(_multiply_adds(n_threads, chains) for chains in CHAINS)
+
+
+def _multiply_adds(n_threads: int, chains: int) -> float:
+    lanes, unrolled, turns = ir.host_lanes(), 4, 20_000
     code = ir.Code(lanes)
     kind = f"<{lanes} x float>"
     x = code.splat("float", "%x")
@@ -62,7 +75,7 @@ def multiply_add_peak(n_threads: int) -> float:
         function.call(turns, 0.5, out[i].data_ptr())
 
     best = float("inf")
-    for _ in range(20):
+    for _ in range(10):
         threads = [threading.Thread(target=work, args=(i,)) for i in range(1, n_threads)]
         start = time.perf_counter()
         for thread in threads:
@@ -196,12 +209,42 @@ def scaling(title: str, jobs: list[tuple[int, int, int, int]], device: str, rows
     torch.set_num_threads(threads)
 
 
+def end_to_end(checkpoint: Path) -> dict[str, float]:
+    """Seconds of a whole `pqcli compress` on a warm cache, and of what it cannot do without; the best of three."""
+
+    def best(work: Callable[[], object]) -> float:
+        return min(measure(work)[0] for _ in range(3))
+
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out.pq.safetensors"
+        command = [sys.executable, "-m", "pqcli", "compress", checkpoint, "-o", output, "--force", "--json"]
+        inside: list[float] = []
+
+        def compress() -> None:
+            found = subprocess.run(command, check=True, capture_output=True)
+            inside.append(json.loads(found.stdout)["seconds"])
+
+        row = {"whole process": best(compress)}
+        row["read, EM and write (pqcli's own figure)"] = min(inside)
+        row["import torch"] = best(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True))
+        row["read the file"] = best(checkpoint.read_bytes)
+        data = output.read_bytes()
+        row["write the result"] = best(lambda: output.write_bytes(data))
+    floor = row["import torch"] + row["read the file"] + row["write the result"]
+    row["ratio to import, read and write alone"] = row["whole process"] / floor
+    print(f"\nend to end: pqcli compress {checkpoint.name}")
+    for name, value in row.items():
+        print(f"{name:45}{value:8.3f}")
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write every row there")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the vectors of each shape")
     parser.add_argument("--only", default="", help="part of the name of the tables wanted")
     parser.add_argument("--without", nargs="*", default=[], help="contestants to leave out, say torch")
+    parser.add_argument("--checkpoint", type=Path, help="profile `pqcli compress` on this file, end to end")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device, fraction = arguments.device, arguments.fraction
@@ -231,18 +274,28 @@ def main() -> None:
         ("large codebook, block 8", [gaussian(some(100_000), 8, device)], 4096),
         ("half precision, block 8", [gaussian(some(1_000_000), 8, device, torch.float16)], 256),
     ]
+    if device == "cuda":  # layer sets of whole models
+        shapes.append(("135 M weights, block 8", [gaussian(some(16_900_000), 8, device)], 256))
+        wide = gaussian(some(5_600_000), 8, device)  # 45 M weights; 156 such layers are 7 B
+        shapes.append(("7 B weights, block 8", [wide] * 156, 256))
     wanted = contestants(device, arguments.without)
     for name, layers, k in shapes:
         if arguments.only in name:
-            race(name, layers, k, wanted, peak, rows)
+            # of whole models our own kernel alone: the others would take hours
+            ours = dict(list(wanted.items())[:1])
+            race(name, layers, k, ours if "weights" in name else wanted, peak, rows)
     tables = [
         ("linear in n", [(some(n), 8, 256, n_threads) for n in (10_000, 100_000, 1_000_000)]),
-        ("linear in k", [(some(100_000), 8, k, n_threads) for k in (16, 64, 256, 1024, 4096, 16_384)]),
+        ("linear in k", [(some(100_000), 8, k, n_threads) for k in (16, 64, 256, 1024, 4096, 16_384, 65_536)]),
         ("cores", [(some(1_000_000), 8, 256, cores) for cores in range(1, n_threads + 1)]),
     ]
     for title, jobs in tables:
         if arguments.only in title:
             scaling(title, jobs, device, rows)
+    if arguments.checkpoint:
+        report["end_to_end"] = end_to_end(arguments.checkpoint)
+    report["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kB on Linux
+    print(f"\npeak memory of this benchmark: {report['peak_rss_mb']:.0f} MB")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1))
 

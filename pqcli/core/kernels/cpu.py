@@ -22,10 +22,10 @@ of the score.)
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import functools
 import itertools
-import threading
 from typing import Any
 
 import numpy as np
@@ -111,13 +111,21 @@ def sweep(
             )  # fmt: skip
             done.append(slab)
 
-    # Threads live for one sweep: 30 microseconds each, and no pool to share, to fork or to shut down.
-    helpers = [threading.Thread(target=work, args=(thread,)) for thread in range(1, n_threads)]
-    for helper in helpers:
-        helper.start()
+    def help_out(thread: int, finished: _thread.LockType) -> None:
+        try:
+            work(thread)
+        finally:
+            finished.release()
+
+    # Threads live for one sweep: 30 microseconds each, and no pool to share, to fork or to shut down. Not threading's:
+    # its start() waits for the new thread to run, which just then begins to work: a millisecond when cores are busy.
+    locks = [_thread.allocate_lock() for _ in range(1, n_threads)]
+    for thread, finished in enumerate(locks, start=1):
+        finished.acquire()
+        _thread.start_new_thread(help_out, (thread, finished))
     work(0)
-    for helper in helpers:
-        helper.join()
+    for finished in locks:
+        finished.acquire()
     if len(done) != n_slabs:
         raise RuntimeError(f"{n_slabs - len(done)} of {n_slabs} slabs were lost by a failing thread")
 
