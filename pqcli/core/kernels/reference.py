@@ -12,7 +12,6 @@ from pqcli.core.kernels import Pass
 
 _CPU_TILE_BYTES = 1 << 20  # of scores: half of a typical L2 cache
 _BYTES_PER_SCORE = 4
-_SUMMED_AT_ONCE = 4096
 
 
 def sweep(
@@ -39,17 +38,11 @@ def sweep(
         w = torch.ones(len(x), device=x.device) if weights is None else weights[start : start + rows]
         best, winner = _best(x, codebook, bias, columns)
         assignments[start : start + rows] = winner
-        score += _total(best.double() * w.double())
+        score += best.double() @ w.double()
         if accumulate:
             sums.index_add_(0, winner, x.double() * w.double()[:, None])
             counts.index_add_(0, winner, w.double())
     return Pass(assignments, sums if accumulate else None, counts if accumulate else None, float(score))
-
-
-def _total(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a vector, the same for any number of threads: torch splits a long sum, and a dot product, over them."""
-    padded = torch.nn.functional.pad(values, (0, -len(values) % _SUMMED_AT_ONCE))
-    return padded.view(-1, _SUMMED_AT_ONCE).sum(1).sum()
 
 
 def _best(
