@@ -31,7 +31,7 @@ from pqcli.core.viterbi_kernels import LANES, N_BINS, look_up_prices, trace_back
 Matrix = NDArray[np.float32]
 
 _REST_EVERY = 16
-"""Steps after which the least path cost is taken off all; 4 of the dearest prices fit between saturation and that."""
+"""Steps after which the least path cost is taken off all. It grows by a squared step or so a step; 128 saturate."""
 _UNREACHED = 65535
 
 
