@@ -144,26 +144,31 @@ def lloyd(
     for i in range(options.n_iter):
         sweep = _sweep(blocks, codebook, energy)
         objective.append(sweep.objective)
-        step = torch.full((len(codebook), 1), options.relaxation if i < options.n_iter - settling else 1.0).double()
+        step = options.relaxation if i < options.n_iter - settling else 1.0
         empty = sweep.population == 0
         if bool(empty.any()):
             sweep = _fill_empty(blocks, sweep, options, generator)
-            step[empty.cpu()] = 1.0  # an empty cluster's centroid may be anywhere: no way to go on from
-        codebook = _moved(codebook, sweep, step.to(codebook.device))[sweep.population > 0]
+            steps = torch.where(
+                empty, 1.0, step
+            ).double()  # an empty cluster's centroid may be anywhere: no way from it
+            codebook = _moved(codebook, sweep, steps[:, None])[sweep.population > 0]
+        else:
+            codebook = _moved(codebook, sweep, step)
         if len(objective) > 1 and objective[-2] - objective[-1] <= CONVERGED * objective[-2]:
             break
     return Fit(codebook, tuple(objective))
 
 
-def _moved(codebook: Tensor, sweep: _Sweep, step: Tensor) -> Tensor:
-    """The M-step: every centroid goes `step` (k, 1) times the way to the mean of its vectors.
+def _moved(codebook: Tensor, sweep: _Sweep, step: Tensor | float) -> Tensor:
+    """The M-step: every centroid goes `step` (one for all, or (k, 1)) times the way to the mean of its vectors.
 
     With squared errors J(c) of given clusters, J(c + s (mean - c)) - J(mean) = (1 - s)^2 (J(c) - J(mean)): no step from
     0 to 2 makes it worse.
     """
     before = codebook.double()
-    mean = torch.where(sweep.counts > 0, sweep.sums / sweep.counts.clamp(min=1), before)
-    return torch.where(step == 1, mean, before + step * (mean - before)).float()
+    mean = sweep.sums / sweep.counts
+    way = torch.nan_to_num_(mean - before, nan=0.0)  # 0 / 0 where a coordinate has no values
+    return before.add_(way.mul_(step)).float()
 
 
 # --- start -----------------------------------------------------------------------------------------------------------
@@ -254,19 +259,22 @@ def _bias(codebook: Tensor, part: Tensor) -> Tensor:
 
 
 def _sweep(blocks: Blocks, codebook: Tensor, energy: float) -> _Sweep:
-    k, d = codebook.shape
-    sums = torch.zeros(k, d, dtype=torch.float64, device=codebook.device)
-    counts = torch.zeros(k, d, dtype=torch.float64, device=codebook.device)
-    assignments, score = [], 0.0
-    for part in blocks.parts:
-        found = kernels.sweep(part, _leading(codebook, part), _bias(codebook, part))
-        assignments.append(found.assignments)
-        if found.sums is None or found.counts is None:
-            raise ValueError("the kernel returned no sums")
-        sums[:, : part.shape[1]] += found.sums
-        counts[:, : part.shape[1]] += found.counts[:, None]
-        score += found.score
-    return _Sweep(assignments, sums, counts, max(energy - 2 * score, 0.0))
+    passes = [kernels.sweep(part, _leading(codebook, part), _bias(codebook, part)) for part in blocks.parts]
+    score = sum(found.score for found in passes)
+    sums, counts = _added(passes, codebook)
+    return _Sweep([found.assignments for found in passes], sums, counts, max(energy - 2 * score, 0.0))
+
+
+def _added(passes: list[kernels.Pass], codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and counts (k, d) over all parts."""
+    totals = [(p.sums, p.counts[:, None]) for p in passes if p.sums is not None and p.counts is not None]
+    if len(totals) == 1 and totals[0][0].shape == codebook.shape:  # the usual case, without copies
+        return totals[0][0], totals[0][1].expand(codebook.shape)
+    sums, counts = (torch.zeros_like(codebook, dtype=torch.float64) for _ in range(2))
+    for part_sums, part_counts in totals:
+        sums[:, : part_sums.shape[1]] += part_sums
+        counts[:, : part_sums.shape[1]] += part_counts
+    return sums, counts
 
 
 # --- empty clusters --------------------------------------------------------------------------------------------------
