@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
-    """Run the command line; `--version` is answered before anything else is imported."""
+    """Run the command line; `--version` is answered before anything else is imported.
+
+    Once torch is loaded, taking the interpreter down in order costs 0.3 s and serves nothing (every file is closed,
+    every temporary one removed by then): the process ends as soon as what it said has been handed over.
+    """
     if sys.argv[1:] == ["--version"]:
         from pqcli.version import __version__
 
@@ -15,7 +20,14 @@ def main() -> None:
     from pqcli.cli import app
 
     try:
-        app()
+        try:
+            app()
+        except SystemExit as done:
+            if "torch" not in sys.modules or not isinstance(done.code, int):
+                raise
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
+                stream.flush()
+            os._exit(done.code)
     except OSError as error:  # from printing help: the commands themselves let none out
         sys.stderr.write(f"error: {error.strerror or error}\n")
         sys.stdout = None  # nothing is left to flush

@@ -26,7 +26,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-from pqcli import fairseq, strictyaml
 from pqcli.errors import RecipeError, UsageError
 from pqcli.kinds import KINDS, is_kind
 
@@ -225,6 +224,8 @@ def close_names(name: str, options: Iterable[str]) -> str:
 
 
 def _from_yaml(path: Path, name: str) -> Recipe:
+    from pqcli import fairseq, strictyaml
+
     try:
         data = strictyaml.read(path)
         recipe = from_json(fairseq.translate(data) if fairseq.is_fairseq(data) else data)

@@ -1,5 +1,6 @@
 """`FORMAT.md` is the specification: its own decoder, run as printed, reads what pqcli writes."""
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -122,5 +123,5 @@ def test_the_table_of_entries_names_exactly_what_a_file_holds(tmp_path):
 
 def test_every_field_of_a_record_is_described_with_its_default(tmp_path):
     text = FORMAT.read_text(encoding="utf-8")
-    for name in container.Record.__dataclass_fields__:
-        assert f"`{name}`" in text, name
+    for field in dataclasses.fields(container.Record):
+        assert f"`{field.name}`" in text, field.name

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-import pydantic
 import safetensors
 import torch
 
@@ -225,6 +224,8 @@ class Container:
         return tensor
 
     def _read_manifest(self) -> Manifest:
+        import pydantic
+
         raw = self._get(MANIFEST)
         try:
             inflate = zlib.decompressobj()

@@ -6,13 +6,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
-import pydantic
 import torch
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass as validated
 
 from pqcli.codecs import CODECS
 from pqcli.core import metrics, packing
@@ -26,10 +24,11 @@ SHORT_HASH_BYTES: Final = 4
 """Bytes of a hash in files made to be small: one corrupted tensor in four billion goes unnoticed."""
 BUNDLED_BYTES: Final = 1 << 16
 """Kept tensors up to this size lie in `pqcli.kept`: a header entry of their own would outweigh many of them."""
-_STRICT = pydantic.ConfigDict(strict=True, extra="forbid")
+_STRICT: Final = {"strict": True, "extra": "forbid"}
+"""How the reader has pydantic check what it reads (here it is not imported: that takes a tenth of a second)."""
 
 
-@validated(frozen=True, config=_STRICT)
+@dataclass(frozen=True)
 class Record:
     """One tensor of the container, in the checkpoint's order.
 
@@ -37,6 +36,8 @@ class Record:
     `kernel` counts the kernel positions of a convolution, for codecs that make use of them; `coded_bytes` is the share
     of `pqcli.coded` that the tensor takes.
     """
+
+    __pydantic_config__: ClassVar = _STRICT
 
     name: str
     shape: tuple[int, ...]
@@ -99,12 +100,14 @@ class Record:
         return self.info.n_bytes if self.coded_bytes is None else self.coded_bytes
 
 
-@validated(frozen=True, config=_STRICT)
+@dataclass(frozen=True)
 class Manifest:
     """What `pqcli.manifest` holds. `source` describes the checkpoint (format, structure, size), `recipe` the wish.
 
     `coded` describes `pqcli.coded`: {"codec", "shared" and "streams": lengths in bytes}; empty where there is none.
     """
+
+    __pydantic_config__: ClassVar = _STRICT
 
     version: int
     features: tuple[str, ...]
