@@ -139,7 +139,7 @@ def lloyd(
     The last `settling` of them go to the mean and no further, whatever the relaxation.
     """
     codebook = codebook.float().clone()
-    energy = sum(float(part.double().square().sum()) for part in _chunks(blocks))
+    energy = sum(float(part.double().square_().sum()) for part in _chunks(blocks))
     objective: list[float] = []
     for i in range(options.n_iter):
         sweep = _sweep(blocks, codebook, energy)
@@ -216,8 +216,8 @@ def spread_sample(blocks: Blocks, n: int, generator: torch.Generator) -> Blocks:
     if stretch < 2:
         return blocks
     n = len(blocks.body) // stretch
-    chosen = torch.arange(n) * stretch + torch.randint(stretch, (n,), generator=generator)
-    body = blocks.body[chosen.to(blocks.body.device)]
+    chosen = torch.randint(stretch, (n,), generator=generator).add_(torch.arange(0, n * stretch, stretch))
+    body = blocks.body.index_select(0, chosen.to(blocks.body.device))
     return replace(blocks, body=body, tail=blocks.tail[:0], rows=n, columns=blocks.block_size)
 
 
@@ -345,5 +345,5 @@ def _split(blocks: Blocks, sweep: _Sweep, donors: Tensor, empty: Tensor, generat
 
 
 def _chunks(blocks: Blocks) -> list[Tensor]:
-    """The parts in pieces small enough for a float64 temporary."""
-    return [piece for part in blocks.parts for piece in part.split(1 << 17)]  # type: ignore[no-untyped-call]
+    """The parts in pieces whose float64 copies fit into a cache."""
+    return [piece for part in blocks.parts for piece in part.split(1 << 15)]  # type: ignore[no-untyped-call]

@@ -65,15 +65,16 @@ def compare(weight: Tensor, decoded: Tensor) -> Error:
     a, b = weight.reshape(-1), decoded.reshape(-1)
     total = NO_ERROR
     for start in range(0, a.numel(), CHUNK):
-        x, y = a[start : start + CHUNK].double(), b[start : start + CHUNK].double()
-        difference = x - y
+        x, y = (part[start : start + CHUNK].to(torch.float64, copy=True) for part in (a, b))
+        difference, dot = x - y, float((x * y).sum())
+        low, high = difference.aminmax()
         total += Error(
             n=x.numel(),
-            energy=float(x.square().sum()),
-            decoded_energy=float(y.square().sum()),
-            squared_error=float(difference.square().sum()),
-            dot=float((x * y).sum()),
-            max_abs_error=float(difference.abs().max()),
+            energy=float(x.square_().sum()),
+            decoded_energy=float(y.square_().sum()),
+            squared_error=float(difference.square_().sum()),
+            dot=dot,
+            max_abs_error=max(-float(low), float(high)),
         )
     return total
 
