@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ WORKING_COPIES = 2
 """Memory that encoding a tensor takes, in copies of the tensor: the weights, and what they decode to."""
 BASE_MEMORY_BYTES = 400 << 20
 """Memory of a process that has torch loaded and kernels compiled."""
+WORKERS_PER_GPU = 2
+"""One reads, measures and hashes on the CPU while the card learns the other's codebook."""
 NOT_FINITE = "holds NaN, infinite or out of float32 range values: kept bit-exact"
 
 
@@ -209,7 +212,8 @@ def _compress_each(
     """Every tensor by itself, with plain PQ."""
 
     def run(entry: PlanEntry, device: torch.device) -> _Encoded:
-        return _encode(checkpoint, entry, recipe, device)
+        with _stream(device):
+            return _encode(checkpoint, entry, recipe, device)
 
     reports = {}
     results = executors.largest_first(
@@ -226,12 +230,23 @@ def _compress_each(
 
 
 def _devices(device: torch.device) -> list[torch.device]:
-    """A device per worker: the cores of the CPU, all GPUs where none was named, or the one that was."""
+    """A device per worker: the cores of the CPU; all GPUs where none was named, or the one that was, twice."""
     if device.type == "cpu":
         return [device] * n_threads()
     if device.type == "cuda" and device.index is None:
-        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return [device]
+        return WORKERS_PER_GPU * [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return WORKERS_PER_GPU * [device]
+
+
+@contextmanager
+def _stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, this thread works there, in a stream of its own: copies and EM of two workers overlap."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
 
 
 def _in_flight(recipe: Recipe) -> int:
