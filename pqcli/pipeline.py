@@ -258,10 +258,10 @@ def _compress_whole(
         size = writer.finish(order, frame.source, frame.recipe)
         return _written(writer, order, errors, used), size
     outcome = coding.encode(codec, survey, checkpoint.read, recipe, frame, checkpoint.n_bytes)
-    for record, error, digest in coding.measure(codec, outcome, checkpoint.read):
-        writer.add_coded(record, digest, error)
-        errors[record.name] = containers.StoredError.of(error)
-        progress(record.info.numel, record.name)
+    for found in coding.measure(codec, outcome, checkpoint.read):
+        writer.add_coded(found.record, found.digest, found.error, found.entropy_bits)
+        errors[found.record.name] = containers.StoredError.of(found.error)
+        progress(found.record.info.numel, found.record.name)
     size = writer.finish(order, frame.source, frame.recipe, codec, outcome.coded)
     return _written(writer, order, errors, used), size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -17,6 +18,7 @@ import torch
 from pqcli.codecs import CODECS, Coded, Decoder, decoder
 from pqcli.container.layout import (
     CODED,
+    ENTROPIES,
     ERRORS,
     FEATURES,
     HASHES,
@@ -25,6 +27,7 @@ from pqcli.container.layout import (
     MANIFEST,
     SUFFIX,
     VERSION,
+    entropies_entry,
     shared_entries,
     tensor_entries,
 )
@@ -116,9 +119,15 @@ class Container:
         return pq.PQTensor(record.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
 
     def entropy(self, name: str) -> float:
-        """Bits that the symbols of a whole-checkpoint codec would take at their order-0 entropy, a table a tensor."""
+        """Bits that the symbols of a whole-checkpoint codec would take at their order-0 entropy, a table a tensor.
+
+        Small files and those of older writers do not tell; then all tensors are decoded to find out.
+        """
+        record = self.record(name)
+        if name in self._entropies:
+            return self._entropies[name] * record.info.numel
         try:
-            return self._opened_decoder().entropy(self.record(name).name)
+            return self._opened_decoder().entropy(name)
         except (ValueError, OverflowError) as error:
             raise self._damaged(f"tensor {name!r}: {error}") from None
 
@@ -275,6 +284,8 @@ class Container:
             raise self._damaged("kept tensors or hashes are missing")
         kept_bytes = kept[0] if KEPT_CODED in self.manifest.features else None
         expected = [*tensor_entries(self.manifest), *shared_entries(self.manifest, kept_bytes, hashes[1])]
+        if ENTROPIES in self._keys:
+            expected.append(entropies_entry(self.manifest))
         for entry in expected:
             if entry.key != MANIFEST and (entry.key not in self._keys or self._shape(entry.key) != entry.shape):
                 raise self._damaged(f"entry {entry.key!r} is missing or has the wrong shape")
@@ -283,6 +294,11 @@ class Container:
         self._errors = {
             name: StoredError(*row) for name, row in zip(quantized, self._get(ERRORS).tolist(), strict=True)
         }
+        coded = [record.name for record in self.records if record.action in CODECS]
+        bits = self._get(ENTROPIES).tolist() if ENTROPIES in self._keys else []
+        if not all(math.isfinite(value) and value >= 0 for value in bits):
+            raise self._damaged("an entropy is no number of bits")
+        self._entropies: dict[str, float] = dict(zip(coded, bits, strict=True)) if bits else {}
 
 
 class _Streams(Sequence[bytes]):
