@@ -170,6 +170,10 @@ Include = Annotated[
     list[str] | None,
     typer.Option(help="Quantize only tensors that match (glob, or re:REGEX); repeatable.", metavar="PAT"),
 ]
+ModelOnly = Annotated[
+    bool,
+    typer.Option("--model-only", help="Leave training state (optimizer moments and the like) out of the result."),
+]
 Exclude = Annotated[list[str] | None, typer.Option(help="Keep tensors that match exactly; repeatable.", metavar="PAT")]
 Device = Annotated[str, typer.Option(help="Where the EM of plain PQ runs: auto, cpu, cuda, cuda:0, mps.")]
 Seed = Annotated[int | None, typer.Option(show_default="0", help="Seed of the initial centroids.")]
@@ -215,6 +219,7 @@ def compress(
     config: Config = None,
     include: Include = None,
     exclude: Exclude = None,
+    model_only: ModelOnly = False,
     device: Device = "auto",
     seed: Seed = None,
     codebook_dtype: CodebookType = None,
@@ -246,6 +251,7 @@ def compress(
             effort=effort,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
+            model_only=model_only or None,
             seed=seed,
             codebook_dtype=codebook_dtype,
         )
@@ -256,7 +262,7 @@ def compress(
             pipeline.check_possible(found, device, force=force)
             console.plan(found)
             return
-        weights = pipeline.weights_to_compress(src)
+        weights = pipeline.weights_to_compress(src, recipe)
         with console.progress(weights, f"Compressing {src.name}") as progress:
             report = pipeline.compress(src, output, recipe, device=device, force=force, progress=progress.advance)
         console.summary(report)
@@ -286,6 +292,7 @@ def plan(
     config: Config = None,
     include: Include = None,
     exclude: Exclude = None,
+    model_only: ModelOnly = False,
     seed: Seed = None,
     codebook_dtype: CodebookType = None,
     explain: Annotated[
@@ -319,6 +326,7 @@ def plan(
             effort=effort,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
+            model_only=model_only or None,
             seed=seed,
             codebook_dtype=codebook_dtype,
         )
@@ -441,6 +449,9 @@ def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet
 
         with console.progress(pipeline.n_weights(file), f"Verifying {file.name}") as progress:
             findings = pipeline.verify(file, against, progress=progress.advance)
+        left_out = pipeline.left_out(file) if against else ()
+        if left_out:
+            console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
         if json:
             console.json({
                 "input": str(file),

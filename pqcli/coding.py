@@ -195,8 +195,8 @@ def _of_kept(frame: Frame) -> str:
     if not state:
         return f" ({total:,} B of tensors are kept exactly)"
     return (
-        f" ({total:,} B of tensors are kept exactly, {state:,} B of which are optimizer state and the like: save the "
-        "model without them, or ask for them by name with --include)"
+        f" ({total:,} B of tensors are kept exactly, {state:,} B of which are optimizer state and the like: leave "
+        "them out with --model-only, or ask for them by name with --include)"
     )
 
 
