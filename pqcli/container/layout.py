@@ -11,14 +11,14 @@ from typing import Any, Final
 
 from pqcli.codecs import CODECS
 from pqcli.container.records import HASH_BYTES, Manifest, Record, is_bundled
+from pqcli.peek import MANIFEST
 from pqcli.tensorinfo import ITEM_BYTES
 
 VERSION: Final = 1
 KEPT_CODED: Final = "kept-coded"
 FEATURES: Final = frozenset({"pq", KEPT_CODED, *CODECS})
-SUFFIX: Final = ".pq.safetensors"
-MANIFEST, HASHES, ERRORS, ENTROPIES, KEPT, CODED = (
-    "pqcli.manifest", "pqcli.hashes", "pqcli.errors", "pqcli.entropies", "pqcli.kept", "pqcli.coded",
+HASHES, ERRORS, ENTROPIES, KEPT, CODED = (
+    "pqcli.hashes", "pqcli.errors", "pqcli.entropies", "pqcli.kept", "pqcli.coded",
 )  # fmt: skip
 ENTROPIES_SHARE: Final = 2000
 """Entropies are stored where they take at most this fraction of what is coded; in less it is quick to compute them."""

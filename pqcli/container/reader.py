@@ -24,8 +24,6 @@ from pqcli.container.layout import (
     HASHES,
     KEPT,
     KEPT_CODED,
-    MANIFEST,
-    SUFFIX,
     VERSION,
     entropies_entry,
     shared_entries,
@@ -34,6 +32,7 @@ from pqcli.container.layout import (
 from pqcli.container.records import ACTIONS, HASH_BYTES, Manifest, Record, StoredError, is_bundled, tensor_hash
 from pqcli.core import lossless, packing, pq
 from pqcli.errors import ContainerError
+from pqcli.peek import MANIFEST, SUFFIX, check_container
 from pqcli.tensorinfo import ITEM_BYTES, TensorInfo
 
 MAX_MANIFEST_BYTES = 1 << 28
@@ -45,12 +44,9 @@ class Container:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.is_dir():
-            raise ContainerError(f"{path}: a folder, not a {SUFFIX} file; `pqcli compress` makes one of it")
+        check_container(path)
         try:
             self._file = safetensors.safe_open(str(path), framework="pt", backend="pread")
-        except FileNotFoundError:
-            raise ContainerError(f"{path}: no such file") from None
         except safetensors.SafetensorError as error:
             raise ContainerError(
                 f"{path}: not a {SUFFIX} file, or a damaged one; `pqcli compress` makes one of a checkpoint"
@@ -58,8 +54,6 @@ class Container:
         except OSError as error:
             raise ContainerError(f"{path}: cannot be read: {error.strerror or error}") from error
         self._keys = set(self._file.keys())  # type: ignore[no-untyped-call]
-        if MANIFEST not in self._keys:
-            raise ContainerError(f"{path}: a safetensors file, but not compressed by pqcli; `pqcli compress` does that")
         self.manifest = self._read_manifest()
         self._by_name = {record.name: i for i, record in enumerate(self.records)}
         self._check_records()

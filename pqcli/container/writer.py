@@ -23,7 +23,6 @@ from pqcli.container.layout import (
     HASHES,
     KEPT,
     KEPT_CODED,
-    MANIFEST,
     entropies_entry,
     header,
     make_manifest,
@@ -42,6 +41,7 @@ from pqcli.container.records import (
     tensor_hash,
 )
 from pqcli.core import lossless, metrics, packing, pq
+from pqcli.peek import MANIFEST
 from pqcli.tensorinfo import ITEM_BYTES
 
 _COPY_BYTES = 1 << 24
