@@ -1,6 +1,7 @@
 """The command line: parse, call the pipeline, hand the result to the console. It does no work, and prints nothing.
 
-torch and everything that needs it are imported inside the commands, so that help and argument errors come at once.
+torch and everything that needs it are imported inside the commands, after what can be checked without it: help, and
+errors in arguments, inputs and outputs come at once.
 Every failure leaves through `_run`, the one place that turns an exception into a message and an exit code:
 0 done, 1 an error of pqcli's own tree, 2 usage, 3 a check failed, 130 interrupted.
 """
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from pqcli.atomic import check_target
 from pqcli.errors import CheckFailedError, OutputError, PQError, UsageError
+from pqcli.peek import check_container
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
@@ -170,6 +173,10 @@ Include = Annotated[
     list[str] | None,
     typer.Option(help="Quantize only tensors that match (glob, or re:REGEX); repeatable.", metavar="PAT"),
 ]
+ModelOnly = Annotated[
+    bool,
+    typer.Option("--model-only", help="Leave training state (optimizer moments and the like) out of the result."),
+]
 Exclude = Annotated[list[str] | None, typer.Option(help="Keep tensors that match exactly; repeatable.", metavar="PAT")]
 Device = Annotated[str, typer.Option(help="Where the EM of plain PQ runs: auto, cpu, cuda, cuda:0, mps.")]
 Seed = Annotated[int | None, typer.Option(show_default="0", help="Seed of the initial centroids.")]
@@ -215,6 +222,7 @@ def compress(
     config: Config = None,
     include: Include = None,
     exclude: Exclude = None,
+    model_only: ModelOnly = False,
     device: Device = "auto",
     seed: Seed = None,
     codebook_dtype: CodebookType = None,
@@ -246,9 +254,12 @@ def compress(
             effort=effort,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
+            model_only=model_only or None,
             seed=seed,
             codebook_dtype=codebook_dtype,
         )
+        _check_source(src)
+        _check_output(output, src, force=force)
         from pqcli import pipeline
 
         if dry_run:
@@ -256,7 +267,7 @@ def compress(
             pipeline.check_possible(found, device, force=force)
             console.plan(found)
             return
-        weights = pipeline.weights_to_compress(src)
+        weights = pipeline.weights_to_compress(src, recipe)
         with console.progress(weights, f"Compressing {src.name}") as progress:
             report = pipeline.compress(src, output, recipe, device=device, force=force, progress=progress.advance)
         console.summary(report)
@@ -286,6 +297,7 @@ def plan(
     config: Config = None,
     include: Include = None,
     exclude: Exclude = None,
+    model_only: ModelOnly = False,
     seed: Seed = None,
     codebook_dtype: CodebookType = None,
     explain: Annotated[
@@ -319,9 +331,11 @@ def plan(
             effort=effort,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
+            model_only=model_only or None,
             seed=seed,
             codebook_dtype=codebook_dtype,
         )
+        _check_source(src)
         from pqcli import pipeline
 
         if explain:
@@ -354,6 +368,7 @@ def decode(
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes."""
 
     def work(console: Console) -> None:
+        check_container(file)
         from pqcli import pipeline
 
         with console.progress(pipeline.n_weights(file), f"Decoding {file.name}") as progress:
@@ -393,7 +408,17 @@ def report(
     chosen = Format.json if json else format_
 
     def work(console: Console) -> None:
-        from pqcli import pipeline, reporting
+        from pqcli import reporting
+
+        if sort:
+            reporting.check_sortable(sort)
+        for text in fail_above or []:
+            reporting.check_condition(text)
+        check_container(file)
+        if against:
+            _check_source(against)
+        _check_output(output, file, force=force)
+        from pqcli import pipeline
 
         weights = pipeline.n_weights(file) if against else 0
         with console.progress(weights, f"Measuring {file.name}") as progress:
@@ -421,6 +446,7 @@ def inspect(
     """Show what a container holds: format version, features, source, recipe, and each tensor's record."""
 
     def work(console: Console) -> None:
+        check_container(file)
         from pqcli import pipeline
 
         found = pipeline.inspect(file, tensor)
@@ -437,10 +463,16 @@ def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet
     """Check structure and hashes; with the original, that kept tensors are identical and errors as reported."""
 
     def work(console: Console) -> None:
+        check_container(file)
+        if against:
+            _check_source(against)
         from pqcli import pipeline
 
         with console.progress(pipeline.n_weights(file), f"Verifying {file.name}") as progress:
             findings = pipeline.verify(file, against, progress=progress.advance)
+        left_out = pipeline.left_out(file) if against else ()
+        if left_out:
+            console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
         if json:
             console.json({
                 "input": str(file),
@@ -470,6 +502,19 @@ def presets(json: Json = False) -> None:
             console.presets(found)
 
     _run(work, json=json)
+
+
+def _check_source(path: Path) -> None:
+    """Raise what opening this checkpoint would raise, as far as its first bytes tell: torch takes seconds to import."""
+    from pqcli import checkpoint
+
+    checkpoint.sniff(path)
+
+
+def _check_output(output: Path | None, source: Path, *, force: bool) -> None:
+    """Likewise for a file that will be written; of the source itself the pipeline says more."""
+    if output and not (output.exists() and output.samefile(source)):
+        check_target(output, force=force)
 
 
 def _recipe(config: str | None, **flags: object) -> Recipe:

@@ -278,16 +278,20 @@ class Decoder(ABC):
         """Bits that the source's symbols would take at their order-0 entropy: a table of its own, and no context."""
 
 
-def decoder(codec: str, coded: Coded, sources: Sequence[Source]) -> Decoder:
-    """The decoder of that codec. `coded.streams` is indexed as needed, so it may fetch a stream when asked for it."""
-    return TrellisDecoder(coded, sources) if codec == "trellis" else EcpqDecoder(coded, sources)
+def decoder(codec: str, coded: Coded, sources: Sequence[Source], *, counting: bool = False) -> Decoder:
+    """The decoder of that codec. `coded.streams` is indexed as needed, so it may fetch a stream when asked for it.
+
+    One that is `counting` knows the entropy of a matrix that it has just given.
+    """
+    return TrellisDecoder(coded, sources, counting) if codec == "trellis" else EcpqDecoder(coded, sources)
 
 
 class TrellisDecoder(Decoder):
     """Reads ahead: tensors come out of streams in order, several streams being decoded at a time."""
 
-    def __init__(self, coded: Coded, sources: Sequence[Source]) -> None:
+    def __init__(self, coded: Coded, sources: Sequence[Source], counting: bool = False) -> None:
         self._coded, self._sources = coded, sources
+        self._bits: dict[str, float] | None = {} if counting else None
         self._index = {source.key: i for i, source in enumerate(sources)}
         self._running: Iterator[tuple[str, Matrix]] = iter(())
         self._next = len(sources)
@@ -308,9 +312,11 @@ class TrellisDecoder(Decoder):
         raise ValueError(f"no stream holds {key!r}")
 
     def entropy(self, key: str) -> float:
-        """Bits at the order-0 entropy; the first call decodes all levels."""
+        """Bits at the order-0 entropy; unless it is counting, the first call decodes all levels."""
         from pqcli.core import trellis
 
+        if self._bits is not None and key in self._bits:
+            return self._bits[key]
         if self._entropies is None:
             self._entropies = trellis.entropies(self._encoded(), self._sources, n_threads())
         return self._entropies[key]
@@ -325,7 +331,8 @@ class TrellisDecoder(Decoder):
 
         wanted = [source.key for source in self._sources[index:]]
         self._ahead.clear()
-        self._running, self._next = trellis.decode(self._encoded(), self._sources, wanted, n_threads()), index
+        self._running = trellis.decode(self._encoded(), self._sources, wanted, n_threads(), self._bits)
+        self._next = index
 
 
 class EcpqDecoder(Decoder):

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from pqcli.budget import LARGEST, QUALITY_STEPS, SMALLEST, BudgetError, Goal, Trial, search
 from pqcli.codecs import RATE_WEIGHT, Coded, Coder, Decoder, Steps, decoder
 from pqcli.container import Record, tensor_hash
-from pqcli.container.layout import KEPT_CODED, header, make_manifest, shared_entries, tensor_entries
+from pqcli.container.layout import (
+    KEPT_CODED,
+    entropies_entry,
+    header,
+    make_manifest,
+    shared_entries,
+    tensor_entries,
+    worth_entropies,
+)
 from pqcli.container.records import SHORT_HASH_BYTES
 from pqcli.core import metrics, pq
 from pqcli.recipe import Recipe
@@ -109,6 +117,8 @@ class Frame:
         all_records = [shares.get(record.name, record) for record in self.records]
         manifest = make_manifest(self.source, self.recipe, all_records, about, [KEPT_CODED])
         entries = tensor_entries(manifest) + shared_entries(manifest, self.kept_bytes, SHORT_HASH_BYTES)
+        if worth_entropies(manifest):
+            entries.append(entropies_entry(manifest))
         head, _ = header(entries, manifest.features)
         return len(head) + sum(entry.n_bytes for entry in entries)
 
@@ -185,8 +195,8 @@ def _of_kept(frame: Frame) -> str:
     if not state:
         return f" ({total:,} B of tensors are kept exactly)"
     return (
-        f" ({total:,} B of tensors are kept exactly, {state:,} B of which are optimizer state and the like: save the "
-        "model without them, or ask for them by name with --include)"
+        f" ({total:,} B of tensors are kept exactly, {state:,} B of which are optimizer state and the like: leave "
+        "them out with --model-only, or ask for them by name with --include)"
     )
 
 
@@ -198,12 +208,23 @@ def first_level(survey: Survey, recipe: Recipe, frame: Frame, original_bytes: in
     return _guess(goal, survey, survey.steps(recipe.objective), frame)
 
 
-def measure(codec: str, outcome: Outcome, read: Read) -> Iterator[tuple[Record, metrics.Error, bytes]]:
-    """Every coded tensor with its error and the hash of what it decodes to, in order."""
-    decoding = decoder(codec, outcome.coded, [record.source for record in outcome.records])
+@dataclass(frozen=True)
+class Measured:
+    """A coded tensor: its error, the hash of what it decodes to, and bits at the order-0 entropy of its symbols."""
+
+    record: Record
+    error: metrics.Error
+    digest: bytes
+    entropy_bits: float
+
+
+def measure(codec: str, outcome: Outcome, read: Read) -> Iterator[Measured]:
+    """Every coded tensor, decoded and compared, in order."""
+    decoding = decoder(codec, outcome.coded, [record.source for record in outcome.records], counting=True)
     for record in outcome.records:
         decoded = _decoded(decoding, record)
-        yield record, metrics.compare(read(record.name), decoded), tensor_hash(decoded)
+        error = metrics.compare(read(record.name), decoded)
+        yield Measured(record, error, tensor_hash(decoded), decoding.entropy(record.name))
 
 
 def _decoded(decoding: Decoder, record: Record) -> torch.Tensor:
@@ -229,7 +250,10 @@ def _measured(goal: Goal, codec: str, outcome: Outcome, read: Read, frame: Frame
         return frame.file_bytes(codec, outcome.coded, outcome.records)
     if goal.quantity == "bits":
         return 8 * outcome.coded.n_bytes / max(sum(record.info.numel for record in outcome.records), 1)
-    return metrics.total(error for _, error, _ in measure(codec, outcome, read)).relative_mse
+    decoding = decoder(codec, outcome.coded, [record.source for record in outcome.records])
+    return metrics.total(
+        metrics.compare(read(record.name), _decoded(decoding, record)) for record in outcome.records
+    ).relative_mse
 
 
 def _level(recipe: Recipe) -> float:

@@ -74,9 +74,21 @@ def preview(source: str | Path, output: str | Path | None = None, recipe: Recipe
     temporary folder, which takes as long as compressing.
     """
     recipe = recipe or Recipe()
-    with checkpoints.open(source) as checkpoint:
+    with _opened(source, recipe) as checkpoint:
         seen = _preview(checkpoint, output, recipe)
         return seen if recipe.whole_codec is None else _rehearsed(checkpoint, seen, recipe)
+
+
+def _opened(source: str | Path, recipe: Recipe) -> Checkpoint:
+    """The checkpoint, or as much of it as the recipe asks for."""
+    checkpoint = checkpoints.open(source)
+    if not recipe.model_only:
+        return checkpoint
+    try:
+        return checkpoint.model_only()
+    except CheckpointError:
+        checkpoint.close()
+        raise
 
 
 def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe) -> Preview:
@@ -110,8 +122,9 @@ def compress(
     Reads, encodes and writes tensor by tensor: peak memory is about the largest tensor. The file appears whole or not
     at all. Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
-    with checkpoints.open(source) as checkpoint:
-        return _compress(checkpoint, output, recipe or Recipe(), resolve_device(device), force, progress)
+    recipe = recipe or Recipe()
+    with _opened(source, recipe) as checkpoint:
+        return _compress(checkpoint, output, recipe, resolve_device(device), force, progress)
 
 
 def save(
@@ -273,10 +286,10 @@ def _compress_whole(
         size = writer.finish(order, frame.source, frame.recipe)
         return _written(writer, order, errors, used), size
     outcome = coding.encode(codec, survey, checkpoint.read, recipe, frame, checkpoint.n_bytes)
-    for record, error, digest in coding.measure(codec, outcome, checkpoint.read):
-        writer.add_coded(record, digest, error)
-        errors[record.name] = containers.StoredError.of(error)
-        progress(record.info.numel, record.name)
+    for found in coding.measure(codec, outcome, checkpoint.read):
+        writer.add_coded(found.record, found.digest, found.error, found.entropy_bits)
+        errors[found.record.name] = containers.StoredError.of(found.error)
+        progress(found.record.info.numel, found.record.name)
     size = writer.finish(order, frame.source, frame.recipe, codec, outcome.coded)
     return _written(writer, order, errors, used), size
 
@@ -323,7 +336,7 @@ def _take_exact(
 def explain(source: str | Path, recipe: Recipe | None = None) -> list[choosing.Choice]:
     """How `--codec auto` decides: for every tensor the candidates with their measured bits, error and cost."""
     recipe = replace(recipe or Recipe(), codec="auto")
-    with checkpoints.open(source) as checkpoint:
+    with _opened(source, recipe) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
         with tempfile.TemporaryDirectory() as folder, Writer(Path(folder) / "none", compact=True) as writer:
             survey, frame = _survey(checkpoint, plan, recipe, writer)
@@ -611,7 +624,8 @@ def verify(file: str | Path, against: str | Path | None = None, *, progress: Pro
     """What is wrong with a container; an empty list if nothing is.
 
     Checks its structure (raising ContainerError where it cannot even be opened) and the hash of every decoded tensor.
-    With `against`, also that kept tensors are identical to the original's and that errors are as reported.
+    With `against`, also that kept tensors are identical to the original's and that errors are as reported; training
+    state that was left out on request is not missed (see `left_out`).
     """
     with containers.open_container(file) as container:
         if against is None:
@@ -634,7 +648,8 @@ def _check_hash(container: Container, record: Record, progress: Progress | None)
 
 
 def _differences(container: Container, original: Checkpoint, progress: Progress | None) -> Iterator[Finding]:
-    known = {info.name: info for info in original.tensors}
+    is_asked_for = container.manifest.recipe.get("model_only") is True
+    known = {info.name: info for info in original.tensors if info.role == "model" or not is_asked_for}
     held = {record.name for record in container.records}
     for name in known:
         if name not in held:
@@ -663,6 +678,14 @@ def _check_values(container: Container, record: Record, original: Checkpoint) ->
         actual = getattr(measured, key)
         if abs(actual - value) > REPORTED_WITHIN * max(abs(actual), abs(value)) + SMALLEST_REPORTED:
             yield Finding(record.name, f"{key} is {actual:.6g} against {original.path}, and {value:.6g} as reported")
+
+
+def left_out(file: str | Path) -> tuple[str, ...]:
+    """The training state that compression was asked to leave out, entry by entry."""
+    with containers.open_container(file) as container:
+        if container.manifest.recipe.get("model_only") is not True:
+            return ()
+        return tuple(f"{path} ({reason})" for path, reason in container.manifest.source["dropped"] if "asked" in reason)
 
 
 def _describe(info: TensorInfo) -> str:
@@ -784,9 +807,9 @@ def write_text(path: Path, text: str, *, force: bool = False) -> None:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
-def weights_to_compress(source: str | Path) -> int:
+def weights_to_compress(source: str | Path, recipe: Recipe | None = None) -> int:
     """Weights that compressing `source` has to read: the unit of work of `compress`."""
-    with checkpoints.open(source) as checkpoint:
+    with _opened(source, recipe or Recipe()) as checkpoint:
         return sum(info.numel for info in checkpoint.tensors if info.alias_of is None)
 
 

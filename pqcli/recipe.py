@@ -80,7 +80,8 @@ class Recipe:
     `n_centroids` say. `objective` 0 gives all weights one absolute error, 1 gives all tensors one relative error;
     `effort` is the number of states of the trellis. `sample` is the number of vectors EM trains on,
     `restarts` the number of starts that the best is taken of; `eps` is relative to the data.
-    `include` and `exclude` choose tensors; with no `include` every tensor fit for it is quantized.
+    `include` and `exclude` choose tensors; with no `include` every tensor fit for it is quantized. `model_only` leaves
+    training state (optimizer moments and the like) out of the result.
     """
 
     block_size: int | Literal["auto"] = "auto"
@@ -102,6 +103,7 @@ class Recipe:
     sample: int | Literal["auto", "all"] = "auto"
     restarts: int = 1
     max_memory: int | None = None
+    model_only: bool = False
     eps: float = 1e-6
     max_tentatives: int = 30
     include: tuple[str, ...] = ()
@@ -449,6 +451,7 @@ _RECIPE_CHECKS: dict[str, _Check] = {
     "sample": _whole(1, None, "auto", "all"),
     "restarts": _whole(1),
     "max_memory": _whole(1),
+    "model_only": _boolean,
     "eps": _positive,
     "max_tentatives": _whole(1),
     "include": _patterns,

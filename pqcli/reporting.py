@@ -326,10 +326,9 @@ def sort(report: Report, key: str) -> Report:
     That is the largest first, but the smallest first for `sqnr_db` and `cosine`. An undefined number (nan) counts as
     the worst of all, tensors without the number come last, and equal ones stay in the checkpoint's order.
     """
+    check_sortable(key)
     if key in TEXT_KEYS:
         return replace(report, tensors=tuple(sorted(report.tensors, key=lambda tensor: str(getattr(tensor, key)))))
-    if key not in NUMBER_KEYS:
-        raise UsageError(f"cannot sort by {key!r}{_close(key, SORT_KEYS)}; keys: {', '.join(SORT_KEYS)}")
     sign = 1 if key in SMALL_IS_BAD else -1
 
     def badness(tensor: TensorReport) -> tuple[bool, bool, float]:
@@ -339,6 +338,12 @@ def sort(report: Report, key: str) -> Report:
         return False, not math.isnan(value), 0.0 if math.isnan(value) else sign * value
 
     return replace(report, tensors=tuple(sorted(report.tensors, key=badness)))
+
+
+def check_sortable(key: str) -> None:
+    """Raise `UsageError` for a key that `sort` does not know."""
+    if key not in SORT_KEYS:
+        raise UsageError(f"cannot sort by {key!r}{_close(key, SORT_KEYS)}; keys: {', '.join(SORT_KEYS)}")
 
 
 LAYER_LIMITS = ("relative_mse", "max_abs_error", "bits_per_weight", "shannon_gap_db")
@@ -372,6 +377,11 @@ def check(report: Report, condition: str) -> str | None:
     detail = f"{len(above)} of {len(values)} quantized tensors are: {layers}" if above else "no single tensor is"
     whole = "unknown" if total is None else f"{total:.4g}"
     return f"{key} is above {limit:g} (all quantized weights together: {whole}); {detail}"
+
+
+def check_condition(condition: str) -> None:
+    """Raise `UsageError` for a condition that `check` could not mean anything by."""
+    _parse(condition)
 
 
 def _parse(condition: str) -> tuple[str, float]:

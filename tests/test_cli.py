@@ -1,6 +1,7 @@
 """The command line as a stranger uses it: real processes, real files, and mistakes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -161,6 +162,42 @@ def test_help_and_version_answer_without_importing_torch(pqcli_command):
         assert done.returncode == 0
         assert " torch" not in done.stderr
         assert " numba" not in done.stderr
+
+
+def test_what_is_wrong_with_names_is_told_without_importing_torch(tmp_path):
+    """Missing and foreign inputs, outputs in the way, keys and settings that are not there."""
+    (tmp_path / "page.pt").write_text("<html>")
+    for name in ("tensors.safetensors", "fine.pq.safetensors"):
+        entry = "pqcli.manifest" if "pq" in name else "w"
+        head = json.dumps({entry: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
+        (tmp_path / name).write_bytes(len(head).to_bytes(8, "little") + head)
+    told = {
+        "compress none.pt": "none.pt",
+        "plan none.pt": "none.pt",
+        "compress page.pt": "HTML",
+        "compress tensors.safetensors -o page.pt": "exists already",
+        "compress tensors.safetensors --quality best": "best",
+        "decode none": "no such file",
+        "decode page.pt": "not a .pq.safetensors file",
+        "report tensors.safetensors": "not compressed by pqcli",
+        "report fine.pq.safetensors --sort bites": "did you mean",
+        "report fine.pq.safetensors --fail-above mse": "KEY=X",
+        "report fine.pq.safetensors -o page.pt": "exists already",
+        "verify fine.pq.safetensors --against none.pt": "none.pt",
+        "inspect .": "a folder",
+    }
+    code = (
+        "import sys\nfrom pqcli.cli import app\n"
+        "try: app()\n"
+        "except SystemExit as end: print('torch' in sys.modules, end.code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for line, words in told.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code, *line.split()], capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+        assert words in done.stderr, line
+        assert done.stdout in {"False 1\n", "False 2\n"}, line
 
 
 def write(tmp_path, name, data):

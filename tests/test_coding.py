@@ -1,5 +1,6 @@
 """Whole checkpoints through the codecs that take all tensors together: compress, decode, verify, report, budgets."""
 
+import json
 import math
 import struct
 
@@ -11,6 +12,7 @@ import pqcli
 from pqcli import coding
 from pqcli import container as containers
 from pqcli.budget import BudgetError
+from pqcli.container import layout
 from pqcli.container.layout import CODED
 from pqcli.errors import ContainerError
 from pqcli.recipe import Recipe
@@ -88,6 +90,53 @@ def test_a_report_tells_the_entropy_of_what_was_coded_and_the_error_of_int4(code
     assert pqcli.report(file).entropy_bytes == report.entropy_bytes
     assert pqcli.report(file).int4_relative_mse is None
     assert report.paper_bytes is None
+
+
+def entropies(file):
+    return [tensor.entropy_bytes for tensor in pqcli.report(file).quantized]
+
+
+def test_a_large_file_tells_its_entropies_and_a_report_decodes_nothing(codec, tmp_path, monkeypatch):
+    source, small, large = saved(tmp_path, network()), tmp_path / "a.pq.safetensors", tmp_path / "b.pq.safetensors"
+    pqcli.compress(source, small, recipe(codec))
+    monkeypatch.setattr(layout, "ENTROPIES_SHARE", 1)
+    report = pqcli.compress(source, large, recipe(codec))
+    assert layout.ENTROPIES in safetensors.torch.load_file(large)
+    assert layout.ENTROPIES not in safetensors.torch.load_file(small)
+    assert report.compressed_bytes == large.stat().st_size
+    assert pqcli.verify(large, source) == []
+    computed = entropies(small)
+    monkeypatch.setattr(containers.Container, "_opened_decoder", lambda _: pytest.fail("decoded"))
+    assert entropies(large) == pytest.approx(computed, rel=1e-3, abs=1)
+
+
+def test_entropies_cost_less_than_a_two_thousandth_of_what_is_coded(tmp_path, monkeypatch):
+    source, file = saved(tmp_path, {"w": gaussian(512, 1024)}), tmp_path / "model.pq.safetensors"
+    told = pqcli.compress(source, file, recipe("trellis")).compressed_bytes
+    assert layout.ENTROPIES in safetensors.torch.load_file(file)
+    monkeypatch.setattr(layout, "ENTROPIES_SHARE", 10**9)
+    untold = pqcli.compress(source, file, recipe("trellis"), force=True).compressed_bytes
+    assert 0 < told - untold < told / 2000
+
+
+def test_a_size_is_met_to_the_byte_with_entropies_in_the_file(codec, tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "ENTROPIES_SHARE", 1)
+    source, file = saved(tmp_path, network()), tmp_path / "model.pq.safetensors"
+    report = pqcli.compress(source, file, recipe(codec, target_bytes=14_000))
+    assert report.compressed_bytes == file.stat().st_size <= 14_000
+
+
+def test_an_entropy_that_is_no_number_is_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "ENTROPIES_SHARE", 1)
+    file = tmp_path / "model.pq.safetensors"
+    pqcli.compress(saved(tmp_path, network()), file, recipe("trellis"))
+    data = bytearray(file.read_bytes())
+    (length,) = struct.unpack("<Q", data[:8])
+    start = json.loads(data[8 : 8 + length])[layout.ENTROPIES]["data_offsets"][0] + 8 + length
+    data[start : start + 2] = struct.pack("<e", math.nan)
+    file.write_bytes(data)
+    with pytest.raises(ContainerError, match="an entropy is no number of bits; the file is damaged"):
+        pqcli.load(file)
 
 
 def int4_relative_mse(weight):

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
-
 from pqcli.errors import CheckpointError
 from pqcli.tensorinfo import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    import torch
 
 _CHUNK = 8 << 20
 _MAX_RANK = 64  # what torch itself can hold
@@ -128,6 +128,8 @@ class ByteSource:
         Where the archive has a checksum of the region it is verified: on the fly when the tensor is the whole region,
         else in one extra pass over the region, the first time it is touched.
         """
+        import torch
+
         item = ITEM_BYTES[view.dtype]
         if not view.numel:
             return torch.empty(view.shape, dtype=getattr(torch, view.dtype))

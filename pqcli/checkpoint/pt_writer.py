@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-
 from pqcli.checkpoint.rawbytes import write_bytes
 from pqcli.checkpoint.torch_objects import DTYPE_OF_STORAGE
 from pqcli.checkpoint.tree import TensorSlot
@@ -26,6 +24,8 @@ from pqcli.tensorinfo import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from pqcli.tensorinfo import TensorInfo
 
@@ -111,6 +111,8 @@ class _SlotPickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """The calls that torch.load makes to build a tensor."""
+        import torch
+
         if not isinstance(obj, TensorSlot):
             return NotImplemented
         if obj.parameter:
@@ -124,6 +126,8 @@ class _SlotPickler(pickle.Pickler):
         return torch._utils._rebuild_tensor_v2, arguments  # noqa: SLF001
 
     def _storage(self, info: TensorInfo) -> _StorageSlot:
+        import torch
+
         key = self._keys[info.alias_of or info.name]
         name = _STORAGE_OF_DTYPE.get(info.dtype)  # none for dtypes younger than these classes (fp8, uint16 ...)
         if name is None:

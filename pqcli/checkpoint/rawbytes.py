@@ -5,11 +5,11 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING, BinaryIO
 
-import torch
-
 from pqcli.errors import OutputError
 
 if TYPE_CHECKING:
+    import torch
+
     from pqcli.tensorinfo import TensorInfo
 
 _CHUNK = 8 << 20
@@ -20,6 +20,8 @@ def write_bytes(file: BinaryIO, tensor: torch.Tensor, info: TensorInfo) -> int:
 
     Raises `OutputError` where the tensor is not what `info` announced: the header is written already.
     """
+    import torch
+
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tuple(tensor.shape) != info.shape or dtype != info.dtype:
         raise OutputError(

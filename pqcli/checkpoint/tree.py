@@ -106,6 +106,17 @@ def rebuild(tree: Json, tensors: Sequence[TensorInfo]) -> Any:
     return value
 
 
+def without(tree: Json, tensors: Sequence[TensorInfo], names: set[str]) -> Json:
+    """The tree without the tensors of these names, and without what holds nothing any more because of that.
+
+    In a list or tuple of which something stays, null takes their places. `tensors` are those of the tree, in its
+    order.
+    """
+    pruner = _Pruner(iter([info.name for info in tensors]), names)
+    top = pruner.node(tree["top"])
+    return {**tree, "top": None if top is _GONE else top}
+
+
 class _Drop(Exception):  # noqa: N818 - a signal, not an error
     """Raised for a value that JSON cannot carry; the container that holds it leaves it out."""
 
@@ -360,6 +371,52 @@ class _Builder:
             raise ValueError(f"tensor '{info.name}' stands where '{name}' belongs; the order has changed")
         self._next += 1
         return TensorSlot(info, parameter=bool(flags.get("parameter")), grad=bool(flags.get("grad")))
+
+
+_GONE: Json = object()
+"""What becomes of a node that held nothing but tensors that go."""
+
+
+@dataclass
+class _Pruner:
+    names: Iterator[str]
+    unwanted: set[str]
+
+    def node(self, node: Json) -> Json:
+        """The node without unwanted tensors, or `_GONE`."""
+        if isinstance(node, list):
+            return self._sequence(node)
+        if not isinstance(node, dict):
+            return node
+        kind = node.get("$")
+        if kind is None:
+            entries = {key: item for key, value in node.items() if (item := self.node(value)) is not _GONE}
+            return entries if entries or not node else _GONE
+        if kind == "tensor":
+            return _GONE if next(self.names) in self.unwanted else node
+        if kind == "tuple":
+            items = self._sequence(node["v"])
+            return _GONE if items is _GONE else {**node, "v": items}
+        if kind in {"dict", "odict"}:
+            left = [item for old in node["items"] if (item := self._item(old)) is not _GONE]
+            return {**node, "items": left} if left or not node["items"] else _GONE
+        return node
+
+    def _sequence(self, items: list[Json]) -> Json:
+        left = [self.node(item) for item in items]
+        if items and all(item is _GONE for item in left):
+            return _GONE
+        return [None if item is _GONE else item for item in left]
+
+    def _item(self, item: Json) -> Json:
+        """An item of a dict: a pair, or a run of tensors, of which some may stay."""
+        if isinstance(item, list):
+            value = self.node(item[1])
+            return _GONE if value is _GONE else [item[0], value]
+        n = sum(next(self.names) not in self.unwanted for _ in range(item if isinstance(item, int) else item["n"]))
+        if not n:
+            return _GONE
+        return n if isinstance(item, int) else {**item, "n": n}
 
 
 def _plain_value(kind: str, v: Json) -> Any:

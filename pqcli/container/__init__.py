@@ -20,10 +20,11 @@ Every later ability is a new named feature; a reader refuses a file whose featur
     reader    file -> tensors
 """
 
-from pqcli.container.layout import SUFFIX, make_manifest, predict
+from pqcli.container.layout import make_manifest, predict
 from pqcli.container.reader import Container, open_container
 from pqcli.container.records import Manifest, Record, StoredError, tensor_bytes, tensor_hash, with_kept_shares
 from pqcli.container.writer import Writer
+from pqcli.peek import SUFFIX
 
 __all__ = [
     "SUFFIX", "Container", "Manifest", "Record", "StoredError", "Writer", "make_manifest", "open_container", "predict",

@@ -11,15 +11,19 @@ from typing import Any, Final
 
 from pqcli.codecs import CODECS
 from pqcli.container.records import HASH_BYTES, Manifest, Record, is_bundled
+from pqcli.peek import MANIFEST
 from pqcli.tensorinfo import ITEM_BYTES
 
 VERSION: Final = 1
 KEPT_CODED: Final = "kept-coded"
 FEATURES: Final = frozenset({"pq", KEPT_CODED, *CODECS})
-SUFFIX: Final = ".pq.safetensors"
-MANIFEST, HASHES, ERRORS, KEPT, CODED = (
-    "pqcli.manifest", "pqcli.hashes", "pqcli.errors", "pqcli.kept", "pqcli.coded",
+HASHES, ERRORS, ENTROPIES, KEPT, CODED = (
+    "pqcli.hashes", "pqcli.errors", "pqcli.entropies", "pqcli.kept", "pqcli.coded",
 )  # fmt: skip
+ENTROPIES_SHARE: Final = 2000
+"""Entropies are stored where they take at most this fraction of what is coded; in less it is quick to compute them."""
+_ENTRY_BYTES: Final = 80
+"""What one more entry adds to the header."""
 SAFETENSORS_DTYPES: Final = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
@@ -79,8 +83,24 @@ def shared_entries(manifest: Manifest, kept_bytes: int | None = None, hash_bytes
         Entry(MANIFEST, "uint8", (len(manifest_bytes(manifest)),)),
     ]
     if manifest.coded:
-        entries.append(Entry(CODED, "uint8", (manifest.coded["shared"] + sum(manifest.coded["streams"]),)))
+        entries.append(Entry(CODED, "uint8", (_coded_bytes(manifest),)))
     return entries
+
+
+def entropies_entry(manifest: Manifest) -> Entry:
+    """The entropies of coded tensors; a file has them or not."""
+    return Entry(ENTROPIES, "float16", (sum(record.action in CODECS for record in manifest.tensors),))
+
+
+def worth_entropies(manifest: Manifest) -> bool:
+    """Whether a file of coded tensors is large enough to tell their entropies."""
+    if not manifest.coded:
+        return False
+    return ENTROPIES_SHARE * (entropies_entry(manifest).n_bytes + _ENTRY_BYTES) <= _coded_bytes(manifest)
+
+
+def _coded_bytes(manifest: Manifest) -> int:
+    return int(manifest.coded["shared"] + sum(manifest.coded["streams"]))
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -16,20 +17,21 @@ import torch
 from pqcli.codecs import CODECS, Coded, Decoder, decoder
 from pqcli.container.layout import (
     CODED,
+    ENTROPIES,
     ERRORS,
     FEATURES,
     HASHES,
     KEPT,
     KEPT_CODED,
-    MANIFEST,
-    SUFFIX,
     VERSION,
+    entropies_entry,
     shared_entries,
     tensor_entries,
 )
 from pqcli.container.records import ACTIONS, HASH_BYTES, Manifest, Record, StoredError, is_bundled, tensor_hash
 from pqcli.core import lossless, packing, pq
 from pqcli.errors import ContainerError
+from pqcli.peek import MANIFEST, SUFFIX, check_container
 from pqcli.tensorinfo import ITEM_BYTES, TensorInfo
 
 MAX_MANIFEST_BYTES = 1 << 28
@@ -41,12 +43,9 @@ class Container:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.is_dir():
-            raise ContainerError(f"{path}: a folder, not a {SUFFIX} file; `pqcli compress` makes one of it")
+        check_container(path)
         try:
             self._file = safetensors.safe_open(str(path), framework="pt", backend="pread")
-        except FileNotFoundError:
-            raise ContainerError(f"{path}: no such file") from None
         except safetensors.SafetensorError as error:
             raise ContainerError(
                 f"{path}: not a {SUFFIX} file, or a damaged one; `pqcli compress` makes one of a checkpoint"
@@ -54,8 +53,6 @@ class Container:
         except OSError as error:
             raise ContainerError(f"{path}: cannot be read: {error.strerror or error}") from error
         self._keys = set(self._file.keys())  # type: ignore[no-untyped-call]
-        if MANIFEST not in self._keys:
-            raise ContainerError(f"{path}: a safetensors file, but not compressed by pqcli; `pqcli compress` does that")
         self.manifest = self._read_manifest()
         self._by_name = {record.name: i for i, record in enumerate(self.records)}
         self._check_records()
@@ -115,9 +112,15 @@ class Container:
         return pq.PQTensor(record.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
 
     def entropy(self, name: str) -> float:
-        """Bits that the symbols of a whole-checkpoint codec would take at their order-0 entropy, a table a tensor."""
+        """Bits that the symbols of a whole-checkpoint codec would take at their order-0 entropy, a table a tensor.
+
+        Small files and those of older writers do not tell; then all tensors are decoded to find out.
+        """
+        record = self.record(name)
+        if name in self._entropies:
+            return self._entropies[name] * record.info.numel
         try:
-            return self._opened_decoder().entropy(self.record(name).name)
+            return self._opened_decoder().entropy(name)
         except (ValueError, OverflowError) as error:
             raise self._damaged(f"tensor {name!r}: {error}") from None
 
@@ -276,6 +279,8 @@ class Container:
             raise self._damaged("kept tensors or hashes are missing")
         kept_bytes = kept[0] if KEPT_CODED in self.manifest.features else None
         expected = [*tensor_entries(self.manifest), *shared_entries(self.manifest, kept_bytes, hashes[1])]
+        if ENTROPIES in self._keys:
+            expected.append(entropies_entry(self.manifest))
         for entry in expected:
             if entry.key != MANIFEST and (entry.key not in self._keys or self._shape(entry.key) != entry.shape):
                 raise self._damaged(f"entry {entry.key!r} is missing or has the wrong shape")
@@ -284,6 +289,11 @@ class Container:
         self._errors = {
             name: StoredError(*row) for name, row in zip(quantized, self._get(ERRORS).tolist(), strict=True)
         }
+        coded = [record.name for record in self.records if record.action in CODECS]
+        bits = self._get(ENTROPIES).tolist() if ENTROPIES in self._keys else []
+        if not all(math.isfinite(value) and value >= 0 for value in bits):
+            raise self._damaged("an entropy is no number of bits")
+        self._entropies: dict[str, float] = dict(zip(coded, bits, strict=True)) if bits else {}
 
 
 class _Streams(Sequence[bytes]):

@@ -18,16 +18,18 @@ from pqcli.atomic import atomic_writer, output_errors
 from pqcli.codecs import Coded
 from pqcli.container.layout import (
     CODED,
+    ENTROPIES,
     ERRORS,
     HASHES,
     KEPT,
     KEPT_CODED,
-    MANIFEST,
+    entropies_entry,
     header,
     make_manifest,
     manifest_bytes,
     shared_entries,
     tensor_entries,
+    worth_entropies,
 )
 from pqcli.container.records import (
     HASH_BYTES,
@@ -39,6 +41,7 @@ from pqcli.container.records import (
     tensor_hash,
 )
 from pqcli.core import lossless, metrics, packing, pq
+from pqcli.peek import MANIFEST
 from pqcli.tensorinfo import ITEM_BYTES
 
 _COPY_BYTES = 1 << 24
@@ -46,11 +49,12 @@ _COPY_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor that was added; `bundled` are its bytes where they go to `pqcli.kept`."""
+    """A tensor that was added; `entropy_bits` where it is coded; `bundled`: its bytes if they go to `pqcli.kept`."""
 
     record: Record
     digest: bytes
     error: StoredError | None = None
+    entropy_bits: float | None = None
     bundled: NDArray[np.uint8] | None = None
 
 
@@ -89,9 +93,9 @@ class Writer:
         self._put(f"pq/{record.name}/assignments", packed)
         self._note(record, decoded_hash, error)
 
-    def add_coded(self, record: Record, decoded_hash: bytes, error: metrics.Error) -> None:
+    def add_coded(self, record: Record, decoded_hash: bytes, error: metrics.Error, entropy_bits: float) -> None:
         """A tensor whose bytes are among those that `finish` is given."""
-        self._note(record, decoded_hash, error)
+        self._note(record, decoded_hash, error, entropy_bits)
 
     def add_kept(self, record: Record, tensor: torch.Tensor) -> None:
         """A tensor bit for bit."""
@@ -157,6 +161,11 @@ class Writer:
         self._put(ERRORS, rows.tobytes())
         self._put(MANIFEST, manifest_bytes(manifest))
         shared = shared_entries(manifest, self._spooled[KEPT][1], hash_bytes)
+        if worth_entropies(manifest):
+            shared.append(entropies_entry(manifest))
+            coded_items = [item for item in items if item.entropy_bits is not None]
+            densities = [(item.entropy_bits or 0.0) / max(item.record.info.numel, 1) for item in coded_items]
+            self._put(ENTROPIES, np.array(densities, "<f2").tobytes())
         head, ordered = header(tensor_entries(manifest) + shared, manifest.features)
         with atomic_writer(self.target, force=self.force) as out:
             out.write(head)
@@ -168,8 +177,10 @@ class Writer:
                 _copy(self._spool, out, length)
         return len(head) + sum(entry.n_bytes for entry in ordered)
 
-    def _note(self, record: Record, digest: bytes, error: metrics.Error | None = None) -> None:
-        self._items[record.name] = _Item(record, digest, StoredError.of(error) if error else None)
+    def _note(
+        self, record: Record, digest: bytes, error: metrics.Error | None = None, entropy_bits: float | None = None
+    ) -> None:
+        self._items[record.name] = _Item(record, digest, StoredError.of(error) if error else None, entropy_bits)
 
     def _put(self, key: str, data: bytes | NDArray[np.uint8]) -> None:
         self._put_all(key, [data])

@@ -1,4 +1,4 @@
-"""The loops of `ans`, compiled. Importing this module imports numba, so `ans` does it where it needs them.
+"""The loops of `ans`, compiled. Importing this module imports llvmlite, so `ans` does it where it needs them.
 
 Constants: precision 15, words of 32 bits, state in [2^30, 2^62).
 """

@@ -1,4 +1,4 @@
-"""The loops of entropy-constrained PQ that are not `kernels.sweep`, compiled. Importing this module imports numba.
+"""The loops of entropy-constrained PQ that are not `kernels.sweep`, compiled. Importing this module imports llvmlite.
 
 The bits beside the entropy-coded symbols ("side bits") lie least significant first. After an orbit: one sign bit for
 each of its non-zero magnitudes. After an escape, for each value: 5 bits L; L = 0 is the value 0; L in 1..24 is a sign

@@ -221,16 +221,18 @@ def _unzstd(body: bytes, n: int) -> NDArray[np.uint8]:
 
 
 def _model(plane: NDArray[np.uint8], starts: NDArray[np.int64], below: bool) -> bytes:
-    from pqcli.core.lossless_kernels import code_plane
+    from pqcli.core.lossless_kernels import code_plane, fresh_models
     from pqcli.core.rangecoder import RATES, RangeCoder
 
     coder = RangeCoder.writer(16 * plane.size, 0)
-    code_plane(True, plane, starts, _START_COUNT * below, RATES, coder.window, coder.buffer)
+    start_count = _START_COUNT * below
+    models = fresh_models(start_count)
+    code_plane(True, plane, starts, start_count, *models, RATES, coder.window, coder.buffer)
     return coder.finish()
 
 
 def _unmodel(body: bytes, starts: NDArray[np.int64], below: bool) -> NDArray[np.uint8]:
-    from pqcli.core.lossless_kernels import code_plane
+    from pqcli.core.lossless_kernels import code_plane, fresh_models
     from pqcli.core.rangecoder import RATES, RangeCoder
 
     n = int(starts[-1])
@@ -238,6 +240,8 @@ def _unmodel(body: bytes, starts: NDArray[np.int64], below: bool) -> NDArray[np.
         raise ValueError(f"{len(body)} bytes cannot hold {n} bytes")
     coder = RangeCoder.reader(body, 0)
     plane = np.empty(n, np.uint8)
-    code_plane(False, plane, starts, _START_COUNT * below, RATES, coder.window, coder.buffer)
+    start_count = _START_COUNT * below
+    models = fresh_models(start_count)
+    code_plane(False, plane, starts, start_count, *models, RATES, coder.window, coder.buffer)
     coder.finish()
     return plane

@@ -65,7 +65,10 @@ class Rotation:
         """Normals (k, size) and coefficients (k,) of the Householder reflections whose product is the rotation."""
         from pqcli.core.rotation_kernels import orthonormalize
 
-        normals, coefficients = orthonormalize(self.basis, np.array(self.precisions, np.int64))
+        normals, coefficients = np.zeros(self.basis.shape, np.float32), np.zeros(len(self.basis), np.float32)
+        orthonormalize(
+            self.basis, np.array(self.precisions, np.int64), np.empty(self.basis.shape), normals, coefficients
+        )
         return normals, coefficients
 
 

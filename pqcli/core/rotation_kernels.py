@@ -1,6 +1,7 @@
 """The loops of `pqcli.core.rotation`, compiled: fixed order of operations, no fused or reordered arithmetic.
 
-basis (k, size) int32, normals (k, size) float32, coefficients (k,) float32, weights (rows, columns) float32
+basis (k, size) int32, normals (k, size) float32, coefficients (k,) float32, weights (rows, columns) float32, rest
+(k, size) float64
 """
 
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, check-untyped-defs=False
@@ -16,21 +17,18 @@ WIDTH = 64
 
 
 @kernel
-def orthonormalize(basis, precisions):
-    """Householder's QR in float64, column by column: the reflections' normals (k, size) and coefficients (k,).
+def orthonormalize(basis, precisions, rest, normals, coefficients):
+    """Householder's QR in float64, column by column: fills in zeroed normals and coefficients; scratch is `rest`.
 
     A basis vector that the earlier ones leave nothing of reflects nothing (its normal is zero).
     """
     k, size = basis.shape
-    rest = np.empty((k, size), np.float64)
     for i in range(k):
         scale = 1.0
         for _ in range(precisions[i]):
             scale *= 0.5
         for j in range(size):
             rest[i, j] = basis[i, j] * scale
-    normals = np.zeros((k, size), np.float32)
-    coefficients = np.zeros(k, np.float32)
     for i in range(k):
         norm2 = 0.0
         for j in range(i, size):
@@ -56,7 +54,6 @@ def orthonormalize(basis, precisions):
             dot *= coefficient
             for j in range(i, size):
                 rest[later, j] -= dot * normals[i, j]
-    return normals, coefficients
 
 
 @kernel

@@ -141,6 +141,9 @@ class Segment:
     stop: int
 
 
+_Levels = tuple[Segment, NDArray[np.int32], NDArray[np.uint8], Matrix]
+
+
 @dataclass(frozen=True)
 class _Side:
     """What `EncodedStreams.side` says."""
@@ -233,16 +236,39 @@ def encode(
 
 
 def decode(
-    encoded: EncodedStreams, sources: Sequence[Source], keys: Iterable[str] | None = None, n_threads: int = 2
+    encoded: EncodedStreams,
+    sources: Sequence[Source],
+    keys: Iterable[str] | None = None,
+    n_threads: int = 2,
+    bits: dict[str, float] | None = None,
 ) -> Iterator[tuple[str, Matrix]]:
     """(key, weights (rows, columns) float32) of every source, or of those in `keys`, in the sources' order.
 
     Bit-identical on every machine. Only streams that hold a wanted tensor are decoded, at most `n_threads + 1` ahead.
-    Raises ValueError for bytes that are not what `encode` wrote for these sources.
+    A source's entropy is in `bits`, where that is given, before its weights come (see `entropies`). Raises ValueError
+    for bytes that are not what `encode` wrote for these sources.
     """
     side, layout = _parsed(encoded, sources)
     wanted = {source.key for source in sources} if keys is None else set(keys)
-    return _assemble(_ahead(_decode_stream, encoded, layout, sources, side, wanted, n_threads), sources, side, wanted)
+    if bits is None:
+        found = _ahead(_decode_stream, encoded, layout, sources, side, wanted, n_threads)
+    else:
+        both = _ahead(_decode_and_count_stream, encoded, layout, sources, side, wanted, n_threads)
+        found = _noting(both, sources, bits)
+    return _assemble(found, sources, side, wanted)
+
+
+def _noting(
+    found: Iterable[tuple[Segment, tuple[Matrix, dict[int, int]]]], sources: Sequence[Source], bits: dict[str, float]
+) -> Iterator[tuple[Segment, Matrix]]:
+    """The segments' weights; the entropy of a source so far goes to `bits`."""
+    counts: dict[str, Counter[int]] = {source.key: Counter() for source in sources}
+    bits.update(dict.fromkeys(counts, 0.0))
+    for segment, (weights, counted) in found:
+        key = sources[segment.source].key
+        counts[key].update(counted)
+        bits[key] = _entropy_bits(counts[key])
+        yield segment, weights
 
 
 def entropies(encoded: EncodedStreams, sources: Sequence[Source], n_threads: int = 2) -> dict[str, float]:
@@ -416,34 +442,44 @@ def _encode_stream(
 
 def _decode_stream(data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side) -> list[Matrix]:
     """The segments' weights (coded rows, coded columns)."""
+    return [_weights(piece, sources, side) for piece in _levels_of_stream(data, segments, sources, side)]
+
+
+def _decode_and_count_stream(
+    data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
+) -> list[tuple[Matrix, dict[int, int]]]:
+    """What `_decode_stream` and `_count_stream` give, for little more than one of them."""
+    pieces = _levels_of_stream(data, segments, sources, side)
+    return [(_weights(piece, sources, side), _symbol_counts(piece, side)) for piece in pieces]
+
+
+def _weights(piece: _Levels, sources: Sequence[Source], side: _Side) -> Matrix:
     from pqcli.core.trellis_kernels import dequantize, scale_up
 
-    next_state = _trellis(side.n_states)
-    found = []
-    for segment, levels, labels, points in _levels_of_stream(data, segments, sources, side):
-        source = sources[segment.source]
-        weights = np.empty(levels.shape, np.float32)
-        dequantize(levels, labels, next_state, points, weights)
-        if source.key in side.rotations.use:
-            apply(weights, side.rotations.items[side.rotations.use[source.key]], inverse=True)
-        scale_up(weights, side.step_of(segment.source))
-        found.append(weights)
-    return found
+    segment, levels, labels, points = piece
+    source = sources[segment.source]
+    weights = np.empty(levels.shape, np.float32)
+    dequantize(levels, labels, _trellis(side.n_states), points, weights)
+    if source.key in side.rotations.use:
+        apply(weights, side.rotations.items[side.rotations.use[source.key]], inverse=True)
+    scale_up(weights, side.step_of(segment.source))
+    return weights
 
 
 def _count_stream(
     data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
 ) -> list[dict[int, int]]:
     """How often each symbol, 3 * level + set, occurs in each segment."""
+    return [_symbol_counts(piece, side) for piece in _levels_of_stream(data, segments, sources, side)]
+
+
+def _symbol_counts(piece: _Levels, side: _Side) -> dict[int, int]:
     from pqcli.core.trellis_kernels import sets
 
-    next_state = _trellis(side.n_states)
-    found = []
-    for _, levels, labels, _ in _levels_of_stream(data, segments, sources, side):
-        which = np.empty(levels.shape, np.uint8)
-        sets(levels, labels, next_state, which)
-        found.append(_counts(3 * levels.astype(np.int64) + which))
-    return found
+    _, levels, labels, _ = piece
+    which = np.empty(levels.shape, np.uint8)
+    sets(levels, labels, _trellis(side.n_states), which)
+    return _counts(3 * levels.astype(np.int64) + which)
 
 
 def _counts(symbols: NDArray[np.int64]) -> dict[int, int]:
@@ -468,7 +504,7 @@ def _entropy_bits(counts: Mapping[int, int]) -> float:
 
 def _levels_of_stream(
     data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
-) -> Iterator[tuple[Segment, NDArray[np.int32], NDArray[np.uint8], Matrix]]:
+) -> Iterator[_Levels]:
     """(segment, levels, labels, reconstruction points) of the segments in turn."""
     shapes = [
         (s.stop - s.start, sources[s.source].n_weights // _height(sources[s.source], side.rotations.transposed))
