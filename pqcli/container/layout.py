@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from pqcli.codecs import CODECS
+from pqcli.codecs import CODECS, MIXING
 from pqcli.container.records import HASH_BYTES, Manifest, Record, is_bundled
 from pqcli.tensorinfo import ITEM_BYTES
 
 VERSION: Final = 1
 KEPT_CODED: Final = "kept-coded"
-FEATURES: Final = frozenset({"pq", KEPT_CODED, *CODECS})
+FEATURES: Final = frozenset({"pq", KEPT_CODED, MIXING, *CODECS})
 SUFFIX: Final = ".pq.safetensors"
 MANIFEST, HASHES, ERRORS, KEPT, CODED = (
     "pqcli.manifest", "pqcli.hashes", "pqcli.errors", "pqcli.kept", "pqcli.coded",

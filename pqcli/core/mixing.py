@@ -92,9 +92,7 @@ def code_mixed(encoding, bit, models, a, b, c, weights, which, rates, low, span,
     log_c = _STRETCH[models[c, 0] >> 4]
     dot = weights[which, 0] * log_a + weights[which, 1] * log_b + weights[which, 2] * log_c
     probability = _SQUASH[(min(max(dot >> 16, -_LARGEST), _LARGEST - 1) + _LARGEST) >> _SQUASH_SHIFT]
-    bit, low, span, code, position = code_bit(
-        encoding, bit, probability, low, span, code, position, length, buffer
-    )
+    bit, low, span, code, position = code_bit(encoding, bit, probability, low, span, code, position, length, buffer)
     error = ((bit << 16) - probability) * _LEARNING
     weights[which, 0] += (error * log_a + (1 << 23)) >> 24
     weights[which, 1] += (error * log_b + (1 << 23)) >> 24

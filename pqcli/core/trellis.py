@@ -10,7 +10,8 @@ one bit cheaper than all of them would be, and the Viterbi search picks, among a
 so that the weights of a row are quantized together, as one long vector: most of the way from scalar quantization to
 the limit of sphere packing. Where weights are small against the step the odd set also holds zero (`labels` 0),
 elsewhere it is pure (`labels` 1), by column or kernel position. Levels are coded by `code_levels` with adaptive
-contexts, and decode to points that are the centroids of the weights that chose them.
+contexts, or by `code_levels_mixed`, which takes longer, where that saves enough; they decode to points that are the
+centroids of the weights that chose them.
 
 Tensors are cut into *streams* that are coded each by itself, by several threads at once: one stream holds rows of one
 large tensor, or several small tensors. How, follows from the shapes alone (`stream_layout`).
@@ -22,7 +23,7 @@ import struct
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -80,6 +81,8 @@ _TRIAL_SHARE = 4
 _TRIAL_ALL_BELOW = 1 << 18
 _MAX_SIZE = float(1 << 29)
 """Largest weight in steps; a level must stay an int32."""
+_MIXING_TRIAL_SHARE = 8
+_MIXES = 1 << 7
 _WEIGHTS_PER_BYTE = 12_000
 """No stream holds more weights per byte: the surest decision has a probability of 1 - 32/65536."""
 _LARGEST = float(np.finfo(np.float32).max)
@@ -96,13 +99,15 @@ class TrellisParams:
 
     `step` is the distance of neighbouring levels; `rate_weight` what a bit may cost in squared steps; more `n_states`
     find less error for more time (decoding takes no longer); a stream holds about `stream_weights` weights, a power
-    of two.
+    of two. A stream's levels are coded by mixing, three times as slow to decode, where that saves more than
+    `mixing_gain` of its bytes: with 0 (found out on the whole stream, else on a part) always the smaller, with 1 never.
     """
 
     step: float
     n_states: int = 256
     rate_weight: float = 0.3
     stream_weights: int = 1 << 20
+    mixing_gain: float = 0.0
 
     def __post_init__(self) -> None:
         if not (0.0 < float(np.float32(self.step)) < _LARGEST):
@@ -131,6 +136,11 @@ class EncodedStreams:
         """Size of all of it."""
         return len(self.side) + sum(map(len, self.streams))
 
+    @property
+    def mixes(self) -> bool:
+        """Whether any stream was coded by mixing, which a decoder must know how to undo."""
+        return len(self.side) >= _HEADER.size and self.side[4] & _MIXES != 0
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -150,6 +160,7 @@ class _Side:
     stream_weights: int
     exponents: tuple[int, ...]
     rotations: Rotations
+    mixed: frozenset[int] = frozenset()
 
     def step_of(self, index: int) -> np.float32:
         """The step of source number `index`: step * 2^(exponent / 8), in defined arithmetic."""
@@ -204,15 +215,18 @@ def encode(
         rotations,
     )
     streams: list[bytes] = []
+    mixed: set[int] = set()
     errors = {source.key: 0.0 for source in sources}
     sizes = {source.key: 0 for source in sources}
-    pending: deque[tuple[tuple[Segment, ...], Future[tuple[bytes, list[float], list[int]]]]] = deque()
+    pending: deque[tuple[tuple[Segment, ...], Future[_Stream]]] = deque()
 
     def collect() -> None:
         segments, future = pending.popleft()
-        data, squared, lengths = future.result()
-        streams.append(data)
-        for segment, error, length in zip(segments, squared, lengths, strict=True):
+        stream = future.result()
+        if stream.is_mixed:
+            mixed.add(len(streams))
+        streams.append(stream.data)
+        for segment, error, length in zip(segments, stream.squared_errors, stream.lengths, strict=True):
             errors[sources[segment.source].key] += error * float(side.step_of(segment.source)) ** 2
             sizes[sources[segment.source].key] += length
 
@@ -229,7 +243,8 @@ def encode(
                 collect()
         while pending:
             collect()
-    return EncodedStreams(_code_side(side, sources), tuple(streams), errors, sizes)
+    side = replace(side, mixed=frozenset(mixed))
+    return EncodedStreams(_code_side(side, sources, len(streams)), tuple(streams), errors, sizes)
 
 
 def decode(
@@ -260,15 +275,11 @@ def entropies(encoded: EncodedStreams, sources: Sequence[Source], n_threads: int
 
 
 def _parsed(encoded: EncodedStreams, sources: Sequence[Source]) -> tuple[_Side, list[tuple[Segment, ...]]]:
-    side = _parse_side(encoded.side, sources)
-    layout = stream_layout(sources, side.rotations.transposed, side.stream_weights)
-    if len(layout) != len(encoded.streams):
-        raise ValueError(f"{len(encoded.streams)} streams where the shapes make {len(layout)}")
-    return side, layout
+    return _parse_side(encoded.side, sources, len(encoded.streams))
 
 
 def _ahead(
-    work: Callable[[bytes, Sequence[Segment], Sequence[Source], _Side], list[_T]],
+    work: Callable[[bytes, bool, Sequence[Segment], Sequence[Source], _Side], list[_T]],
     encoded: EncodedStreams,
     layout: Sequence[tuple[Segment, ...]],
     sources: Sequence[Source],
@@ -284,7 +295,9 @@ def _ahead(
             while needed or pending:
                 while needed and len(pending) <= n_threads:
                     i = needed.pop(0)
-                    pending.append((i, pool.submit(work, encoded.streams[i], layout[i], sources, side)))
+                    pending.append(
+                        (i, pool.submit(work, encoded.streams[i], i in side.mixed, layout[i], sources, side))
+                    )
                 i, future = pending.popleft()
                 yield from zip(layout[i], future.result(), strict=True)
         finally:
@@ -380,14 +393,23 @@ def _period(source: Source, transposed: bool) -> int:
     return 1 if transposed else source.kernel
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """A stream's bytes, whether mixing coded them, and by segment the squared error in squared steps, and the bytes."""
+
+    data: bytes
+    is_mixed: bool
+    squared_errors: list[float]
+    lengths: list[int]
+
+
 def _encode_stream(
     weights: list[Matrix],
     segments: Sequence[Segment],
     sources: Sequence[Source],
     params: TrellisParams,
     rotations: Rotations,
-) -> tuple[bytes, list[float], list[int]]:
-    """One stream's bytes, the squared error of each segment in squared steps, and its share of the bytes."""
+) -> _Stream:
     from pqcli.core.trellis_kernels import dequantize
 
     blocks = []
@@ -396,31 +418,57 @@ def _encode_stream(
         if source.key in rotations.use:
             apply(matrix, rotations.items[rotations.use[source.key]], inverse=False)
         blocks.append(_block(matrix, _period(source, source.key in rotations.transposed)))
-    points = _search(blocks, params)
+    found = _search(blocks, params)
     next_state = _trellis(params.n_states)
-    coder = _level_coder_for_writing(sum(block.weights.size for block in blocks))
-    points = _code_points(coder, points)
-    errors, ends = [], []
-    previous_class = 0
+    is_mixed = _mixing_pays(blocks, found, params)
+    data, points, lengths = _written(blocks, found, next_state, is_mixed)
+    errors = []
     for block in blocks:
-        previous_class = _code_block(coder, block.levels, block.labels, block.period, previous_class, next_state)
         decoded = np.empty_like(block.weights)
         dequantize(block.levels, block.labels, next_state, points, decoded)
         decoded -= block.weights
         errors.append(float(np.sum(np.square(decoded, dtype=np.float64))))
+    return _Stream(data, is_mixed, errors, lengths)
+
+
+def _mixing_pays(blocks: Sequence[_Block], points: Matrix, params: TrellisParams) -> bool:
+    """Whether mixing saves what is asked of it; short of the last byte, the first rows of each segment tell."""
+    if params.mixing_gain >= 1:
+        return False
+    if params.mixing_gain > 0:
+        heights = [-(-len(block.levels) // _MIXING_TRIAL_SHARE) for block in blocks]
+        blocks = [replace(block, levels=block.levels[:n]) for block, n in zip(blocks, heights, strict=True)]
+    next_state = _trellis(params.n_states)
+    plain, mixed = (len(_written(blocks, points, next_state, is_mixed)[0]) for is_mixed in (False, True))
+    return mixed < (1 - params.mixing_gain) * plain
+
+
+def _written(
+    blocks: Sequence[_Block], points: Matrix, next_state: NDArray[np.int64], is_mixed: bool
+) -> tuple[bytes, Matrix, list[int]]:
+    """The stream of the blocks' levels, the points as a reader will have them, and each block's share of the bytes."""
+    coder = _level_coder_for_writing(sum(block.levels.size for block in blocks))
+    points = _code_points(coder, points)
+    code = _level_code(coder, is_mixed)
+    ends = []
+    previous_class = 0
+    for block in blocks:
+        previous_class = _code_block(coder, code, block.levels, block.labels, block.period, previous_class, next_state)
         ends.append(int(coder.window[3]))
     data = coder.finish()
     ends[-1] = len(data)
-    return data, errors, [min(end, len(data)) - start for start, end in zip([0, *ends], ends, strict=False)]
+    return data, points, [min(end, len(data)) - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _decode_stream(data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side) -> list[Matrix]:
+def _decode_stream(
+    data: bytes, is_mixed: bool, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
+) -> list[Matrix]:
     """The segments' weights (coded rows, coded columns)."""
     from pqcli.core.trellis_kernels import dequantize, scale_up
 
     next_state = _trellis(side.n_states)
     found = []
-    for segment, levels, labels, points in _levels_of_stream(data, segments, sources, side):
+    for segment, levels, labels, points in _levels_of_stream(data, is_mixed, segments, sources, side):
         source = sources[segment.source]
         weights = np.empty(levels.shape, np.float32)
         dequantize(levels, labels, next_state, points, weights)
@@ -432,14 +480,14 @@ def _decode_stream(data: bytes, segments: Sequence[Segment], sources: Sequence[S
 
 
 def _count_stream(
-    data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
+    data: bytes, is_mixed: bool, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
 ) -> list[dict[int, int]]:
     """How often each symbol, 3 * level + set, occurs in each segment."""
     from pqcli.core.trellis_kernels import sets
 
     next_state = _trellis(side.n_states)
     found = []
-    for _, levels, labels, _ in _levels_of_stream(data, segments, sources, side):
+    for _, levels, labels, _ in _levels_of_stream(data, is_mixed, segments, sources, side):
         which = np.empty(levels.shape, np.uint8)
         sets(levels, labels, next_state, which)
         found.append(_counts(3 * levels.astype(np.int64) + which))
@@ -467,7 +515,7 @@ def _entropy_bits(counts: Mapping[int, int]) -> float:
 
 
 def _levels_of_stream(
-    data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
+    data: bytes, is_mixed: bool, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
 ) -> Iterator[tuple[Segment, NDArray[np.int32], NDArray[np.uint8], Matrix]]:
     """(segment, levels, labels, reconstruction points) of the segments in turn."""
     shapes = [
@@ -480,13 +528,14 @@ def _levels_of_stream(
     next_state = _trellis(side.n_states)
     coder = _level_coder_for_reading(data)
     points = _code_points(coder, np.zeros((3, 0), np.float32))
+    code = _level_code(coder, is_mixed)
     previous_class = 0
     for segment, shape in zip(segments, shapes, strict=True):
         source = sources[segment.source]
         flipped = source.key in side.rotations.transposed
         levels = np.empty(shape, np.int32)
         labels = np.empty(shape[1], np.uint8)
-        previous_class = _code_block(coder, levels, labels, _period(source, flipped), previous_class, next_state)
+        previous_class = _code_block(coder, code, levels, labels, _period(source, flipped), previous_class, next_state)
         yield segment, levels, labels, points
     coder.finish()
 
@@ -646,8 +695,26 @@ def _code_points(coder: RangeCoder, points: Matrix) -> Matrix:
     return result
 
 
+_LevelCode = Callable[[NDArray[np.int32], NDArray[np.uint8], int, int, NDArray[np.int64]], bool]
+"""(levels, labels, period, scale0, next_state): writes or reads a segment's levels; False where these are nonsense."""
+
+
+def _level_code(coder: RangeCoder, is_mixed: bool) -> _LevelCode:
+    """How the levels of one stream are coded; what is learned from one segment serves the next."""
+    from pqcli.core.rangecoder import RATES
+    from pqcli.core.trellis_kernels import code_levels
+
+    if not is_mixed:
+        return lambda *segment: code_levels(coder.encoding, *segment, coder.models, RATES, coder.window, coder.buffer)
+    from pqcli.core.trellis_mixing import Mixing, code_levels_mixed
+
+    mixing = Mixing.fresh()
+    return lambda *segment: code_levels_mixed(coder.encoding, *segment, mixing, RATES, coder.window, coder.buffer)
+
+
 def _code_block(
     coder: RangeCoder,
+    code: _LevelCode,
     levels: NDArray[np.int32],
     labels: NDArray[np.uint8],
     period: int,
@@ -655,8 +722,7 @@ def _code_block(
     next_state: NDArray[np.int64],
 ) -> int:
     """One segment: the class of its mean magnitude, its labels, its levels. The class, for the next to differ from."""
-    from pqcli.core.rangecoder import RATES
-    from pqcli.core.trellis_kernels import N_LEVEL_MODELS, code_levels
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS
 
     scale_class = 0
     if coder.encoding:
@@ -677,10 +743,7 @@ def _code_block(
         labels[:] = np.tile(labels[:period], n_columns // period)
     octave, quarter = divmod(scale_class, 4)
     scale0 = ((4096, 4871, 5793, 6889)[quarter] << 6 >> (6 - octave)) if octave < 6 else 4096 << octave
-    good = code_levels(
-        coder.encoding, levels, labels, period, scale0, next_state, coder.models, RATES, coder.window, coder.buffer
-    )
-    if not good:
+    if not code(levels, labels, period, scale0, next_state):
         raise ValueError("a level is beyond all bounds")
     return scale_class
 
@@ -688,18 +751,21 @@ def _code_block(
 # --- the layout of the side information -------------------------------------------------------------------------------
 
 
-def _code_side(side: _Side, sources: Sequence[Source]) -> bytes:
+def _code_side(side: _Side, sources: Sequence[Source], n_streams: int) -> bytes:
     entries = sum(item.basis.size for item in side.rotations.items)
-    coder = _level_coder_for_writing(entries + 64 * len(sources) + 64)
+    coder = _level_coder_for_writing(entries + 64 * len(sources) + n_streams + 64)
     _code_side_fields(coder, side, sources)
-    header = _HEADER.pack(side.step, side.n_states.bit_length() - 1, side.stream_weights.bit_length() - 1)
-    return header + coder.finish()
+    if side.mixed:
+        _code_mixed(coder, side.mixed, n_streams)
+    log_states = side.n_states.bit_length() - 1 | (_MIXES if side.mixed else 0)
+    return _HEADER.pack(side.step, log_states, side.stream_weights.bit_length() - 1) + coder.finish()
 
 
-def _parse_side(data: bytes, sources: Sequence[Source]) -> _Side:
+def _parse_side(data: bytes, sources: Sequence[Source], n_streams: int) -> tuple[_Side, list[tuple[Segment, ...]]]:
     if len(data) < _HEADER.size:
         raise ValueError(f"side information of {len(data)} bytes")
     step, log_states, log_weights = _HEADER.unpack_from(data)
+    mixes, log_states = log_states & _MIXES, log_states & ~_MIXES
     if not 0.0 < step <= _LARGEST:
         raise ValueError(f"step {step}")
     if 1 << min(log_states, 30) not in N_STATES:
@@ -708,8 +774,20 @@ def _parse_side(data: bytes, sources: Sequence[Source]) -> _Side:
         raise ValueError(f"streams of 2^{log_weights} weights")
     coder = _level_coder_for_reading(data[_HEADER.size :])
     side = _code_side_fields(coder, _Side(step, 1 << log_states, 1 << log_weights, (), Rotations()), sources)
+    layout = stream_layout(sources, side.rotations.transposed, side.stream_weights)
+    if len(layout) != n_streams:
+        raise ValueError(f"{n_streams} streams where the shapes make {len(layout)}")
+    if mixes:
+        side = replace(side, mixed=_code_mixed(coder, frozenset(), n_streams))
     coder.finish()
-    return side
+    return side, layout
+
+
+def _code_mixed(coder: RangeCoder, mixed: frozenset[int], n_streams: int) -> frozenset[int]:
+    """Which streams are coded by mixing."""
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS
+
+    return frozenset(i for i in range(n_streams) if coder.bit(N_LEVEL_MODELS + 1, int(i in mixed)))
 
 
 def _code_side_fields(coder: RangeCoder, side: _Side, sources: Sequence[Source]) -> _Side:

@@ -72,7 +72,7 @@ def branch(level, parity, label):
 
 @kernel
 def code_tail(encoding, index, n, shift, low, span, code, position, length, buffer):
-    """What of an index its unary part of `n` ones leaves open, in raw bits: (index, low, span, code, position) afterwards.
+    """What of an index its `n` unary ones leave open, in raw bits: (index, low, span, code, position) afterwards.
 
     After N_UNARY ones, the excess in Exp-Golomb code; then the `shift` low bits. The index is -1 where what is read
     cannot be one.
