@@ -24,8 +24,8 @@ N_INPUTS = 3
 FIRST_WEIGHT = 22_000
 """Where weights start: a little more than a share of one, as inputs that know different things add up."""
 
-_LEARNING = 165
-"""Weights move by 165 / 2^24 of (error in 1/65536) * (log odds in 1/256)."""
+_LEARNING = 220
+"""Weights move by 220 / 2^24 of (error in 1/65536) * (log odds in 1/256)."""
 _OCTAVE = 256
 _LARGEST = 12 * _OCTAVE
 """Log odds are cut off at 12 octaves."""

@@ -64,7 +64,7 @@ _TAP_RATE = 2621
 _TAP_FLOOR = 10
 _MAX_GUESS = 127
 _SHARE_RATE = 131
-_FIRST_SHARE_RATE = 1311
+_FIRST_SHARE_RATE = 2622
 _SHARE_RATE_WEIGHTS = 40_000
 _MOST_SEEN = 1 << 40
 
@@ -188,7 +188,7 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
                 log_scale += (shares[i, age[i]] * clue[i]) >> 16
             log_scale = min(max(log_scale, _FIRST), _LAST)
             scale = min((log_scale - _FIRST) >> 6, N_CLASSES - 1)
-            plain_scale = min((plain - _FIRST) >> 6, N_CLASSES - 1)
+            plain_scale = min((plain - _FIRST + 32) >> 6, N_CLASSES - 1)
 
             # the level itself
             at = margin + j
@@ -219,7 +219,12 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
             which = (parity + (parity & label)) * N_UNARY
             a = plain_scale * _PER_CLASS + which
             b = _BY_GUESS + (scale * _N_GUESSES + min(max((sure >> 7) + 5, 0), _N_GUESSES - 1)) * _PER_CLASS + which
-            c = _BY_PHASE + ((scale >> 1) * _N_PHASES + (phase if period <= _N_PHASES else 0)) * _PER_CLASS + which
+            c = (
+                _BY_PHASE
+                + (min((log_scale - _FIRST + 32) >> 7, 39) * _N_PHASES + (phase if period <= _N_PHASES else 0))
+                * _PER_CLASS
+                + which
+            )
             level = np.int64(0)
             index = np.int64(0)
             if encoding:
@@ -290,7 +295,7 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
             here[0, j + 1] = statistic
             here[1, j + 1] = mean
             column_mean[j] += ((statistic - column_mean[j]) * rates[column_count[j]]) >> 16
-            if column_count[j] < 250:
+            if column_count[j] < 120:
                 column_count[j] += 1
             phase_mean[phase] += ((statistic - phase_mean[phase]) * rates[phase_count[phase]]) >> 16
             if phase_count[phase] < 500:
