@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -191,17 +192,69 @@ def test_parameters_without_meaning_are_refused(options, message):
         TrellisParams(**options)
 
 
-def small():
+ALWAYS, NEVER = -1.0, 1.0
+"""`mixing_gain`s."""
+
+
+@pytest.mark.parametrize("mixing_gain", [ALWAYS, NEVER])
+def test_both_coders_of_levels_give_the_same_tensors(mixing_gain):
+    sources, weights = model()
+    encoded, decoded = round_trip(sources, weights, TrellisParams(0.3, 32, mixing_gain=mixing_gain))
+    plain, expected = round_trip(sources, weights, TrellisParams(0.3, 32, mixing_gain=NEVER))
+    assert encoded.mixes == (mixing_gain == ALWAYS)
+    assert (encoded.streams == plain.streams) == (mixing_gain == NEVER)
+    for key in weights:
+        np.testing.assert_array_equal(decoded[key], expected[key])
+
+
+def test_streams_are_mixed_one_by_one_where_that_saves_enough():
+    rng = np.random.default_rng(0)
+    steps = np.arange(128) * rng.uniform(0.05, 0.5, (128, 1))
+    weights = {
+        "noise": rng.standard_normal((128, 128)).astype(np.float32),
+        "waves": np.sin(steps + rng.uniform(0, 6, (128, 1))).astype(np.float32),
+    }
+    sources = [Source(key, w.shape, *w.shape) for key, w in weights.items()]
+
+    def encoded(mixing_gain):
+        params = TrellisParams(0.3, 32, stream_weights=1 << 14, mixing_gain=mixing_gain)
+        return encode(sources, weights.__getitem__, params, Rotations())
+
+    plain, either, mixed = encoded(NEVER), encoded(0.05), encoded(ALWAYS)
+    assert either.mixes
+    assert either.streams == (plain.streams[0], mixed.streams[1])
+    assert len(mixed.streams[1]) < 0.8 * len(plain.streams[1])
+    assert encoded(0.0).streams == tuple(min(pair, key=len) for pair in zip(plain.streams, mixed.streams, strict=True))
+    found = dict(decode(either, sources, ["waves"]))
+    np.testing.assert_array_equal(found["waves"], dict(decode(mixed, sources))["waves"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_mixing_codes_levels_of_any_size_and_shape(data):
+    rows, columns = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 40))
+    period = data.draw(st.sampled_from([p for p in range(1, columns + 1) if columns % p == 0]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    size = data.draw(st.sampled_from([0.0, 0.1, 1.0, 30.0, 1e4, 1e8]))
+    weights = {"w": (size * rng.standard_cauchy((rows, columns))).clip(-4e8, 4e8).astype(np.float32)}
+    sources = [Source("w", (rows, columns), rows, columns, period)]
+    params = TrellisParams(1.0, 8, stream_weights=256, mixing_gain=ALWAYS)
+    encoded = encode(sources, weights.__getitem__, params, Rotations())
+    plain = encode(sources, weights.__getitem__, replace(params, mixing_gain=NEVER), Rotations())
+    np.testing.assert_array_equal(dict(decode(encoded, sources))["w"], dict(decode(plain, sources))["w"])
+
+
+def small(mixing_gain):
     sources, weights = model()
     sources = [s for s in sources if s.key in ("conv", "low rank", "row", "no rows")]
-    return sources, round_trip(sources, weights, TrellisParams(0.5, 32, stream_weights=4096))[0]
+    params = TrellisParams(0.5, 32, stream_weights=4096, mixing_gain=mixing_gain)
+    return sources, round_trip(sources, weights, params)[0]
 
 
-SMALL = None
+SMALL = {}
 
 
-def hostile_decode(side, streams):
-    sources = SMALL[0]
+def hostile_decode(sources, side, streams):
     try:
         decoded = dict(decode(EncodedStreams(side, streams), sources))
     except ValueError as error:
@@ -210,12 +263,14 @@ def hostile_decode(side, streams):
     assert all(decoded[s.key].shape == (s.rows, s.columns) for s in sources)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_damaged_streams_end_in_a_value_error_or_in_tensors(data):
-    global SMALL  # encoded once
-    SMALL = SMALL or small()
-    parts = [SMALL[1].side, *SMALL[1].streams]
+    mixing_gain = data.draw(st.sampled_from([ALWAYS, NEVER]))
+    if mixing_gain not in SMALL:  # encoded once
+        SMALL[mixing_gain] = small(mixing_gain)
+    sources, encoded = SMALL[mixing_gain]
+    parts = [encoded.side, *encoded.streams]
     which = data.draw(st.integers(0, len(parts) - 1))
     kind = data.draw(st.sampled_from(["flip", "cut", "random", "longer"]))
     part = bytearray(parts[which])
@@ -228,7 +283,7 @@ def test_damaged_streams_end_in_a_value_error_or_in_tensors(data):
     else:
         part += data.draw(st.binary(min_size=1, max_size=20))
     parts[which] = bytes(part)
-    hostile_decode(parts[0], tuple(parts[1:]))
+    hostile_decode(sources, parts[0], tuple(parts[1:]))
 
 
 def test_a_stream_too_short_for_its_shapes_is_refused_before_memory_is_asked_for():

@@ -85,7 +85,8 @@ def exp2(log):
 def code_mixed(encoding, bit, models, a, b, c, weights, which, rates, low, span, code, position, length, buffer):
     """One decision predicted by models a, b and c, all of which learn, as do the weights of set `which`.
 
-    (bit, low, span, code, position) afterwards. No sum overflows: a weight moves by less than 2^11 at a time.
+    (bit, low, span, code, position) afterwards. A weight moves by less than 2^12 at a time, and log odds stay below
+    2^12: no sum overflows within 2^38 decisions.
     """
     log_a = _STRETCH[models[a, 0] >> 4]
     log_b = _STRETCH[models[b, 0] >> 4]

@@ -181,7 +181,7 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
             age[2] = row_age
             age[3] = column_age
             age[4] = row_age
-            plain = min(max(log_mean + clue[0], _FIRST), _LAST)
+            plain = min(max(log_mean + clue[0], _FIRST), _LAST)  # its classes lie between those of the scale
             log_scale = log_mean
             for i in range(_N_CLUES):
                 clue[i] = min(max(clue[i], -_MAX_CLUE), _MAX_CLUE)
@@ -219,12 +219,8 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
             which = (parity + (parity & label)) * N_UNARY
             a = plain_scale * _PER_CLASS + which
             b = _BY_GUESS + (scale * _N_GUESSES + min(max((sure >> 7) + 5, 0), _N_GUESSES - 1)) * _PER_CLASS + which
-            c = (
-                _BY_PHASE
-                + (min((log_scale - _FIRST + 32) >> 7, 39) * _N_PHASES + (phase if period <= _N_PHASES else 0))
-                * _PER_CLASS
-                + which
-            )
+            coarse = min((log_scale - _FIRST + 32) >> 7, N_CLASSES // 2 - 1)
+            c = _BY_PHASE + (coarse * _N_PHASES + (phase if period <= _N_PHASES else 0)) * _PER_CLASS + which
             level = np.int64(0)
             index = np.int64(0)
             if encoding:
