@@ -127,11 +127,9 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
     phase_mean = np.full(period, scale0, np.int64)
     phase_count = np.ones(period, np.int64)
     recent = np.empty((2, period), np.int64)  # by phase: magnitudes met, and expected
-    here = np.empty((2, n_columns + 2), np.int64)  # likewise by column; one more at each end
-    above = np.full((2, n_columns + 2), scale0, np.int64)
-    here[:] = scale0
+    by_column = np.full((2, 2, n_columns + 2), scale0, np.int64)  # likewise, of two rows; one more at each end
     margin = max(_LEFT_TAPS, period + 1)
-    past = np.zeros((3, margin + n_columns + 1), np.int64)  # this row's levels, those above, and two above
+    past = np.zeros((3, margin + n_columns + 1), np.int64)  # the levels of three rows
     clue = np.empty(_N_CLUES, np.int64)
     age = np.zeros(_N_CLUES, np.int64)
     state = 0
@@ -143,18 +141,15 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
             row_age += 1
         share_rate = _SHARE_RATE + _FIRST_SHARE_RATE * _SHARE_RATE_WEIGHTS // (_SHARE_RATE_WEIGHTS + seen[0])
         seen[0] = min(seen[0] + n_columns, _MOST_SEEN)
-        if r > 0:
-            above[:] = here
-        past[2] = past[1]
-        past[1] = past[0]
-        past[0] = 0
+        here, above = by_column[r & 1], by_column[1 - (r & 1)]
+        row, row_above, row_before = past[r % 3], past[(r + 2) % 3], past[(r + 1) % 3]
         met = scale0 * 8
         expected = scale0 * 8
         fast_met = scale0 * 8
         fast_expected = scale0 * 8
-        recent[:] = scale0
-        here[0, 0] = scale0
-        here[1, 0] = scale0
+        for i in range(period):
+            recent[0, i] = scale0
+            recent[1, i] = scale0
         phase = 0
         column_age = 0
         for j in range(n_columns):
@@ -195,19 +190,19 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
             guess = np.int64(0)
             energy = np.int64(_TAP_FLOOR)
             for i in range(_LEFT_TAPS):
-                near = past[0, at - _LEFT_TAPS + i]
+                near = row[at - _LEFT_TAPS + i]
                 guess += taps[i] * near
                 energy += near * near
             for i in range(3):
-                near = past[1, at - 1 + i]
+                near = row_above[at - 1 + i]
                 guess += taps[_LEFT_TAPS + i] * near
                 energy += near * near
-            near = past[2, at]
+            near = row_before[at]
             guess += taps[_LEFT_TAPS + 3] * near
             energy += near * near
             if period > 1:
                 for i in range(3):
-                    near = past[0, at - period - 1 + i]
+                    near = row[at - period - 1 + i]
                     guess += taps[_LEFT_TAPS + 4 + i] * near
                     energy += near * near
             guess = min(max(guess, -_MAX_GUESS << 16), _MAX_GUESS << 16)
@@ -252,9 +247,9 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
                     return False
                 toward = -1 if guess < 0 else 1
                 a = _SIGNS + min(max((3 * sure >> 8) + 10, 0), _N_SURE - 1) * 4 + min(magnitude, 4) - 1
-                left = past[0, at - period] if period > 1 else past[0, at - 2]
-                b = _SIGNS_NEAR + 2 * _three_signs(past[0, at - 1], left, past[1, at], toward) + is_convolution
-                c = _SIGNS_FAR + 2 * _three_signs(past[0, at - 2], past[1, at - 1], past[1, at + 1], toward)
+                left = row[at - period] if period > 1 else row[at - 2]
+                b = _SIGNS_NEAR + 2 * _three_signs(row[at - 1], left, row_above[at], toward) + is_convolution
+                c = _SIGNS_FAR + 2 * _three_signs(row[at - 2], row_above[at - 1], row_above[at + 1], toward)
                 bit, low, span, code, position = code_mixed(
                     encoding, 1 if level * toward < 0 else 0, models, a, b, c + is_convolution, weights, _SIGN_SET,
                     rates, low, span, code, position, length, buffer,
@@ -269,14 +264,14 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
             known = min(max(level, -_MAX_GUESS), _MAX_GUESS)
             pull = (((known << 16) - guess) * _TAP_RATE) // energy
             for i in range(_LEFT_TAPS):
-                taps[i] += (pull * past[0, at - _LEFT_TAPS + i]) >> 16
+                taps[i] += (pull * row[at - _LEFT_TAPS + i]) >> 16
             for i in range(3):
-                taps[_LEFT_TAPS + i] += (pull * past[1, at - 1 + i]) >> 16
-            taps[_LEFT_TAPS + 3] += (pull * past[2, at]) >> 16
+                taps[_LEFT_TAPS + i] += (pull * row_above[at - 1 + i]) >> 16
+            taps[_LEFT_TAPS + 3] += (pull * row_before[at]) >> 16
             if period > 1:
                 for i in range(3):
-                    taps[_LEFT_TAPS + 4 + i] += (pull * past[0, at - period - 1 + i]) >> 16
-            past[0, at] = known
+                    taps[_LEFT_TAPS + 4 + i] += (pull * row[at - period - 1 + i]) >> 16
+            row[at] = known
             statistic = min(abs(level), MAX_STATISTIC) << 12
             scale = exp2(log_scale)
             pull = min(((statistic - scale) << 16) // (scale + 4096), 3 << 16) * share_rate
