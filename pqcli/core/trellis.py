@@ -100,7 +100,7 @@ class TrellisParams:
     `step` is the distance of neighbouring levels; `rate_weight` what a bit may cost in squared steps; more `n_states`
     find less error for more time (decoding takes no longer); a stream holds about `stream_weights` weights, a power
     of two. A stream's levels are coded by mixing, three times as slow to decode, where that saves more than
-    `mixing_gain` of its bytes: with 0 (found out on the whole stream, else on a part) always the smaller, with 1 never.
+    `mixing_gain` of its bytes: with 0 wherever it is smaller, with 1 never.
     """
 
     step: float
@@ -418,38 +418,50 @@ def _encode_stream(
         if source.key in rotations.use:
             apply(matrix, rotations.items[rotations.use[source.key]], inverse=False)
         blocks.append(_block(matrix, _period(source, source.key in rotations.transposed)))
-    found = _search(blocks, params)
+    written = _smaller(blocks, _search(blocks, params), params)
     next_state = _trellis(params.n_states)
-    is_mixed = _mixing_pays(blocks, found, params)
-    data, points, lengths = _written(blocks, found, next_state, is_mixed)
     errors = []
     for block in blocks:
         decoded = np.empty_like(block.weights)
-        dequantize(block.levels, block.labels, next_state, points, decoded)
+        dequantize(block.levels, block.labels, next_state, written.points, decoded)
         decoded -= block.weights
         errors.append(float(np.sum(np.square(decoded, dtype=np.float64))))
-    return _Stream(data, is_mixed, errors, lengths)
+    return _Stream(written.data, written.is_mixed, errors, written.lengths)
 
 
-def _mixing_pays(blocks: Sequence[_Block], points: Matrix, params: TrellisParams) -> bool:
-    """Whether mixing saves what is asked of it; short of the last byte, the first rows of each segment tell."""
+@dataclass(frozen=True)
+class _Written:
+    """A stream's bytes, the points as a reader will have them, and each segment's share of the bytes."""
+
+    data: bytes
+    is_mixed: bool
+    points: Matrix
+    lengths: list[int]
+
+
+def _smaller(blocks: Sequence[_Block], points: Matrix, params: TrellisParams) -> _Written:
+    """The stream coded by mixing where that saves what is asked of it, which the first rows foretell; else without."""
+    plain = _written(blocks, points, params, is_mixed=False)
     if params.mixing_gain >= 1:
-        return False
+        return plain
+
+    def pays(mixed: _Written, plain: _Written) -> bool:
+        return len(mixed.data) < (1 - params.mixing_gain) * len(plain.data)
+
     if params.mixing_gain > 0:
         heights = [-(-len(block.levels) // _MIXING_TRIAL_SHARE) for block in blocks]
-        blocks = [replace(block, levels=block.levels[:n]) for block, n in zip(blocks, heights, strict=True)]
+        some = [replace(block, levels=block.levels[:n]) for block, n in zip(blocks, heights, strict=True)]
+        if not pays(*(_written(some, points, params, is_mixed=is_mixed) for is_mixed in (True, False))):
+            return plain
+    mixed = _written(blocks, points, params, is_mixed=True)
+    return mixed if pays(mixed, plain) else plain
+
+
+def _written(blocks: Sequence[_Block], points: Matrix, params: TrellisParams, *, is_mixed: bool) -> _Written:
     next_state = _trellis(params.n_states)
-    plain, mixed = (len(_written(blocks, points, next_state, is_mixed)[0]) for is_mixed in (False, True))
-    return mixed < (1 - params.mixing_gain) * plain
-
-
-def _written(
-    blocks: Sequence[_Block], points: Matrix, next_state: NDArray[np.int64], is_mixed: bool
-) -> tuple[bytes, Matrix, list[int]]:
-    """The stream of the blocks' levels, the points as a reader will have them, and each block's share of the bytes."""
     coder = _level_coder_for_writing(sum(block.levels.size for block in blocks))
     points = _code_points(coder, points)
-    code = _level_code(coder, is_mixed)
+    code = _level_code(coder, is_mixed=is_mixed)
     ends = []
     previous_class = 0
     for block in blocks:
@@ -457,7 +469,8 @@ def _written(
         ends.append(int(coder.window[3]))
     data = coder.finish()
     ends[-1] = len(data)
-    return data, points, [min(end, len(data)) - start for start, end in zip([0, *ends], ends, strict=False)]
+    lengths = [min(end, len(data)) - start for start, end in zip([0, *ends], ends, strict=False)]
+    return _Written(data, is_mixed, points, lengths)
 
 
 def _decode_stream(
@@ -528,7 +541,7 @@ def _levels_of_stream(
     next_state = _trellis(side.n_states)
     coder = _level_coder_for_reading(data)
     points = _code_points(coder, np.zeros((3, 0), np.float32))
-    code = _level_code(coder, is_mixed)
+    code = _level_code(coder, is_mixed=is_mixed)
     previous_class = 0
     for segment, shape in zip(segments, shapes, strict=True):
         source = sources[segment.source]
@@ -699,7 +712,7 @@ _LevelCode = Callable[[NDArray[np.int32], NDArray[np.uint8], int, int, NDArray[n
 """(levels, labels, period, scale0, next_state): writes or reads a segment's levels; False where these are nonsense."""
 
 
-def _level_code(coder: RangeCoder, is_mixed: bool) -> _LevelCode:
+def _level_code(coder: RangeCoder, *, is_mixed: bool) -> _LevelCode:
     """How the levels of one stream are coded; what is learned from one segment serves the next."""
     from pqcli.core.rangecoder import RATES
     from pqcli.core.trellis_kernels import code_levels
