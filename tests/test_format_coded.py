@@ -242,10 +242,10 @@ def mixed(coder, a, b, c, w):
 
 
 def read_mixed_levels(coder, state, shape, labels, period, scale0, n_states):
-    """FORMAT.md, "Mixed levels": levels and the set each was read from."""
+    """FORMAT.md, "Mixed levels": levels, the set each was read from, and guesses."""
     rows, columns = shape
     h0, h1 = POLYNOMIALS[n_states]
-    levels, sets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    levels, sets, guesses = (np.zeros(shape, np.int64) for _ in range(3))
     mean, cc = [0] * columns, [2] * columns
     pm, pc = [scale0] * period, [1] * period
     q = int(period > 1)
@@ -337,9 +337,9 @@ def read_mixed_levels(coder, state, shape, labels, period, scale0, n_states):
             cc[j] = min(cc[j] + 1, 120)
             pm[p] += (x - pm[p]) * RATE[pc[p]] >> 16
             pc[p] = min(pc[p] + 1, 500)
-            levels[r, j], sets[r, j] = level, which
+            levels[r, j], sets[r, j], guesses[r, j] = level, which, guess
         above = here
-    return levels, sets
+    return levels, sets, guesses
 
 
 def reflections(basis):
@@ -449,10 +449,17 @@ def read_stream(data, is_mixed, segments, shapes, periods, n_states):
         o, q = divmod(g, 4)
         scale0 = ((4096, 4871, 5793, 6889)[q] << 6) >> (6 - o) if o < 6 else 4096 << o
         matrix = (stop - start, columns), labels, period, scale0, n_states
-        levels, sets = read_mixed_levels(coder, mixing, *matrix) if is_mixed else read_levels(coder, models, *matrix)
+        if is_mixed:
+            levels, sets, guesses = read_mixed_levels(coder, mixing, *matrix)
+            lean = coder.integer(models.I1)
+        else:
+            levels, sets = read_levels(coder, models, *matrix)
         size = np.abs(levels)
         values = np.where(size < 8, points[sets, np.minimum(size, 7)], size.astype(f32))
-        yield source, start, np.where(levels < 0, -values, values).astype(f32)
+        values = np.where(levels < 0, -values, values).astype(f32)
+        if is_mixed:
+            values += f32(lean / 64) * np.clip((guesses / 65536).astype(f32) - values, f32(-1), f32(1))
+        yield source, start, values
     coder.end()
 
 

@@ -1,12 +1,12 @@
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pqcli.core.rangecoder import RATES, RangeCoder
 from pqcli.core.trellis import (
     N_STATES,
     EncodedStreams,
@@ -20,6 +20,8 @@ from pqcli.core.trellis import (
     fit_rotations,
     stream_layout,
 )
+from pqcli.core.trellis_kernels import BYTES_PER_LEVEL
+from pqcli.core.trellis_mixing import Mixing, code_levels_mixed
 
 
 def model(seed=0):
@@ -196,15 +198,27 @@ ALWAYS, NEVER = -1.0, 1.0
 """`mixing_gain`s."""
 
 
-@pytest.mark.parametrize("mixing_gain", [ALWAYS, NEVER])
-def test_both_coders_of_levels_give_the_same_tensors(mixing_gain):
+def test_both_coders_of_levels_code_the_same_levels():
     sources, weights = model()
-    encoded, decoded = round_trip(sources, weights, TrellisParams(0.3, 32, mixing_gain=mixing_gain))
-    plain, expected = round_trip(sources, weights, TrellisParams(0.3, 32, mixing_gain=NEVER))
-    assert encoded.mixes == (mixing_gain == ALWAYS)
-    assert (encoded.streams == plain.streams) == (mixing_gain == NEVER)
-    for key in weights:
-        np.testing.assert_array_equal(decoded[key], expected[key])
+    mixed, plain = (
+        round_trip(sources, weights, TrellisParams(0.3, 32, mixing_gain=gain))[0] for gain in (ALWAYS, NEVER)
+    )
+    assert (mixed.mixes, plain.mixes) == (True, False)
+    assert mixed.streams != plain.streams
+    assert entropies(mixed, sources) == entropies(plain, sources)
+
+
+def test_leaning_towards_what_was_guessed_never_raises_the_error():
+    sources, weights = model()
+    steps = np.arange(64) * np.linspace(0.1, 0.6, 30)[:, None]
+    weights["waves"] = np.sin(steps).astype(np.float32)
+    sources.append(Source("waves", (30, 64), 30, 64))
+    mixed, plain = (
+        round_trip(sources, weights, TrellisParams(0.3, 32, mixing_gain=gain))[0].squared_errors
+        for gain in (ALWAYS, NEVER)
+    )
+    assert all(mixed[key] <= plain[key] * (1 + 1e-6) for key in weights)
+    assert mixed["waves"] < 0.95 * plain["waves"]
 
 
 def test_streams_are_mixed_one_by_one_where_that_saves_enough():
@@ -229,19 +243,34 @@ def test_streams_are_mixed_one_by_one_where_that_saves_enough():
     np.testing.assert_array_equal(found["waves"], dict(decode(mixed, sources))["waves"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(st.data())
-def test_mixing_codes_levels_of_any_size_and_shape(data):
+def test_mixing_gives_back_levels_of_any_size_and_shape(data):
     rows, columns = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 40))
     period = data.draw(st.sampled_from([p for p in range(1, columns + 1) if columns % p == 0]))
-    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    labels = np.array(data.draw(st.lists(st.integers(0, 1), min_size=columns, max_size=columns)), np.uint8)
     size = data.draw(st.sampled_from([0.0, 0.1, 1.0, 30.0, 1e4, 1e8]))
-    weights = {"w": (size * rng.standard_cauchy((rows, columns))).clip(-4e8, 4e8).astype(np.float32)}
-    sources = [Source("w", (rows, columns), rows, columns, period)]
-    params = TrellisParams(1.0, 8, stream_weights=256, mixing_gain=ALWAYS)
-    encoded = encode(sources, weights.__getitem__, params, Rotations())
-    plain = encode(sources, weights.__getitem__, replace(params, mixing_gain=NEVER), Rotations())
-    np.testing.assert_array_equal(dict(decode(encoded, sources))["w"], dict(decode(plain, sources))["w"])
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    levels = 2 * (size * rng.standard_cauchy((rows, columns))).clip(-5e8, 5e8).astype(np.int32)
+    scale0 = data.draw(st.sampled_from([64, 4096, 1 << 26]))
+    one_state = np.zeros((1, 2), np.int64)
+
+    def code(coder, levels):
+        guesses = np.empty(levels.shape, np.int32)
+        for _ in range(2):  # two segments that share what is learned
+            how = labels, period, scale0, one_state, mixings.pop(), guesses
+            assert code_levels_mixed(coder.encoding, levels, *how, RATES, coder.window, coder.buffer)
+        return guesses
+
+    mixings = [Mixing.fresh()] * 2
+    writer = RangeCoder.writer(2 * BYTES_PER_LEVEL * levels.size, 1)
+    guesses = code(writer, levels.copy())
+    mixings = [Mixing.fresh()] * 2
+    found = np.empty_like(levels)
+    reader = RangeCoder.reader(writer.finish(), 1)
+    np.testing.assert_array_equal(code(reader, found), guesses)
+    np.testing.assert_array_equal(found, levels)
+    reader.finish()
 
 
 def small(mixing_gain):

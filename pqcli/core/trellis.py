@@ -11,7 +11,7 @@ so that the weights of a row are quantized together, as one long vector: most of
 the limit of sphere packing. Where weights are small against the step the odd set also holds zero (`labels` 0),
 elsewhere it is pure (`labels` 1), by column or kernel position. Levels are coded by `code_levels` with adaptive
 contexts, or by `code_levels_mixed`, which takes longer, where that saves enough; they decode to points that are the
-centroids of the weights that chose them.
+centroids of the weights that chose them, moved a little towards what the coder had predicted.
 
 Tensors are cut into *streams* that are coded each by itself, by several threads at once: one stream holds rows of one
 large tensor, or several small tensors. How, follows from the shapes alone (`stream_layout`).
@@ -83,6 +83,7 @@ _MAX_SIZE = float(1 << 29)
 """Largest weight in steps; a level must stay an int32."""
 _MIXING_TRIAL_SHARE = 8
 _MIXES = 1 << 7
+_LEANS = 64
 _WEIGHTS_PER_BYTE = 12_000
 """No stream holds more weights per byte: the surest decision has a probability of 1 - 32/65536."""
 _LARGEST = float(np.finfo(np.float32).max)
@@ -410,81 +411,109 @@ def _encode_stream(
     params: TrellisParams,
     rotations: Rotations,
 ) -> _Stream:
-    from pqcli.core.trellis_kernels import dequantize
-
     blocks = []
     for matrix, segment in zip(weights, segments, strict=True):
         source = sources[segment.source]
         if source.key in rotations.use:
             apply(matrix, rotations.items[rotations.use[source.key]], inverse=False)
         blocks.append(_block(matrix, _period(source, source.key in rotations.transposed)))
-    written = _smaller(blocks, _search(blocks, params), params)
-    next_state = _trellis(params.n_states)
-    errors = []
-    for block in blocks:
-        decoded = np.empty_like(block.weights)
-        dequantize(block.levels, block.labels, next_state, written.points, decoded)
-        decoded -= block.weights
-        errors.append(float(np.sum(np.square(decoded, dtype=np.float64))))
-    return _Stream(written.data, written.is_mixed, errors, written.lengths)
+    return _smaller(blocks, _search(blocks, params), params)
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A stream's bytes, the points as a reader will have them, and each segment's share of the bytes."""
-
-    data: bytes
-    is_mixed: bool
-    points: Matrix
-    lengths: list[int]
-
-
-def _smaller(blocks: Sequence[_Block], points: Matrix, params: TrellisParams) -> _Written:
+def _smaller(blocks: Sequence[_Block], points: Matrix, params: TrellisParams) -> _Stream:
     """The stream coded by mixing where that saves what is asked of it, which the first rows foretell; else without."""
     plain = _written(blocks, points, params, is_mixed=False)
     if params.mixing_gain >= 1:
         return plain
 
-    def pays(mixed: _Written, plain: _Written) -> bool:
+    def pays(mixed: _Stream, plain: _Stream) -> bool:
         return len(mixed.data) < (1 - params.mixing_gain) * len(plain.data)
 
     if params.mixing_gain > 0:
         heights = [-(-len(block.levels) // _MIXING_TRIAL_SHARE) for block in blocks]
-        some = [replace(block, levels=block.levels[:n]) for block, n in zip(blocks, heights, strict=True)]
+        some = [
+            replace(block, weights=block.weights[:n], levels=block.levels[:n])
+            for block, n in zip(blocks, heights, strict=True)
+        ]
         if not pays(*(_written(some, points, params, is_mixed=is_mixed) for is_mixed in (True, False))):
             return plain
     mixed = _written(blocks, points, params, is_mixed=True)
     return mixed if pays(mixed, plain) else plain
 
 
-def _written(blocks: Sequence[_Block], points: Matrix, params: TrellisParams, *, is_mixed: bool) -> _Written:
+def _written(blocks: Sequence[_Block], points: Matrix, params: TrellisParams, *, is_mixed: bool) -> _Stream:
     next_state = _trellis(params.n_states)
     coder = _level_coder_for_writing(sum(block.levels.size for block in blocks))
     points = _code_points(coder, points)
     code = _level_code(coder, is_mixed=is_mixed)
-    ends = []
+    errors, ends = [], []
     previous_class = 0
     for block in blocks:
-        previous_class = _code_block(coder, code, block.levels, block.labels, block.period, previous_class, next_state)
+        decoded = _Decoded.empty(block.levels, block.labels, points, is_mixed=is_mixed)
+        previous_class = _code_block(coder, code, decoded, block.period, previous_class, next_state)
+        if is_mixed:
+            decoded = _code_lean(coder, decoded, _best_lean(decoded, block.weights, next_state))
         ends.append(int(coder.window[3]))
+        difference = decoded.weights(next_state)
+        difference -= block.weights
+        errors.append(float(np.sum(np.square(difference, dtype=np.float64))))
     data = coder.finish()
     ends[-1] = len(data)
     lengths = [min(end, len(data)) - start for start, end in zip([0, *ends], ends, strict=False)]
-    return _Written(data, is_mixed, points, lengths)
+    return _Stream(data, is_mixed, errors, lengths)
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A segment as a reader has it; `guesses`, as many as levels, and `lean`, in 1/64, only where levels are mixed."""
+
+    levels: NDArray[np.int32]
+    labels: NDArray[np.uint8]
+    points: Matrix
+    guesses: NDArray[np.int32]
+    lean: int = 0
+
+    @classmethod
+    def empty(cls, levels: NDArray[np.int32], labels: NDArray[np.uint8], points: Matrix, *, is_mixed: bool) -> _Decoded:
+        """With room for guesses where there will be some."""
+        return cls(levels, labels, points, np.zeros(levels.shape if is_mixed else (0, 0), np.int32))
+
+    def weights(self, next_state: NDArray[np.int64]) -> Matrix:
+        """In steps: the points of the levels, moved towards what was guessed of them."""
+        from pqcli.core.trellis_kernels import dequantize
+
+        weights = np.empty(self.levels.shape, np.float32)
+        dequantize(self.levels, self.labels, next_state, self.points, weights)
+        if self.lean:
+            from pqcli.core.trellis_mixing import lean
+
+            lean(weights, self.guesses, np.float32(self.lean / _LEANS))
+        return weights
+
+
+def _best_lean(decoded: _Decoded, weights: Matrix, next_state: NDArray[np.int64]) -> int:
+    """How far weights lie from their points towards the guesses: the share that leaves the least squared error."""
+    points = decoded.weights(next_state)
+    ways = np.clip(decoded.guesses / np.float32(65536) - points, -1, 1)
+    energy = float(np.sum(np.square(ways, dtype=np.float64)))
+    return int(
+        np.clip(
+            round(_LEANS * float(np.sum((weights - points) * ways, dtype=np.float64)) / max(energy, 1e-9)), 0, _LEANS
+        )
+    )
 
 
 def _decode_stream(
     data: bytes, is_mixed: bool, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
 ) -> list[Matrix]:
     """The segments' weights (coded rows, coded columns)."""
-    from pqcli.core.trellis_kernels import dequantize, scale_up
+    from pqcli.core.trellis_kernels import scale_up
 
     next_state = _trellis(side.n_states)
     found = []
-    for segment, levels, labels, points in _levels_of_stream(data, is_mixed, segments, sources, side):
+    for segment, decoded in _levels_of_stream(data, is_mixed, segments, sources, side):
         source = sources[segment.source]
-        weights = np.empty(levels.shape, np.float32)
-        dequantize(levels, labels, next_state, points, weights)
+        weights = decoded.weights(next_state)
         if source.key in side.rotations.use:
             apply(weights, side.rotations.items[side.rotations.use[source.key]], inverse=True)
         scale_up(weights, side.step_of(segment.source))
@@ -500,10 +529,10 @@ def _count_stream(
 
     next_state = _trellis(side.n_states)
     found = []
-    for _, levels, labels, _ in _levels_of_stream(data, is_mixed, segments, sources, side):
-        which = np.empty(levels.shape, np.uint8)
-        sets(levels, labels, next_state, which)
-        found.append(_counts(3 * levels.astype(np.int64) + which))
+    for _, decoded in _levels_of_stream(data, is_mixed, segments, sources, side):
+        which = np.empty(decoded.levels.shape, np.uint8)
+        sets(decoded.levels, decoded.labels, next_state, which)
+        found.append(_counts(3 * decoded.levels.astype(np.int64) + which))
     return found
 
 
@@ -529,8 +558,8 @@ def _entropy_bits(counts: Mapping[int, int]) -> float:
 
 def _levels_of_stream(
     data: bytes, is_mixed: bool, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
-) -> Iterator[tuple[Segment, NDArray[np.int32], NDArray[np.uint8], Matrix]]:
-    """(segment, levels, labels, reconstruction points) of the segments in turn."""
+) -> Iterator[tuple[Segment, _Decoded]]:
+    """The segments in turn, with what they hold."""
     shapes = [
         (s.stop - s.start, sources[s.source].n_weights // _height(sources[s.source], side.rotations.transposed))
         for s in segments
@@ -546,10 +575,10 @@ def _levels_of_stream(
     for segment, shape in zip(segments, shapes, strict=True):
         source = sources[segment.source]
         flipped = source.key in side.rotations.transposed
-        levels = np.empty(shape, np.int32)
-        labels = np.empty(shape[1], np.uint8)
-        previous_class = _code_block(coder, code, levels, labels, _period(source, flipped), previous_class, next_state)
-        yield segment, levels, labels, points
+        levels, labels = np.empty(shape, np.int32), np.empty(shape[1], np.uint8)
+        decoded = _Decoded.empty(levels, labels, points, is_mixed=is_mixed)
+        previous_class = _code_block(coder, code, decoded, _period(source, flipped), previous_class, next_state)
+        yield segment, _code_lean(coder, decoded) if is_mixed else decoded
     coder.finish()
 
 
@@ -708,8 +737,8 @@ def _code_points(coder: RangeCoder, points: Matrix) -> Matrix:
     return result
 
 
-_LevelCode = Callable[[NDArray[np.int32], NDArray[np.uint8], int, int, NDArray[np.int64]], bool]
-"""(levels, labels, period, scale0, next_state): writes or reads a segment's levels; False where these are nonsense."""
+_LevelCode = Callable[[_Decoded, int, int, NDArray[np.int64]], bool]
+"""(decoded, period, scale0, next_state): writes or reads a segment's levels; False where these are nonsense."""
 
 
 def _level_code(coder: RangeCoder, *, is_mixed: bool) -> _LevelCode:
@@ -717,19 +746,34 @@ def _level_code(coder: RangeCoder, *, is_mixed: bool) -> _LevelCode:
     from pqcli.core.rangecoder import RATES
     from pqcli.core.trellis_kernels import code_levels
 
+    encoding, window, buffer = coder.encoding, coder.window, coder.buffer
     if not is_mixed:
-        return lambda *segment: code_levels(coder.encoding, *segment, coder.models, RATES, coder.window, coder.buffer)
+        return lambda decoded, *how: code_levels(
+            encoding, decoded.levels, decoded.labels, *how, coder.models, RATES, window, buffer
+        )
     from pqcli.core.trellis_mixing import Mixing, code_levels_mixed
 
     mixing = Mixing.fresh()
-    return lambda *segment: code_levels_mixed(coder.encoding, *segment, mixing, RATES, coder.window, coder.buffer)
+    return lambda decoded, *how: code_levels_mixed(
+        encoding, decoded.levels, decoded.labels, *how, mixing, decoded.guesses, RATES, window, buffer
+    )
+
+
+def _code_lean(coder: RangeCoder, decoded: _Decoded, lean: int = 0) -> _Decoded:
+    """Behind the levels of a segment that are mixed: how far its weights lie towards the guesses."""
+    from pqcli.core.rangecoder import N_INTEGER_MODELS
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS
+
+    lean = coder.integer(N_LEVEL_MODELS + 2 + N_INTEGER_MODELS, lean)
+    if lean > _LEANS:
+        raise ValueError(f"weights moved by {lean}/{_LEANS}")
+    return replace(decoded, lean=lean)
 
 
 def _code_block(
     coder: RangeCoder,
     code: _LevelCode,
-    levels: NDArray[np.int32],
-    labels: NDArray[np.uint8],
+    decoded: _Decoded,
     period: int,
     previous_class: int,
     next_state: NDArray[np.int64],
@@ -737,6 +781,7 @@ def _code_block(
     """One segment: the class of its mean magnitude, its labels, its levels. The class, for the next to differ from."""
     from pqcli.core.trellis_kernels import N_LEVEL_MODELS
 
+    levels, labels = decoded.levels, decoded.labels
     scale_class = 0
     if coder.encoding:
         mean = float(np.mean(np.abs(levels), dtype=np.float64))
@@ -756,7 +801,7 @@ def _code_block(
         labels[:] = np.tile(labels[:period], n_columns // period)
     octave, quarter = divmod(scale_class, 4)
     scale0 = ((4096, 4871, 5793, 6889)[quarter] << 6 >> (6 - octave)) if octave < 6 else 4096 << octave
-    if not code(levels, labels, period, scale0, next_state):
+    if not code(decoded, period, scale0, next_state):
         raise ValueError("a level is beyond all bounds")
     return scale_class
 

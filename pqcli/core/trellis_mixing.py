@@ -9,7 +9,8 @@ It takes three to four times as long. Weights that are independent given their r
 transformers are, gain next to nothing; small convolutional networks gain a percent, filters that vary smoothly ten or
 twenty. Hence every stream says which of the two coded it.
 
-Shapes: levels (rows, columns) int32; labels (columns,) uint8; clues are in 1/256 octaves, shares and taps in 1/65536.
+Shapes: levels, guesses (rows, columns) int32; labels (columns,) uint8; weights (rows, columns) float32. Guesses are
+levels in 1/65536; clues are in 1/256 octaves, shares and taps in 1/65536.
 """
 
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, check-untyped-defs=False
@@ -114,8 +115,11 @@ def _three_signs(a, b, c, factor):
 
 
 @kernel
-def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixing, rates, window, buffer):
-    """Write or read the levels of one matrix; False when what is read cannot be a stream. See `code_levels`."""
+def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixing, guesses, rates, window, buffer):
+    """Write or read the levels of one matrix; False when what is read cannot be a stream. See `code_levels`.
+
+    Also fills in the guesses.
+    """
     n_rows, n_columns = levels.shape
     models, weights, seen = mixing.models, mixing.weights, mixing.seen
     is_convolution = 1 if period > 1 else 0
@@ -206,6 +210,7 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
                     guess += taps[_LEFT_TAPS + 4 + i] * near
                     energy += near * near
             guess = min(max(guess, -_MAX_GUESS << 16), _MAX_GUESS << 16)
+            guesses[r, j] = guess
             sure = log2((abs(guess) >> 4) + 1) - log_scale
 
             shift = max(0, (scale - LARGE_CLASS) >> 2)
@@ -296,3 +301,14 @@ def code_levels_mixed(encoding, levels, labels, period, scale0, next_state, mixi
                 phase = 0
     window[0], window[1], window[2], window[3] = low, span, code, position
     return True
+
+
+@kernel
+def lean(weights, guesses, share):
+    """Move weights, in steps, by `share` of the way to their guesses, but never by more than `share`. In place."""
+    one = np.float32(1.0)
+    unit = np.float32(1.0 / 65536)
+    for r in range(weights.shape[0]):
+        for j in range(weights.shape[1]):
+            way = np.float32(guesses[r, j]) * unit - weights[r, j]
+            weights[r, j] += share * min(max(way, -one), one)
