@@ -38,6 +38,8 @@ Matrix = NDArray[np.float32]
 Read = Callable[[str], Matrix]
 
 CODECS: Final = ("trellis", "ecpq")
+MIXING: Final = "trellis-mixing"
+"""The feature of files of which a stream is coded by mixing."""
 RATE_WEIGHT: Final = 0.3
 """What a bit may cost, in squared steps: close to the slope of the rate-distortion curve at all rates of interest."""
 STATES_BELOW: Final = ((4e6, 2048), (64e6, 1024), (math.inf, 256))
@@ -51,17 +53,24 @@ SAMPLING_EXCESS: Final = 0.004
 """A sample takes more bytes by this fraction than its share: contexts learn less from it."""
 DRAFT_EXCESS: Final = 0.025
 """What more error the few states of a draft leave, as a fraction."""
+MIXING_GAINS: Final = ((8e6, 0.0), (math.inf, 0.06))
+"""What mixing must save of a stream's bytes to be used, by the number of weights: large checkpoints should not take
+three times as long to decode for less."""
 SKIPPED_TENSORS: Final = 16
 """A decoder passes over so many tensors before it starts anew behind them."""
 
 
 @dataclass(frozen=True)
 class Coded:
-    """What a codec made of all tensors. `tensor_bytes` tells each one's share of the streams, and is not data."""
+    """What a codec made of all tensors. `tensor_bytes` tells each one's share of the streams, and is not data.
+
+    `features` are those that the file needs beside the codec's own.
+    """
 
     shared: bytes
     streams: Sequence[bytes]
     tensor_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
+    features: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -140,7 +149,7 @@ class TrellisCoder(Coder):
     def encode(self, level: float) -> Coded:
         """All tensors at this level; rotations are fitted for the first level asked for, and kept."""
         encoded = self._encoded(self.sources, self.read, level, self._n_states)
-        return Coded(encoded.side, encoded.streams, encoded.coded_bytes)
+        return Coded(encoded.side, encoded.streams, encoded.coded_bytes, (MIXING,) if encoded.mixes else ())
 
     def draft(self, level: float) -> Draft:
         """From some rows of every large tensor, with few states; the rows are read once and kept in memory."""
@@ -182,7 +191,8 @@ class TrellisCoder(Coder):
         from pqcli.core import trellis
 
         steps = self.steps.at(level)
-        params = trellis.TrellisParams(level, n_states, RATE_WEIGHT)
+        gain = next(gain for below, gain in MIXING_GAINS if self.n_weights < below)
+        params = trellis.TrellisParams(level, n_states, RATE_WEIGHT, mixing_gain=gain)
         return trellis.encode(sources, read, params, self._rotations_for(steps), steps, n_threads())
 
 

@@ -115,7 +115,7 @@ class Frame:
         shares = {record.name: record for record in records}
         about = {"codec": codec, "shared": len(coded.shared), "streams": [len(stream) for stream in coded.streams]}
         all_records = [shares.get(record.name, record) for record in self.records]
-        manifest = make_manifest(self.source, self.recipe, all_records, about, [KEPT_CODED])
+        manifest = make_manifest(self.source, self.recipe, all_records, about, [KEPT_CODED, *coded.features])
         entries = tensor_entries(manifest) + shared_entries(manifest, self.kept_bytes, SHORT_HASH_BYTES)
         if worth_entropies(manifest):
             entries.append(entropies_entry(manifest))

@@ -1,6 +1,6 @@
-"""A second reader of `trellis` and `kept-coded` files, written from FORMAT.md alone: slow, plain Python.
+"""A second reader of `trellis`, `trellis-mixing` and `kept-coded` files, written from FORMAT.md alone.
 
-It shares no code with the package, so that whoever follows the specification gets the same tensors.
+Slow, plain Python. It shares no code with the package, so that whoever follows the specification gets the same tensors.
 """
 
 import json
@@ -14,6 +14,7 @@ import zstandard
 from safetensors.numpy import load_file
 
 import pqcli
+from pqcli import codecs
 
 f32, f64 = np.float32, np.float64
 RATE = [655360 // (10 * n + 16) for n in range(501)]
@@ -129,22 +130,10 @@ def read_levels(coder, models, shape, labels, period, scale0, n_states):
             n = 0
             while n < 15 and coder.adaptive(models.L[c][which][n]):
                 n += 1
-            if n == 15:
-                b = 0
-                while coder.bit():
-                    b += 1
-                n += coder.raw(b, 1) - 1
-            n = coder.raw(h, n)
-            magnitude = 2 * n if parity == 0 else 2 * n + 1 if which == 2 else max(2 * n - 1, 0)
+            magnitude = read_rest(coder, n, h, parity, which)
             level = -magnitude if magnitude and coder.bit() else magnitude
-            if parity == 0:
-                z = (magnitude >> 1) & 1
-            elif which == 2:
-                z = ((level - 1) >> 1) & 1
-            else:
-                z = int(magnitude % 4 == 1)
             if n_states > 1:
-                state = (state >> 1) ^ (h0 >> 1 if state & 1 else 0) ^ (h1 >> 1 if z else 0)
+                state = following(level, parity, which, state, h0, h1)
             x = min(magnitude, 32768) << 12
             met = max(met + x - (met >> 8), 256)
             expected = max(expected + mean[j] - (expected >> 8), 256)
@@ -155,6 +144,202 @@ def read_levels(coder, models, shape, labels, period, scale0, n_states):
             pc[p] = min(pc[p] + 1, 500)
             levels[r, j], sets[r, j] = level, which
     return levels, sets
+
+
+def read_rest(coder, n, h, parity, which):
+    """The magnitude whose unary part was n."""
+    if n == 15:
+        b = 0
+        while coder.bit():
+            b += 1
+        n += coder.raw(b, 1) - 1
+    n = coder.raw(h, n)
+    return 2 * n if parity == 0 else 2 * n + 1 if which == 2 else max(2 * n - 1, 0)
+
+
+def following(level, parity, which, state, h0, h1):
+    """The trellis's next state."""
+    if parity == 0:
+        z = (abs(level) >> 1) & 1
+    elif which == 2:
+        z = ((level - 1) >> 1) & 1
+    else:
+        z = int(abs(level) % 4 == 1)
+    return (state >> 1) ^ (h0 >> 1 if state & 1 else 0) ^ (h1 >> 1 if z else 0)
+
+
+def lg(x: int) -> int:
+    o = x.bit_length() - 1
+    return 256 * o + LOG[((x << 8) >> o) - 256]
+
+
+def power(e: int) -> int:
+    """floor(2^(16 + (e mod 256) / 256)) << (e >> 8)."""
+    return POWER[e % 256] << (e >> 8)
+
+
+def stretch(p: int) -> int:
+    q = 16 * (p >> 4) + 8
+    return LARGE_LOG[q] - LARGE_LOG[65536 - q]
+
+
+def squash(d: int) -> int:
+    if d < 0:
+        return 65536 - squash(-1 - d)
+    t = power(4 * (d >> 2) + 2)
+    return min((t << 16) // (t + 65536), 65504)
+
+
+def floor_log(x: int, below: int = 1) -> int:
+    """floor(256 log2(x / below)), by the definition: the largest l with 2^(l/256) <= x / below."""
+    low = math.floor(256 * math.log2(x / below)) - 1
+    return max(k for k in range(max(low, 0), low + 3) if below**256 << k <= x**256)
+
+
+def floor_power(i: int) -> int:
+    """floor(2^(16 + i/256))."""
+    about = math.floor(2 ** (16 + i / 256))
+    return max(k for k in (about - 1, about, about + 1) if k**256 <= 1 << (16 * 256 + i))
+
+
+LOG = [floor_log(256 + i, 256) for i in range(256)]
+POWER = [floor_power(i) for i in range(256)]
+LARGE_LOG = {q: floor_log(q) for q in range(8, 65536, 16)}
+
+
+def clamp(x: int, low: int, high: int) -> int:
+    return min(max(x, low), high)
+
+
+class Mixing:
+    """FORMAT.md, "State of a stream"."""
+
+    def __init__(self) -> None:
+        self.A = [[[first_level(c, s, i) for i in range(15)] for s in range(3)] for c in range(80)]
+        self.G = [[[[first_level(c, s, i) for i in range(15)] for s in range(3)] for _ in range(8)] for c in range(80)]
+        self.F = [
+            [[[first_level(2 * k + 1, s, i) for i in range(15)] for s in range(3)] for _ in range(32)]
+            for k in range(40)
+        ]
+        self.S = [[[32768, 20] for _ in range(4)] for _ in range(16)]
+        self.N, self.E = ([[[32768, 20] for _ in range(2)] for _ in range(27)] for _ in range(2))
+        self.W = [[[22000] * 3 for _ in range(15)] for _ in range(3)]
+        self.V = [22000] * 3
+        self.shares = [[[65536 if i == 0 else 0] * 10 for i in range(6)] for _ in range(2)]
+        self.taps = [[0] * 15 for _ in range(2)]
+        self.seen = 0
+
+
+def mixed(coder, a, b, c, w):
+    s = [stretch(model[0]) for model in (a, b, c)]
+    chance = squash(clamp(sum(x * y for x, y in zip(w, s, strict=True)) >> 16, -3072, 3071))
+    bit = coder.bit(chance)
+    for i in range(3):
+        w[i] += ((bit * 65536 - chance) * 220 * s[i] + (1 << 23)) >> 24
+    for model in (a, b, c):
+        adapt(model, bit)
+    return bit
+
+
+def read_mixed_levels(coder, state, shape, labels, period, scale0, n_states):
+    """FORMAT.md, "Mixed levels": levels, the set each was read from, and guesses."""
+    rows, columns = shape
+    h0, h1 = POLYNOMIALS[n_states]
+    levels, sets, guesses = (np.zeros(shape, np.int64) for _ in range(3))
+    mean, cc = [0] * columns, [2] * columns
+    pm, pc = [scale0] * period, [1] * period
+    q = int(period > 1)
+    shares, taps = state.shares[q], state.taps[q]
+    known = {}
+
+    def at(row, column):
+        return known.get((row, column), 0) if 0 <= column < columns else 0
+
+    above = [(scale0, scale0)] * (columns + 2)
+    node = 0
+    for r in range(rows):
+        if r % max(1, 2048 // columns) == 0:
+            node = 0
+        rate = 131 + 2622 * 40000 // (40000 + state.seen)
+        state.seen = min(state.seen + columns, 1 << 40)
+        met = expected = fmet = fexpected = 8 * scale0
+        u, v = [scale0] * period, [scale0] * period
+        here = [(scale0, scale0)] * (columns + 2)
+        for j in range(columns):
+            if j and j % 4096 == 0:
+                node = 0
+            p = j % period
+            if r == 0:
+                mean[j] = pm[p]
+            m = max(mean[j], 16)
+            a, b = (above[j][i] + 2 * above[j + 1][i] + above[j + 2][i] for i in range(2))
+            x, y = here[j]
+            clue = [
+                lg(met) - lg(expected),
+                lg(fmet + fexpected) - lg(2 * fexpected),
+                lg(max(pm[p], 16)) - lg(m),
+                lg(u[p] + v[p]) - lg(2 * v[p]),
+                lg(2 * a + b) - lg(3 * b),
+                lg(x + y) - lg(2 * y),
+            ]
+            row_age, column_age = min(r.bit_length(), 9), min(j.bit_length(), 9)
+            ages = column_age, column_age, row_age, column_age, row_age, 0
+            plain = clamp(lg(m) + clue[0], 1536, 6912)
+            clue = [clamp(value, -512, 512) for value in clue]
+            scale = lg(m) + sum(shares[i][ages[i]] * clue[i] >> 16 for i in range(6))
+            scale = clamp(scale, 1536, 6912)
+            near = [at(r, j - 8 + i) for i in range(8)] + [at(r - 1, j - 1 + i) for i in range(3)] + [at(r - 2, j)]
+            if period > 1:
+                near += [at(r, j - period - 1 + i) for i in range(3)]
+            guess = clamp(sum(t * k for t, k in zip(taps, near, strict=False)), -127 * 65536, 127 * 65536)
+            energy = 10 + sum(k * k for k in near)
+            sure = lg((abs(guess) >> 4) + 1) - scale
+            c = min((scale - 1536) >> 6, 79)
+            h = max(0, (c - 38) >> 2)
+            parity = node & 1
+            which = parity + (parity & labels[j])
+            first = state.A[min((plain - 1504) >> 6, 79)][which]
+            second = state.G[c][clamp((sure >> 7) + 5, 0, 7)][which]
+            third = state.F[min((scale - 1504) >> 7, 39)][p if period <= 32 else 0][which]
+            n = 0
+            while n < 15 and mixed(coder, first[n], second[n], third[n], state.W[which][n]):
+                n += 1
+            level = read_rest(coder, n, h, parity, which)
+            if level:
+                t = -1 if guess < 0 else 1
+                three = [
+                    sum(w * (t * int(np.sign(k)) + 1) for w, k in zip((9, 3, 1), places, strict=True))
+                    for places in (
+                        (at(r, j - 1), at(r, j - period) if q else at(r, j - 2), at(r - 1, j)),
+                        (at(r, j - 2), at(r - 1, j - 1), at(r - 1, j + 1)),
+                    )
+                ]
+                by_guess = state.S[clamp((3 * sure >> 8) + 10, 0, 15)][min(level, 4) - 1]
+                differs = mixed(coder, by_guess, state.N[three[0]][q], state.E[three[1]][q], state.V)
+                level = -t * level if differs else t * level
+            node = following(level, parity, which, node, h0, h1)
+            known[r, j] = clamp(level, -127, 127)
+            g = (known[r, j] * 65536 - guess) * 2621 // energy
+            for i, k in enumerate(near):
+                taps[i] += (g * k) >> 16
+            x, y = min(abs(level), 32768) << 12, power(scale) >> 16
+            g = min(((x - y) << 16) // (y + 4096), 196608) * rate
+            for i in range(6):
+                shares[i][ages[i]] = clamp(shares[i][ages[i]] + (g * clue[i] >> 24), 0, 65536)
+            met = max(met + x - (met >> 8), 256)
+            expected = max(expected + m - (expected >> 8), 256)
+            fmet = max(fmet + x - (fmet >> 4), 256)
+            fexpected = max(fexpected + m - (fexpected >> 4), 256)
+            u[p] += (x - u[p]) >> 2
+            v[p] = max(v[p] + ((m - v[p]) >> 2), 1)
+            here[j + 1] = x, m
+            mean[j] += (x - mean[j]) * RATE[cc[j]] >> 16
+            cc[j] = min(cc[j] + 1, 120)
+            pm[p] += (x - pm[p]) * RATE[pc[p]] >> 16
+            pc[p] = min(pc[p] + 1, 500)
+            levels[r, j], sets[r, j], guesses[r, j] = level, which, guess
+        above = here
+    return levels, sets, guesses
 
 
 def reflections(basis):
@@ -203,9 +388,9 @@ def undo(rotation, matrix):
     return vectors.reshape(matrix.shape)
 
 
-def read_side(data, sources):
+def read_side(data, sources, n_streams):
     step = np.frombuffer(data[:4], "<f4")[0]
-    n_states, stream_weights = 1 << data[4], 1 << data[5]
+    n_states, stream_weights = 1 << (data[4] & 127), 1 << data[5]
     coder, models = Range(data[6:]), Models()
     fields, e = [], 0
     for _ in sources:
@@ -222,8 +407,9 @@ def read_side(data, sources):
             precisions.append(precision)
         levels, _ = read_levels(coder, models, (k, size), [1] * size, 1, 16384, 1)
         rotations.append(reflections((levels >> 1) * 2.0 ** -np.array(precisions, f64)[:, None]))
+    is_mixed = [bool(data[4] & 128 and coder.adaptive(models.B[1])) for _ in range(n_streams)]
     coder.end()
-    return step, n_states, stream_weights, fields, rotations
+    return step, n_states, stream_weights, fields, rotations, is_mixed
 
 
 def layout(shapes, stream_weights):
@@ -245,8 +431,8 @@ def layout(shapes, stream_weights):
     return streams + ([filling] if filling else [])
 
 
-def read_stream(data, segments, shapes, periods, n_states):
-    coder, models = Range(data), Models()
+def read_stream(data, is_mixed, segments, shapes, periods, n_states):
+    coder, models, mixing = Range(data), Models(), Mixing()
     points = np.zeros((3, 8), f32)
     for s, magnitudes in enumerate(((2, 4, 6), (1, 3, 5, 7), (1, 3, 5, 7))):
         for magnitude in magnitudes:
@@ -262,23 +448,33 @@ def read_stream(data, segments, shapes, periods, n_states):
         labels = [bits[j % period if period > 1 else j // 16] for j in range(columns)]
         o, q = divmod(g, 4)
         scale0 = ((4096, 4871, 5793, 6889)[q] << 6) >> (6 - o) if o < 6 else 4096 << o
-        levels, sets = read_levels(coder, models, (stop - start, columns), labels, period, scale0, n_states)
+        matrix = (stop - start, columns), labels, period, scale0, n_states
+        if is_mixed:
+            levels, sets, guesses = read_mixed_levels(coder, mixing, *matrix)
+            lean = coder.integer(models.I1)
+        else:
+            levels, sets = read_levels(coder, models, *matrix)
         size = np.abs(levels)
         values = np.where(size < 8, points[sets, np.minimum(size, 7)], size.astype(f32))
-        yield source, start, np.where(levels < 0, -values, values).astype(f32)
+        values = np.where(levels < 0, -values, values).astype(f32)
+        if is_mixed:
+            values += f32(lean / 64) * np.clip((guesses / 65536).astype(f32) - values, f32(-1), f32(1))
+        yield source, start, values
     coder.end()
 
 
 def read_trellis(data, about, sources):
     ends = np.cumsum([about["shared"], *about["streams"]])
-    step, n_states, stream_weights, fields, rotations = read_side(data[: ends[0]], sources)
+    side = read_side(data[: ends[0]], sources, len(about["streams"]))
+    step, n_states, stream_weights, fields, rotations, is_mixed = side
     shapes = [(c, r) if flipped else (r, c) for (r, c, _), (_, _, flipped) in zip(sources, fields, strict=True)]
     periods = [1 if flipped else kernel for (_, _, kernel), (_, _, flipped) in zip(sources, fields, strict=True)]
     matrices = [np.zeros(shape, f32) for shape in shapes]
     streams = layout(shapes, stream_weights)
     assert len(streams) == len(about["streams"])
     for i, segments in enumerate(streams):
-        for source, start, values in read_stream(data[ends[i] : ends[i + 1]], segments, shapes, periods, n_states):
+        stream = data[ends[i] : ends[i + 1]]
+        for source, start, values in read_stream(stream, is_mixed[i], segments, shapes, periods, n_states):
             matrices[source][start : start + len(values)] = values
     for i, (e, rotation, flipped) in enumerate(fields):
         matrix = undo(rotations[rotation - 1], matrices[i]) if rotation else matrices[i]
@@ -352,10 +548,11 @@ def read_plane(body, total, starts, plane):
 
 
 def read_file(path):
-    """All tensors of a file with the features `trellis` and `kept-coded`, by name."""
+    """All tensors of a file with the features `trellis`, `trellis-mixing` and `kept-coded`, by name."""
     entries = load_file(path)
     manifest = json.loads(zlib.decompress(entries["pqcli.manifest"].tobytes()))
     records = manifest["tensors"]
+    assert set(manifest["features"]) <= {"trellis", "trellis-mixing", "kept-coded"}
     coded = [record for record in records if record["action"] == "trellis"]
     sources = []
     for record in coded:
@@ -379,8 +576,14 @@ def read_file(path):
     return found
 
 
-@pytest.mark.parametrize(("quality", "effort"), [("small", 8), ("near-lossless", 256)])
-def test_a_reader_written_from_the_specification_gets_the_same_tensors(tmp_path, quality, effort):
+ALWAYS, NEVER = -1.0, 1.0
+
+
+@pytest.mark.parametrize(
+    ("quality", "effort", "gain"), [("small", 8, NEVER), ("small", 8, ALWAYS), ("near-lossless", 256, ALWAYS)]
+)
+def test_a_reader_written_from_the_specification_gets_the_same_tensors(tmp_path, monkeypatch, quality, effort, gain):
+    monkeypatch.setattr(codecs, "MIXING_GAINS", ((math.inf, gain),))
     generator = torch.Generator().manual_seed(0)
 
     def gaussian(*shape):
@@ -391,6 +594,7 @@ def test_a_reader_written_from_the_specification_gets_the_same_tensors(tmp_path,
         "smooth.weight": smooth,
         "low_rank.weight": gaussian(96, 3) @ gaussian(3, 40) + 0.05 * gaussian(96, 40),
         "flat.weight": gaussian(40, 3) @ gaussian(3, 96) + 0.05 * gaussian(40, 96),
+        "wide.weight": gaussian(6, 4, 7, 7),
         "half.weight": (50 * gaussian(20, 30)).half(),
         "outlier.weight": gaussian(16, 20) * torch.where(torch.arange(320) == 7, 1e5, 1.0).reshape(16, 20),
         "zero.weight": torch.zeros(16, 16),
@@ -404,6 +608,8 @@ def test_a_reader_written_from_the_specification_gets_the_same_tensors(tmp_path,
     torch.save(state, tmp_path / "model.pt")
     path = tmp_path / "model.pq.safetensors"
     pqcli.compress(tmp_path / "model.pt", path, pqcli.Recipe(codec="trellis", quality=quality, effort=effort))
+    with pqcli.open(path) as container:
+        assert ("trellis-mixing" in container.manifest.features) == (gain == ALWAYS)
     expected, found = pqcli.load(path), read_file(path)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

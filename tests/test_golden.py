@@ -35,6 +35,15 @@ def test_there_is_a_golden_file_for_plain_pq_in_format_version_1():
     assert records["large.int"].info.n_bytes > 1 << 16
 
 
+def test_there_are_golden_files_for_both_coders_of_levels():
+    features = {}
+    for name in ("trellis-v1", "trellis-mixing-v1"):
+        with pqcli.open(GOLDEN / f"{name}.pq.safetensors") as container:
+            features[name] = container.manifest.features
+    assert features["trellis-v1"] == ("kept-coded", "trellis")
+    assert features["trellis-mixing-v1"] == ("kept-coded", "trellis", "trellis-mixing")
+
+
 def test_a_golden_file_gives_its_nested_checkpoint_back(tmp_path):
     decoded = torch.load(pqcli.decode(GOLDEN / "plain-v1.pq.safetensors", tmp_path / "model.pt"), weights_only=True)
     original = checkpoint()

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pqcli.core.rangecoder import RATES, RangeCoder
 from pqcli.core.trellis import (
     N_STATES,
     EncodedStreams,
@@ -19,6 +20,8 @@ from pqcli.core.trellis import (
     fit_rotations,
     stream_layout,
 )
+from pqcli.core.trellis_kernels import BYTES_PER_LEVEL
+from pqcli.core.trellis_mixing import Mixing, code_levels_mixed
 
 
 def model(seed=0):
@@ -191,17 +194,96 @@ def test_parameters_without_meaning_are_refused(options, message):
         TrellisParams(**options)
 
 
-def small():
+ALWAYS, NEVER = -1.0, 1.0
+"""`mixing_gain`s."""
+
+
+def test_both_coders_of_levels_code_the_same_levels():
+    sources, weights = model()
+    mixed, plain = (
+        round_trip(sources, weights, TrellisParams(0.3, 32, mixing_gain=gain))[0] for gain in (ALWAYS, NEVER)
+    )
+    assert (mixed.mixes, plain.mixes) == (True, False)
+    assert mixed.streams != plain.streams
+    assert entropies(mixed, sources) == entropies(plain, sources)
+
+
+def test_leaning_towards_what_was_guessed_never_raises_the_error():
+    sources, weights = model()
+    steps = np.arange(64) * np.linspace(0.1, 0.6, 30)[:, None]
+    weights["waves"] = np.sin(steps).astype(np.float32)
+    sources.append(Source("waves", (30, 64), 30, 64))
+    mixed, plain = (
+        round_trip(sources, weights, TrellisParams(0.3, 32, mixing_gain=gain))[0].squared_errors
+        for gain in (ALWAYS, NEVER)
+    )
+    assert all(mixed[key] <= plain[key] * (1 + 1e-6) for key in weights)
+    assert mixed["waves"] < 0.95 * plain["waves"]
+
+
+def test_streams_are_mixed_one_by_one_where_that_saves_enough():
+    rng = np.random.default_rng(0)
+    steps = np.arange(128) * rng.uniform(0.05, 0.5, (128, 1))
+    weights = {
+        "noise": rng.standard_normal((128, 128)).astype(np.float32),
+        "waves": np.sin(steps + rng.uniform(0, 6, (128, 1))).astype(np.float32),
+    }
+    sources = [Source(key, w.shape, *w.shape) for key, w in weights.items()]
+
+    def encoded(mixing_gain):
+        params = TrellisParams(0.3, 32, stream_weights=1 << 14, mixing_gain=mixing_gain)
+        return encode(sources, weights.__getitem__, params, Rotations())
+
+    plain, either, mixed = encoded(NEVER), encoded(0.05), encoded(ALWAYS)
+    assert either.mixes
+    assert either.streams == (plain.streams[0], mixed.streams[1])
+    assert len(mixed.streams[1]) < 0.8 * len(plain.streams[1])
+    assert encoded(0.0).streams == tuple(min(pair, key=len) for pair in zip(plain.streams, mixed.streams, strict=True))
+    found = dict(decode(either, sources, ["waves"]))
+    np.testing.assert_array_equal(found["waves"], dict(decode(mixed, sources))["waves"])
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_mixing_gives_back_levels_of_any_size_and_shape(data):
+    rows, columns = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 40))
+    period = data.draw(st.sampled_from([p for p in range(1, columns + 1) if columns % p == 0]))
+    labels = np.array(data.draw(st.lists(st.integers(0, 1), min_size=columns, max_size=columns)), np.uint8)
+    size = data.draw(st.sampled_from([0.0, 0.1, 1.0, 30.0, 1e4, 1e8]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    levels = 2 * (size * rng.standard_cauchy((rows, columns))).clip(-5e8, 5e8).astype(np.int32)
+    scale0 = data.draw(st.sampled_from([64, 4096, 1 << 26]))
+    one_state = np.zeros((1, 2), np.int64)
+
+    def code(coder, levels):
+        guesses = np.empty(levels.shape, np.int32)
+        for _ in range(2):  # two segments that share what is learned
+            how = labels, period, scale0, one_state, *mixings.pop(), guesses
+            assert code_levels_mixed(coder.encoding, levels, *how, RATES, coder.window, coder.buffer)
+        return guesses
+
+    mixings = [Mixing.fresh()] * 2
+    writer = RangeCoder.writer(2 * BYTES_PER_LEVEL * levels.size, 1)
+    guesses = code(writer, levels.copy())
+    mixings = [Mixing.fresh()] * 2
+    found = np.empty_like(levels)
+    reader = RangeCoder.reader(writer.finish(), 1)
+    np.testing.assert_array_equal(code(reader, found), guesses)
+    np.testing.assert_array_equal(found, levels)
+    reader.finish()
+
+
+def small(mixing_gain):
     sources, weights = model()
     sources = [s for s in sources if s.key in ("conv", "low rank", "row", "no rows")]
-    return sources, round_trip(sources, weights, TrellisParams(0.5, 32, stream_weights=4096))[0]
+    params = TrellisParams(0.5, 32, stream_weights=4096, mixing_gain=mixing_gain)
+    return sources, round_trip(sources, weights, params)[0]
 
 
-SMALL = None
+SMALL = {}
 
 
-def hostile_decode(side, streams):
-    sources = SMALL[0]
+def hostile_decode(sources, side, streams):
     try:
         decoded = dict(decode(EncodedStreams(side, streams), sources))
     except ValueError as error:
@@ -210,12 +292,14 @@ def hostile_decode(side, streams):
     assert all(decoded[s.key].shape == (s.rows, s.columns) for s in sources)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_damaged_streams_end_in_a_value_error_or_in_tensors(data):
-    global SMALL  # encoded once
-    SMALL = SMALL or small()
-    parts = [SMALL[1].side, *SMALL[1].streams]
+    mixing_gain = data.draw(st.sampled_from([ALWAYS, NEVER]))
+    if mixing_gain not in SMALL:  # encoded once
+        SMALL[mixing_gain] = small(mixing_gain)
+    sources, encoded = SMALL[mixing_gain]
+    parts = [encoded.side, *encoded.streams]
     which = data.draw(st.integers(0, len(parts) - 1))
     kind = data.draw(st.sampled_from(["flip", "cut", "random", "longer"]))
     part = bytearray(parts[which])
@@ -228,7 +312,7 @@ def test_damaged_streams_end_in_a_value_error_or_in_tensors(data):
     else:
         part += data.draw(st.binary(min_size=1, max_size=20))
     parts[which] = bytes(part)
-    hostile_decode(parts[0], tuple(parts[1:]))
+    hostile_decode(sources, parts[0], tuple(parts[1:]))
 
 
 def test_a_stream_too_short_for_its_shapes_is_refused_before_memory_is_asked_for():

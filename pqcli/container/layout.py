@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from pqcli.codecs import CODECS
+from pqcli.codecs import CODECS, MIXING
 from pqcli.container.records import HASH_BYTES, Manifest, Record, is_bundled
 from pqcli.peek import MANIFEST
 from pqcli.tensorinfo import ITEM_BYTES
 
 VERSION: Final = 1
 KEPT_CODED: Final = "kept-coded"
-FEATURES: Final = frozenset({"pq", KEPT_CODED, *CODECS})
+FEATURES: Final = frozenset({"pq", KEPT_CODED, MIXING, *CODECS})
 HASHES, ERRORS, ENTROPIES, KEPT, CODED = (
     "pqcli.hashes", "pqcli.errors", "pqcli.entropies", "pqcli.kept", "pqcli.coded",
 )  # fmt: skip

@@ -150,7 +150,7 @@ class Writer:
         if coded is not None:
             about = {"codec": codec, "shared": len(coded.shared), "streams": [len(stream) for stream in coded.streams]}
             self._put_all(CODED, [coded.shared, *coded.streams])
-        features = [KEPT_CODED] if self.compact else []
+        features = [*([KEPT_CODED] if self.compact else []), *(coded.features if coded is not None else ())]
         manifest = make_manifest(source, recipe, [item.record for item in items], about, features)
         hash_bytes = SHORT_HASH_BYTES if self.compact else HASH_BYTES
         self._put(KEPT, self.bundle(order))

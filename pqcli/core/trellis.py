@@ -10,7 +10,8 @@ one bit cheaper than all of them would be, and the Viterbi search picks, among a
 so that the weights of a row are quantized together, as one long vector: most of the way from scalar quantization to
 the limit of sphere packing. Where weights are small against the step the odd set also holds zero (`labels` 0),
 elsewhere it is pure (`labels` 1), by column or kernel position. Levels are coded by `code_levels` with adaptive
-contexts, and decode to points that are the centroids of the weights that chose them.
+contexts, or by `code_levels_mixed`, which takes longer, where that saves enough; they decode to points that are the
+centroids of the weights that chose them, moved a little towards what the coder had predicted.
 
 Tensors are cut into *streams* that are coded each by itself, by several threads at once: one stream holds rows of one
 large tensor, or several small tensors. How, follows from the shapes alone (`stream_layout`).
@@ -22,7 +23,7 @@ import struct
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -80,6 +81,9 @@ _TRIAL_SHARE = 4
 _TRIAL_ALL_BELOW = 1 << 18
 _MAX_SIZE = float(1 << 29)
 """Largest weight in steps; a level must stay an int32."""
+_MIXING_TRIAL_SHARE = 8
+_MIXES = 1 << 7
+_LEANS = 64
 _WEIGHTS_PER_BYTE = 12_000
 """No stream holds more weights per byte: the surest decision has a probability of 1 - 32/65536."""
 _LARGEST = float(np.finfo(np.float32).max)
@@ -96,13 +100,15 @@ class TrellisParams:
 
     `step` is the distance of neighbouring levels; `rate_weight` what a bit may cost in squared steps; more `n_states`
     find less error for more time (decoding takes no longer); a stream holds about `stream_weights` weights, a power
-    of two.
+    of two. A stream's levels are coded by mixing, three times as slow to decode, where that saves more than
+    `mixing_gain` of its bytes: with 0 wherever it is smaller, with 1 never.
     """
 
     step: float
     n_states: int = 256
     rate_weight: float = 0.3
     stream_weights: int = 1 << 20
+    mixing_gain: float = 0.0
 
     def __post_init__(self) -> None:
         if not (0.0 < float(np.float32(self.step)) < _LARGEST):
@@ -131,6 +137,11 @@ class EncodedStreams:
         """Size of all of it."""
         return len(self.side) + sum(map(len, self.streams))
 
+    @property
+    def mixes(self) -> bool:
+        """Whether any stream was coded by mixing, which a decoder must know how to undo."""
+        return len(self.side) >= _HEADER.size and self.side[4] & _MIXES != 0
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -139,9 +150,6 @@ class Segment:
     source: int
     start: int
     stop: int
-
-
-_Levels = tuple[Segment, NDArray[np.int32], NDArray[np.uint8], Matrix]
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,7 @@ class _Side:
     stream_weights: int
     exponents: tuple[int, ...]
     rotations: Rotations
+    mixed: frozenset[int] = frozenset()
 
     def step_of(self, index: int) -> np.float32:
         """The step of source number `index`: step * 2^(exponent / 8), in defined arithmetic."""
@@ -207,15 +216,18 @@ def encode(
         rotations,
     )
     streams: list[bytes] = []
+    mixed: set[int] = set()
     errors = {source.key: 0.0 for source in sources}
     sizes = {source.key: 0 for source in sources}
-    pending: deque[tuple[tuple[Segment, ...], Future[tuple[bytes, list[float], list[int]]]]] = deque()
+    pending: deque[tuple[tuple[Segment, ...], Future[_Stream]]] = deque()
 
     def collect() -> None:
         segments, future = pending.popleft()
-        data, squared, lengths = future.result()
-        streams.append(data)
-        for segment, error, length in zip(segments, squared, lengths, strict=True):
+        stream = future.result()
+        if stream.is_mixed:
+            mixed.add(len(streams))
+        streams.append(stream.data)
+        for segment, error, length in zip(segments, stream.squared_errors, stream.lengths, strict=True):
             errors[sources[segment.source].key] += error * float(side.step_of(segment.source)) ** 2
             sizes[sources[segment.source].key] += length
 
@@ -232,7 +244,8 @@ def encode(
                 collect()
         while pending:
             collect()
-    return EncodedStreams(_code_side(side, sources), tuple(streams), errors, sizes)
+    side = replace(side, mixed=frozenset(mixed))
+    return EncodedStreams(_code_side(side, sources, len(streams)), tuple(streams), errors, sizes)
 
 
 def decode(
@@ -286,15 +299,11 @@ def entropies(encoded: EncodedStreams, sources: Sequence[Source], n_threads: int
 
 
 def _parsed(encoded: EncodedStreams, sources: Sequence[Source]) -> tuple[_Side, list[tuple[Segment, ...]]]:
-    side = _parse_side(encoded.side, sources)
-    layout = stream_layout(sources, side.rotations.transposed, side.stream_weights)
-    if len(layout) != len(encoded.streams):
-        raise ValueError(f"{len(encoded.streams)} streams where the shapes make {len(layout)}")
-    return side, layout
+    return _parse_side(encoded.side, sources, len(encoded.streams))
 
 
 def _ahead(
-    work: Callable[[bytes, Sequence[Segment], Sequence[Source], _Side], list[_T]],
+    work: Callable[[bytes, bool, Sequence[Segment], Sequence[Source], _Side], list[_T]],
     encoded: EncodedStreams,
     layout: Sequence[tuple[Segment, ...]],
     sources: Sequence[Source],
@@ -310,7 +319,9 @@ def _ahead(
             while needed or pending:
                 while needed and len(pending) <= n_threads:
                     i = needed.pop(0)
-                    pending.append((i, pool.submit(work, encoded.streams[i], layout[i], sources, side)))
+                    pending.append(
+                        (i, pool.submit(work, encoded.streams[i], i in side.mixed, layout[i], sources, side))
+                    )
                 i, future = pending.popleft()
                 yield from zip(layout[i], future.result(), strict=True)
         finally:
@@ -406,60 +417,139 @@ def _period(source: Source, transposed: bool) -> int:
     return 1 if transposed else source.kernel
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """A stream's bytes, whether mixing coded them, and by segment the squared error in squared steps, and the bytes."""
+
+    data: bytes
+    is_mixed: bool
+    squared_errors: list[float]
+    lengths: list[int]
+
+
 def _encode_stream(
     weights: list[Matrix],
     segments: Sequence[Segment],
     sources: Sequence[Source],
     params: TrellisParams,
     rotations: Rotations,
-) -> tuple[bytes, list[float], list[int]]:
-    """One stream's bytes, the squared error of each segment in squared steps, and its share of the bytes."""
-    from pqcli.core.trellis_kernels import dequantize
-
+) -> _Stream:
     blocks = []
     for matrix, segment in zip(weights, segments, strict=True):
         source = sources[segment.source]
         if source.key in rotations.use:
             apply(matrix, rotations.items[rotations.use[source.key]], inverse=False)
         blocks.append(_block(matrix, _period(source, source.key in rotations.transposed)))
-    points = _search(blocks, params)
+    return _smaller(blocks, _search(blocks, params), params)
+
+
+def _smaller(blocks: Sequence[_Block], points: Matrix, params: TrellisParams) -> _Stream:
+    """The stream coded by mixing where that saves what is asked of it, which the first rows foretell; else without."""
+    plain = _written(blocks, points, params, is_mixed=False)
+    if params.mixing_gain >= 1:
+        return plain
+
+    def pays(mixed: _Stream, plain: _Stream) -> bool:
+        return len(mixed.data) < (1 - params.mixing_gain) * len(plain.data)
+
+    if params.mixing_gain > 0:
+        heights = [-(-len(block.levels) // _MIXING_TRIAL_SHARE) for block in blocks]
+        some = [
+            replace(block, weights=block.weights[:n], levels=block.levels[:n])
+            for block, n in zip(blocks, heights, strict=True)
+        ]
+        if not pays(*(_written(some, points, params, is_mixed=is_mixed) for is_mixed in (True, False))):
+            return plain
+    mixed = _written(blocks, points, params, is_mixed=True)
+    return mixed if pays(mixed, plain) else plain
+
+
+def _written(blocks: Sequence[_Block], points: Matrix, params: TrellisParams, *, is_mixed: bool) -> _Stream:
     next_state = _trellis(params.n_states)
-    coder = _level_coder_for_writing(sum(block.weights.size for block in blocks))
+    coder = _level_coder_for_writing(sum(block.levels.size for block in blocks))
     points = _code_points(coder, points)
+    code = _level_code(coder, is_mixed=is_mixed)
     errors, ends = [], []
     previous_class = 0
     for block in blocks:
-        previous_class = _code_block(coder, block.levels, block.labels, block.period, previous_class, next_state)
-        decoded = np.empty_like(block.weights)
-        dequantize(block.levels, block.labels, next_state, points, decoded)
-        decoded -= block.weights
-        errors.append(float(np.sum(np.square(decoded, dtype=np.float64))))
+        decoded = _Decoded.empty(block.levels, block.labels, points, is_mixed=is_mixed)
+        previous_class = _code_block(coder, code, decoded, block.period, previous_class, next_state)
+        if is_mixed:
+            decoded = _code_lean(coder, decoded, _best_lean(decoded, block.weights, next_state))
         ends.append(int(coder.window[3]))
+        difference = decoded.weights(next_state)
+        difference -= block.weights
+        errors.append(float(np.sum(np.square(difference, dtype=np.float64))))
     data = coder.finish()
     ends[-1] = len(data)
-    return data, errors, [min(end, len(data)) - start for start, end in zip([0, *ends], ends, strict=False)]
+    lengths = [min(end, len(data)) - start for start, end in zip([0, *ends], ends, strict=False)]
+    return _Stream(data, is_mixed, errors, lengths)
 
 
-def _decode_stream(data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side) -> list[Matrix]:
+@dataclass(frozen=True)
+class _Decoded:
+    """A segment as a reader has it; `guesses`, as many as levels, and `lean`, in 1/64, only where levels are mixed."""
+
+    levels: NDArray[np.int32]
+    labels: NDArray[np.uint8]
+    points: Matrix
+    guesses: NDArray[np.int32]
+    lean: int = 0
+
+    @classmethod
+    def empty(cls, levels: NDArray[np.int32], labels: NDArray[np.uint8], points: Matrix, *, is_mixed: bool) -> _Decoded:
+        """With room for guesses where there will be some."""
+        return cls(levels, labels, points, np.zeros(levels.shape if is_mixed else (0, 0), np.int32))
+
+    def weights(self, next_state: NDArray[np.int64]) -> Matrix:
+        """In steps: the points of the levels, moved towards what was guessed of them."""
+        from pqcli.core.trellis_kernels import dequantize
+
+        weights = np.empty(self.levels.shape, np.float32)
+        dequantize(self.levels, self.labels, next_state, self.points, weights)
+        if self.lean:
+            from pqcli.core.trellis_mixing import lean
+
+            lean(weights, self.guesses, np.float32(self.lean / _LEANS))
+        return weights
+
+
+_Piece = tuple[Segment, _Decoded]
+
+
+def _best_lean(decoded: _Decoded, weights: Matrix, next_state: NDArray[np.int64]) -> int:
+    """How far weights lie from their points towards the guesses: the share that leaves the least squared error."""
+    points = decoded.weights(next_state)
+    ways = np.clip(decoded.guesses / np.float32(65536) - points, -1, 1)
+    energy = float(np.sum(np.square(ways, dtype=np.float64)))
+    return int(
+        np.clip(
+            round(_LEANS * float(np.sum((weights - points) * ways, dtype=np.float64)) / max(energy, 1e-9)), 0, _LEANS
+        )
+    )
+
+
+def _decode_stream(
+    data: bytes, is_mixed: bool, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
+) -> list[Matrix]:
     """The segments' weights (coded rows, coded columns)."""
-    return [_weights(piece, sources, side) for piece in _levels_of_stream(data, segments, sources, side)]
+    return [_weights(piece, sources, side) for piece in _levels_of_stream(data, is_mixed, segments, sources, side)]
 
 
 def _decode_and_count_stream(
-    data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
+    data: bytes, is_mixed: bool, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
 ) -> list[tuple[Matrix, dict[int, int]]]:
     """What `_decode_stream` and `_count_stream` give, for little more than one of them."""
-    pieces = _levels_of_stream(data, segments, sources, side)
+    pieces = _levels_of_stream(data, is_mixed, segments, sources, side)
     return [(_weights(piece, sources, side), _symbol_counts(piece, side)) for piece in pieces]
 
 
-def _weights(piece: _Levels, sources: Sequence[Source], side: _Side) -> Matrix:
-    from pqcli.core.trellis_kernels import dequantize, scale_up
+def _weights(piece: _Piece, sources: Sequence[Source], side: _Side) -> Matrix:
+    from pqcli.core.trellis_kernels import scale_up
 
-    segment, levels, labels, points = piece
+    segment, decoded = piece
     source = sources[segment.source]
-    weights = np.empty(levels.shape, np.float32)
-    dequantize(levels, labels, _trellis(side.n_states), points, weights)
+    weights = decoded.weights(_trellis(side.n_states))
     if source.key in side.rotations.use:
         apply(weights, side.rotations.items[side.rotations.use[source.key]], inverse=True)
     scale_up(weights, side.step_of(segment.source))
@@ -467,19 +557,19 @@ def _weights(piece: _Levels, sources: Sequence[Source], side: _Side) -> Matrix:
 
 
 def _count_stream(
-    data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
+    data: bytes, is_mixed: bool, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
 ) -> list[dict[int, int]]:
     """How often each symbol, 3 * level + set, occurs in each segment."""
-    return [_symbol_counts(piece, side) for piece in _levels_of_stream(data, segments, sources, side)]
+    return [_symbol_counts(piece, side) for piece in _levels_of_stream(data, is_mixed, segments, sources, side)]
 
 
-def _symbol_counts(piece: _Levels, side: _Side) -> dict[int, int]:
+def _symbol_counts(piece: _Piece, side: _Side) -> dict[int, int]:
     from pqcli.core.trellis_kernels import sets
 
-    _, levels, labels, _ = piece
-    which = np.empty(levels.shape, np.uint8)
-    sets(levels, labels, _trellis(side.n_states), which)
-    return _counts(3 * levels.astype(np.int64) + which)
+    _, decoded = piece
+    which = np.empty(decoded.levels.shape, np.uint8)
+    sets(decoded.levels, decoded.labels, _trellis(side.n_states), which)
+    return _counts(3 * decoded.levels.astype(np.int64) + which)
 
 
 def _counts(symbols: NDArray[np.int64]) -> dict[int, int]:
@@ -503,9 +593,9 @@ def _entropy_bits(counts: Mapping[int, int]) -> float:
 
 
 def _levels_of_stream(
-    data: bytes, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
-) -> Iterator[_Levels]:
-    """(segment, levels, labels, reconstruction points) of the segments in turn."""
+    data: bytes, is_mixed: bool, segments: Sequence[Segment], sources: Sequence[Source], side: _Side
+) -> Iterator[_Piece]:
+    """The segments in turn, with what they hold."""
     shapes = [
         (s.stop - s.start, sources[s.source].n_weights // _height(sources[s.source], side.rotations.transposed))
         for s in segments
@@ -516,14 +606,15 @@ def _levels_of_stream(
     next_state = _trellis(side.n_states)
     coder = _level_coder_for_reading(data)
     points = _code_points(coder, np.zeros((3, 0), np.float32))
+    code = _level_code(coder, is_mixed=is_mixed)
     previous_class = 0
     for segment, shape in zip(segments, shapes, strict=True):
         source = sources[segment.source]
         flipped = source.key in side.rotations.transposed
-        levels = np.empty(shape, np.int32)
-        labels = np.empty(shape[1], np.uint8)
-        previous_class = _code_block(coder, levels, labels, _period(source, flipped), previous_class, next_state)
-        yield segment, levels, labels, points
+        levels, labels = np.empty(shape, np.int32), np.empty(shape[1], np.uint8)
+        decoded = _Decoded.empty(levels, labels, points, is_mixed=is_mixed)
+        previous_class = _code_block(coder, code, decoded, _period(source, flipped), previous_class, next_state)
+        yield segment, _code_lean(coder, decoded) if is_mixed else decoded
     coder.finish()
 
 
@@ -682,18 +773,51 @@ def _code_points(coder: RangeCoder, points: Matrix) -> Matrix:
     return result
 
 
+_LevelCode = Callable[[_Decoded, int, int, NDArray[np.int64]], bool]
+"""(decoded, period, scale0, next_state): writes or reads a segment's levels; False where these are nonsense."""
+
+
+def _level_code(coder: RangeCoder, *, is_mixed: bool) -> _LevelCode:
+    """How the levels of one stream are coded; what is learned from one segment serves the next."""
+    from pqcli.core.rangecoder import RATES
+    from pqcli.core.trellis_kernels import code_levels
+
+    encoding, window, buffer = coder.encoding, coder.window, coder.buffer
+    if not is_mixed:
+        return lambda decoded, *how: code_levels(
+            encoding, decoded.levels, decoded.labels, *how, coder.models, RATES, window, buffer
+        )
+    from pqcli.core.trellis_mixing import Mixing, code_levels_mixed
+
+    mixing = Mixing.fresh()
+    return lambda decoded, *how: code_levels_mixed(
+        encoding, decoded.levels, decoded.labels, *how, *mixing, decoded.guesses, RATES, window, buffer
+    )
+
+
+def _code_lean(coder: RangeCoder, decoded: _Decoded, lean: int = 0) -> _Decoded:
+    """Behind the levels of a segment that are mixed: how far its weights lie towards the guesses."""
+    from pqcli.core.rangecoder import N_INTEGER_MODELS
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS
+
+    lean = coder.integer(N_LEVEL_MODELS + 2 + N_INTEGER_MODELS, lean)
+    if lean > _LEANS:
+        raise ValueError(f"weights moved by {lean}/{_LEANS}")
+    return replace(decoded, lean=lean)
+
+
 def _code_block(
     coder: RangeCoder,
-    levels: NDArray[np.int32],
-    labels: NDArray[np.uint8],
+    code: _LevelCode,
+    decoded: _Decoded,
     period: int,
     previous_class: int,
     next_state: NDArray[np.int64],
 ) -> int:
     """One segment: the class of its mean magnitude, its labels, its levels. The class, for the next to differ from."""
-    from pqcli.core.rangecoder import RATES
-    from pqcli.core.trellis_kernels import N_LEVEL_MODELS, code_levels
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS
 
+    levels, labels = decoded.levels, decoded.labels
     scale_class = 0
     if coder.encoding:
         mean = float(np.mean(np.abs(levels), dtype=np.float64))
@@ -713,10 +837,7 @@ def _code_block(
         labels[:] = np.tile(labels[:period], n_columns // period)
     octave, quarter = divmod(scale_class, 4)
     scale0 = ((4096, 4871, 5793, 6889)[quarter] << 6 >> (6 - octave)) if octave < 6 else 4096 << octave
-    good = code_levels(
-        coder.encoding, levels, labels, period, scale0, next_state, coder.models, RATES, coder.window, coder.buffer
-    )
-    if not good:
+    if not code(decoded, period, scale0, next_state):
         raise ValueError("a level is beyond all bounds")
     return scale_class
 
@@ -724,18 +845,21 @@ def _code_block(
 # --- the layout of the side information -------------------------------------------------------------------------------
 
 
-def _code_side(side: _Side, sources: Sequence[Source]) -> bytes:
+def _code_side(side: _Side, sources: Sequence[Source], n_streams: int) -> bytes:
     entries = sum(item.basis.size for item in side.rotations.items)
-    coder = _level_coder_for_writing(entries + 64 * len(sources) + 64)
+    coder = _level_coder_for_writing(entries + 64 * len(sources) + n_streams + 64)
     _code_side_fields(coder, side, sources)
-    header = _HEADER.pack(side.step, side.n_states.bit_length() - 1, side.stream_weights.bit_length() - 1)
-    return header + coder.finish()
+    if side.mixed:
+        _code_mixed(coder, side.mixed, n_streams)
+    log_states = side.n_states.bit_length() - 1 | (_MIXES if side.mixed else 0)
+    return _HEADER.pack(side.step, log_states, side.stream_weights.bit_length() - 1) + coder.finish()
 
 
-def _parse_side(data: bytes, sources: Sequence[Source]) -> _Side:
+def _parse_side(data: bytes, sources: Sequence[Source], n_streams: int) -> tuple[_Side, list[tuple[Segment, ...]]]:
     if len(data) < _HEADER.size:
         raise ValueError(f"side information of {len(data)} bytes")
     step, log_states, log_weights = _HEADER.unpack_from(data)
+    mixes, log_states = log_states & _MIXES, log_states & ~_MIXES
     if not 0.0 < step <= _LARGEST:
         raise ValueError(f"step {step}")
     if 1 << min(log_states, 30) not in N_STATES:
@@ -744,8 +868,20 @@ def _parse_side(data: bytes, sources: Sequence[Source]) -> _Side:
         raise ValueError(f"streams of 2^{log_weights} weights")
     coder = _level_coder_for_reading(data[_HEADER.size :])
     side = _code_side_fields(coder, _Side(step, 1 << log_states, 1 << log_weights, (), Rotations()), sources)
+    layout = stream_layout(sources, side.rotations.transposed, side.stream_weights)
+    if len(layout) != n_streams:
+        raise ValueError(f"{n_streams} streams where the shapes make {len(layout)}")
+    if mixes:
+        side = replace(side, mixed=_code_mixed(coder, frozenset(), n_streams))
     coder.finish()
-    return side
+    return side, layout
+
+
+def _code_mixed(coder: RangeCoder, mixed: frozenset[int], n_streams: int) -> frozenset[int]:
+    """Which streams are coded by mixing."""
+    from pqcli.core.trellis_kernels import N_LEVEL_MODELS
+
+    return frozenset(i for i in range(n_streams) if coder.bit(N_LEVEL_MODELS + 1, int(i in mixed)))
 
 
 def _code_side_fields(coder: RangeCoder, side: _Side, sources: Sequence[Source]) -> _Side:

@@ -32,10 +32,10 @@ N_LEVEL_MODELS = N_CLASSES * 3 * N_UNARY
 BYTES_PER_LEVEL = 32
 """Room that the costliest level needs."""
 
-_LARGE_CLASS = 38
+LARGE_CLASS = 38
 """From this class on (mean magnitude about 11) the low bits of an index are sent as they are, one more per octave."""
-_MAX_STATISTIC = 1 << 15
-_MAX_LEVEL = 1 << 30
+MAX_STATISTIC = 1 << 15
+MAX_LEVEL = 1 << 30
 
 
 @kernel
@@ -71,6 +71,43 @@ def branch(level, parity, label):
 
 
 @kernel
+def code_tail(encoding, index, n, shift, low, span, code, position, length, buffer):
+    """What of an index its `n` unary ones leave open, in raw bits: (index, low, span, code, position) afterwards.
+
+    After N_UNARY ones, the excess in Exp-Golomb code; then the `shift` low bits. The index is -1 where what is read
+    cannot be one.
+    """
+    if n == N_UNARY:
+        excess = (index >> shift) - N_UNARY + 1
+        n_bits = 0
+        while encoding and excess >> (n_bits + 1):
+            n_bits += 1
+        bits = 0
+        while True:
+            bit, low, span, code, position = code_bit(
+                encoding, 1 if bits < n_bits else 0, 32768, low, span, code, position, length, buffer
+            )
+            if bit == 0:
+                break
+            bits += 1
+            if bits > 30:
+                return np.int64(-1), low, span, code, position
+        value = np.int64(1)
+        for i in range(bits - 1, -1, -1):
+            bit, low, span, code, position = code_bit(
+                encoding, (excess >> i) & 1, 32768, low, span, code, position, length, buffer
+            )
+            value = (value << 1) | bit
+        n += value - 1
+    for i in range(shift - 1, -1, -1):
+        bit, low, span, code, position = code_bit(
+            encoding, (index >> i) & 1, 32768, low, span, code, position, length, buffer
+        )
+        n = (n << 1) | bit
+    return n, low, span, code, position
+
+
+@kernel
 def code_levels(encoding, levels, labels, period, scale0, next_state, models, rates, window, buffer):
     """Write or read the levels of one matrix; False when what is read cannot be a stream.
 
@@ -100,7 +137,7 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
                 column_mean[j] = phase_mean[phase]
             mean = column_mean[j]
             scale = _scale_class(mean * met // expected)
-            shift = max(0, (scale - _LARGE_CLASS) >> 2)
+            shift = max(0, (scale - LARGE_CLASS) >> 2)
             parity = state & 1
             label = labels[j]
             context = (scale * 3 + parity + (parity & label)) * N_UNARY
@@ -121,33 +158,12 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
                 if bit == 0:
                     break
                 n += 1
-            if n == N_UNARY:  # Exp-Golomb, in raw bits
-                excess = high - N_UNARY + 1
-                n_bits = 0
-                while encoding and excess >> (n_bits + 1):
-                    n_bits += 1
-                bits = 0
-                while True:
-                    bit, low, span, code, position = code_bit(
-                        encoding, 1 if bits < n_bits else 0, 32768, low, span, code, position, length, buffer
-                    )
-                    if bit == 0:
-                        break
-                    bits += 1
-                    if bits > 30:
-                        return False
-                value = np.int64(1)
-                for i in range(bits - 1, -1, -1):
-                    bit, low, span, code, position = code_bit(
-                        encoding, (excess >> i) & 1, 32768, low, span, code, position, length, buffer
-                    )
-                    value = (value << 1) | bit
-                n += value - 1
-            for i in range(shift - 1, -1, -1):
-                bit, low, span, code, position = code_bit(
-                    encoding, (index >> i) & 1, 32768, low, span, code, position, length, buffer
+            if n == N_UNARY or shift:
+                n, low, span, code, position = code_tail(
+                    encoding, index, n, shift, low, span, code, position, length, buffer
                 )
-                n = (n << 1) | bit
+                if n < 0:
+                    return False
             if not encoding:
                 level = 2 * n + parity if label or n == 0 or parity == 0 else 2 * n - 1
                 if parity and not label and n == 0:
@@ -157,7 +173,7 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
                     encoding, 1 if level < 0 else 0, 32768, low, span, code, position, length, buffer
                 )
                 if not encoding:
-                    if level > _MAX_LEVEL:
+                    if level > MAX_LEVEL:
                         return False
                     if bit:
                         level = -level
@@ -165,7 +181,7 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
                 levels[r, j] = level
             if n_states > 1:
                 state = next_state[state, branch(level, parity, label)]
-            statistic = min(abs(level), _MAX_STATISTIC) << 12
+            statistic = min(abs(level), MAX_STATISTIC) << 12
             met = max(met + statistic - (met >> 8), 256)
             expected = max(expected + mean - (expected >> 8), 256)
             column_mean[j] = mean + (((statistic - mean) * rates[column_count[j]]) >> 16)
@@ -237,7 +253,7 @@ def initial_models() -> NDArray[np.int32]:
     """
     models = np.empty((N_CLASSES, 3, N_UNARY, 2), np.int32)
     for scale_class in range(N_CLASSES):
-        shift = max(0, (scale_class - _LARGE_CLASS) >> 2)
+        shift = max(0, (scale_class - LARGE_CLASS) >> 2)
         octave, quarter = divmod(scale_class, 4)
         mean = (1.0905, 1.2968, 1.5422, 1.8340)[quarter] * 2.0 ** (octave - 6 - shift)
         theta = mean / (mean + 1.0)
