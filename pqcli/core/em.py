@@ -149,9 +149,8 @@ def lloyd(
         empty = sweep.population == 0
         if bool(empty.any()):
             sweep = _fill_empty(blocks, sweep, options, generator)
-            steps = torch.where(
-                empty, 1.0, step
-            ).double()  # an empty cluster's centroid may be anywhere: no way from it
+            # the centroid of an empty cluster may have been anywhere: no way to go further on
+            steps = torch.where(empty, 1.0, step).double()
             codebook = _moved(codebook, sweep, steps[:, None])[sweep.population > 0]
         else:
             codebook = _moved(codebook, sweep, step)
