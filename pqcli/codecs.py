@@ -53,7 +53,7 @@ SAMPLING_EXCESS: Final = 0.004
 """A sample takes more bytes by this fraction than its share: contexts learn less from it."""
 DRAFT_EXCESS: Final = 0.025
 """What more error the few states of a draft leave, as a fraction."""
-MIXING_GAINS: Final = ((8e6, 0.0), (math.inf, 0.03))
+MIXING_GAINS: Final = ((8e6, 0.0), (math.inf, 0.06))
 """What mixing must save of a stream's bytes to be used, by the number of weights: large checkpoints should not take
 three times as long to decode for less."""
 SKIPPED_TENSORS: Final = 16
