@@ -243,12 +243,15 @@ def _compress_each(
 
 
 def _devices(device: torch.device) -> list[torch.device]:
-    """A device per worker: the cores of the CPU; all GPUs where none was named, or the one that was, twice."""
+    """A device per worker: the cores of the CPU; all CUDA cards where none was named, or the one that was, twice."""
     if device.type == "cpu":
         return [device] * n_threads()
-    if device.type == "cuda" and device.index is None:
-        return WORKERS_PER_GPU * [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return WORKERS_PER_GPU * [device]
+    if device.type != "cuda":
+        return [device]
+    cards = (
+        [device] if device.index is not None else [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    )
+    return WORKERS_PER_GPU * cards
 
 
 @contextmanager

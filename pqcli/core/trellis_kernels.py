@@ -71,6 +71,20 @@ def branch(level, parity, label):
 
 
 @kernel
+def index_of(level, parity, label):
+    """What a level's magnitude is counted by: its place among those of its set."""
+    return (abs(level) + (parity & (1 - label))) >> 1
+
+
+@kernel
+def magnitude_of(index, parity, label):
+    """The magnitude that `index_of` counts by `index`."""
+    if parity and not label:
+        return max(2 * index - 1, 0)
+    return 2 * index + parity
+
+
+@kernel
 def code_tail(encoding, index, n, shift, low, span, code, position, length, buffer):
     """What of an index its `n` unary ones leave open, in raw bits: (index, low, span, code, position) afterwards.
 
@@ -145,8 +159,7 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
             index = np.int64(0)
             if encoding:
                 level = np.int64(levels[r, j])
-                magnitude = abs(level)
-                index = (magnitude + (parity & (1 - label))) >> 1
+                index = np.int64(index_of(level, parity, label))
             high = index >> shift
             n = np.int64(0)
             while n < N_UNARY:
@@ -165,9 +178,7 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
                 if n < 0:
                     return False
             if not encoding:
-                level = 2 * n + parity if label or n == 0 or parity == 0 else 2 * n - 1
-                if parity and not label and n == 0:
-                    level = np.int64(0)
+                level = np.int64(magnitude_of(n, parity, label))
             if level != 0:
                 bit, low, span, code, position = code_bit(
                     encoding, 1 if level < 0 else 0, 32768, low, span, code, position, length, buffer

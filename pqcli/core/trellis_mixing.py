@@ -35,7 +35,9 @@ from pqcli.core.trellis_kernels import (
     RUN_LENGTH,
     branch,
     code_tail,
+    index_of,
     initial_models,
+    magnitude_of,
 )
 
 _PER_CLASS = 3 * N_UNARY
@@ -227,7 +229,7 @@ def code_levels_mixed(
             index = np.int64(0)
             if encoding:
                 level = np.int64(levels[r, j])
-                index = (abs(level) + (parity & (1 - label))) >> 1
+                index = np.int64(index_of(level, parity, label))
             high = index >> shift
             n = np.int64(0)
             while n < N_UNARY:
@@ -245,9 +247,7 @@ def code_levels_mixed(
                 if n < 0:
                     return False
             if not encoding:
-                level = 2 * n + parity if label or n == 0 or parity == 0 else 2 * n - 1
-                if parity and not label and n == 0:
-                    level = np.int64(0)
+                level = np.int64(magnitude_of(n, parity, label))
             if level != 0:
                 magnitude = abs(level)
                 if magnitude > MAX_LEVEL:
