@@ -688,7 +688,8 @@ def left_out(file: str | Path) -> tuple[str, ...]:
     with containers.open_container(file) as container:
         if container.manifest.recipe.get("model_only") is not True:
             return ()
-        return tuple(f"{path} ({reason})" for path, reason in container.manifest.source["dropped"] if "asked" in reason)
+        dropped = container.manifest.source["dropped"]
+        return tuple(f"{path} ({reason})" for path, reason in dropped if reason.startswith(checkpoints.LEFT_OUT))
 
 
 def _describe(info: TensorInfo) -> str:

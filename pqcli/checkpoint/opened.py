@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pqcli.checkpoint.tree import Json
     from pqcli.tensorinfo import TensorInfo
 
+LEFT_OUT = "training state, left out as asked"
+"""How the reason for a dropped entry begins where `Checkpoint.model_only` dropped it."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -144,7 +147,7 @@ def _told(tensors: Iterable[TensorInfo]) -> list[Dropped]:
     return [
         Dropped(
             entry,
-            f"training state, left out as asked: {len(infos)} tensor{'s' * (len(infos) > 1)}, {_own_bytes(infos):,} B",
+            f"{LEFT_OUT}: {len(infos)} tensor{'s' * (len(infos) > 1)}, {_own_bytes(infos):,} B",
         )
         for entry, infos in entries.items()
     ]

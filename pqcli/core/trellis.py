@@ -262,7 +262,7 @@ def decode(
     A source's entropy is in `bits`, where that is given, before its weights come (see `entropies`). Raises ValueError
     for bytes that are not what `encode` wrote for these sources.
     """
-    side, layout = _parsed(encoded, sources)
+    side, layout = _parse_side(encoded.side, sources, len(encoded.streams))
     wanted = {source.key for source in sources} if keys is None else set(keys)
     if bits is None:
         found = _ahead(_decode_stream, encoded, layout, sources, side, wanted, n_threads)
@@ -291,16 +291,12 @@ def entropies(encoded: EncodedStreams, sources: Sequence[Source], n_threads: int
     Which set a level comes from is known before it, so the entropy is that of the level given the set. Raises
     ValueError as `decode` does.
     """
-    side, layout = _parsed(encoded, sources)
+    side, layout = _parse_side(encoded.side, sources, len(encoded.streams))
     wanted = {source.key for source in sources}
     counts: dict[str, Counter[int]] = {source.key: Counter() for source in sources}
     for segment, found in _ahead(_count_stream, encoded, layout, sources, side, wanted, n_threads):
         counts[sources[segment.source].key].update(found)
     return {key: _entropy_bits(found) for key, found in counts.items()}
-
-
-def _parsed(encoded: EncodedStreams, sources: Sequence[Source]) -> tuple[_Side, list[tuple[Segment, ...]]]:
-    return _parse_side(encoded.side, sources, len(encoded.streams))
 
 
 def _ahead(
