@@ -21,25 +21,25 @@ from pqcli.version import __version__
 if TYPE_CHECKING:
     from pqcli.container import Container
     from pqcli.container import open_container as open  # noqa: A004 - `pqcli.open(file)` reads best
-    from pqcli.core.pq import PQ
-    from pqcli.pipeline import compress, decode, load, preview, report, save, verify
-    from pqcli.recipe import Recipe, Rule
-    from pqcli.reporting import Report
+    from pqcli.core.pq.pq import PQ
+    from pqcli.jobs.pipeline import compress, decode, load, preview, report, save, verify
+    from pqcli.recipe.recipe import Recipe, Rule
+    from pqcli.reports.reporting import Report
 
 _LAZY = {
-    "PQ": ("pqcli.core.pq", "PQ"),
+    "PQ": ("pqcli.core.pq.pq", "PQ"),
     "Container": ("pqcli.container", "Container"),
-    "Recipe": ("pqcli.recipe", "Recipe"),
-    "Report": ("pqcli.reporting", "Report"),
-    "Rule": ("pqcli.recipe", "Rule"),
-    "compress": ("pqcli.pipeline", "compress"),
-    "decode": ("pqcli.pipeline", "decode"),
-    "load": ("pqcli.pipeline", "load"),
+    "Recipe": ("pqcli.recipe.recipe", "Recipe"),
+    "Report": ("pqcli.reports.reporting", "Report"),
+    "Rule": ("pqcli.recipe.recipe", "Rule"),
+    "compress": ("pqcli.jobs.pipeline", "compress"),
+    "decode": ("pqcli.jobs.pipeline", "decode"),
+    "load": ("pqcli.jobs.pipeline", "load"),
     "open": ("pqcli.container", "open_container"),
-    "preview": ("pqcli.pipeline", "preview"),
-    "report": ("pqcli.pipeline", "report"),
-    "save": ("pqcli.pipeline", "save"),
-    "verify": ("pqcli.pipeline", "verify"),
+    "preview": ("pqcli.jobs.pipeline", "preview"),
+    "report": ("pqcli.jobs.pipeline", "report"),
+    "save": ("pqcli.jobs.pipeline", "save"),
+    "verify": ("pqcli.jobs.pipeline", "verify"),
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ def main() -> None:
 
         sys.stdout.write(f"pqcli {__version__}\n")
         return
-    from pqcli.cli import app
+    from pqcli.cli.commands import app
 
     try:
         try:

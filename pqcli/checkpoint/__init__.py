@@ -20,8 +20,8 @@ from pqcli.atomic import atomic_writer
 from pqcli.checkpoint.opened import LEFT_OUT, Checkpoint
 from pqcli.checkpoint.opening import default_suffix
 from pqcli.checkpoint.opening import open_checkpoint as open  # noqa: A004 - read as checkpoint.open
+from pqcli.checkpoint.pt.tree import Dropped, Json
 from pqcli.checkpoint.sniff import sniff
-from pqcli.checkpoint.tree import Dropped, Json
 from pqcli.checkpoint.writing import write
 
 __all__ = ["LEFT_OUT", "Checkpoint", "Dropped", "Json", "atomic_writer", "default_suffix", "open", "sniff", "write"]

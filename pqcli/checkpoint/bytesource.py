@@ -15,7 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from pqcli.errors import CheckpointError
-from pqcli.tensorinfo import ITEM_BYTES
+from pqcli.tensors.info import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

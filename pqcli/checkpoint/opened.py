@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pqcli.checkpoint.bytesource import ByteSource, Strided, check_fits
-from pqcli.checkpoint.tree import Dropped, without
+from pqcli.checkpoint.pt.tree import Dropped, without
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pqcli.checkpoint.tree import Json
-    from pqcli.tensorinfo import TensorInfo
+    from pqcli.checkpoint.pt.tree import Json
+    from pqcli.tensors.info import TensorInfo
 
 LEFT_OUT = "training state, left out as asked"
 """How the reason for a dropped entry begins where `Checkpoint.model_only` dropped it."""

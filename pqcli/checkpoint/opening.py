@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from pqcli.checkpoint.bytesource import ByteSource
 from pqcli.checkpoint.folder import check_index, find_weights
 from pqcli.checkpoint.opened import Checkpoint, Layout, check_layout
-from pqcli.checkpoint.pt_reader import read_legacy, read_pt
+from pqcli.checkpoint.pt.reader import read_legacy, read_pt
 from pqcli.checkpoint.safetensors_io import read_safetensors
 from pqcli.checkpoint.sniff import sniff
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from pqcli.checkpoint.tree import Json
+    from pqcli.checkpoint.pt.tree import Json
 
 _READERS = {"zip": read_pt, "legacy": read_legacy, "safetensors": read_safetensors}
 _FORMATS = {"zip": "pt", "legacy": "pt", "safetensors": "safetensors"}

@@ -10,7 +10,7 @@ from pqcli.errors import OutputError
 if TYPE_CHECKING:
     import torch
 
-    from pqcli.tensorinfo import TensorInfo
+    from pqcli.tensors.info import TensorInfo
 
 _CHUNK = 8 << 20
 

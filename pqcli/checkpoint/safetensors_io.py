@@ -17,7 +17,7 @@ from pqcli.checkpoint.bytesource import ByteSource, Region, Strided
 from pqcli.checkpoint.opened import Layout
 from pqcli.checkpoint.rawbytes import write_bytes
 from pqcli.errors import CheckpointError, OutputError
-from pqcli.tensorinfo import ITEM_BYTES, TensorInfo
+from pqcli.tensors.info import ITEM_BYTES, TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pqcli.atomic import atomic_writer, check_target, final_path, output_errors, sync_folder
 from pqcli.checkpoint.folder import bare_name, is_weights_name
-from pqcli.checkpoint.pt_writer import write_pt
+from pqcli.checkpoint.pt.tree import TensorSlot, rebuild
+from pqcli.checkpoint.pt.writer import write_pt
 from pqcli.checkpoint.safetensors_io import check_writable, write_safetensors
-from pqcli.checkpoint.tree import TensorSlot, rebuild
 from pqcli.errors import ContainerError, OutputError
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pqcli.checkpoint.tree import Json
-    from pqcli.tensorinfo import TensorInfo
+    from pqcli.checkpoint.pt.tree import Json
+    from pqcli.tensors.info import TensorInfo
 
     Read = Callable[[str], torch.Tensor]
 

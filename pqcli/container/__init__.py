@@ -20,13 +20,31 @@ Every later ability is a new named feature; a reader refuses a file whose featur
     reader    file -> tensors
 """
 
-from pqcli.container.layout import make_manifest, predict
-from pqcli.container.reader import Container, open_container
-from pqcli.container.records import Manifest, Record, StoredError, tensor_bytes, tensor_hash, with_kept_shares
-from pqcli.container.writer import Writer
-from pqcli.peek import SUFFIX
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pqcli.container.layout import make_manifest, predict
+    from pqcli.container.peek import SUFFIX
+    from pqcli.container.reader import Container, open_container
+    from pqcli.container.records import Manifest, Record, StoredError, tensor_bytes, tensor_hash, with_kept_shares
+    from pqcli.container.writer import Writer
 
 __all__ = [
     "SUFFIX", "Container", "Manifest", "Record", "StoredError", "Writer", "make_manifest", "open_container", "predict",
     "tensor_bytes", "tensor_hash", "with_kept_shares",
 ]  # fmt: skip
+
+_HOMES = ("peek", "records", "layout", "writer", "reader")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name on first use: `peek` must answer before torch is imported."""
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(f"{__name__}.{home}")
+            if name in vars(module):
+                return vars(module)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

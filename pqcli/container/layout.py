@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from pqcli.codecs import CODECS, MIXING
+from pqcli.codecs.coders import CODECS, MIXING
+from pqcli.container.peek import MANIFEST
 from pqcli.container.records import HASH_BYTES, Manifest, Record, is_bundled
-from pqcli.peek import MANIFEST
-from pqcli.tensorinfo import ITEM_BYTES
+from pqcli.tensors.info import ITEM_BYTES
 
 VERSION: Final = 1
 KEPT_CODED: Final = "kept-coded"

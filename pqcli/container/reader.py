@@ -14,7 +14,7 @@ from typing import Any, Self, overload
 import safetensors
 import torch
 
-from pqcli.codecs import CODECS, Coded, Decoder, decoder
+from pqcli.codecs.coders import CODECS, Coded, Decoder, decoder
 from pqcli.container.layout import (
     CODED,
     ENTROPIES,
@@ -28,11 +28,12 @@ from pqcli.container.layout import (
     shared_entries,
     tensor_entries,
 )
+from pqcli.container.peek import MANIFEST, SUFFIX, check_container
 from pqcli.container.records import ACTIONS, HASH_BYTES, Manifest, Record, StoredError, is_bundled, tensor_hash
-from pqcli.core import lossless, packing, pq
+from pqcli.core.entropy import lossless
+from pqcli.core.pq import packing, pq
 from pqcli.errors import ContainerError
-from pqcli.peek import MANIFEST, SUFFIX, check_container
-from pqcli.tensorinfo import ITEM_BYTES, TensorInfo
+from pqcli.tensors.info import ITEM_BYTES, TensorInfo
 
 MAX_MANIFEST_BYTES = 1 << 28
 QUANTIZED_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pqcli.codecs import CODECS
-from pqcli.core import metrics, packing
-from pqcli.core.sources import Source
-from pqcli.tensorinfo import ITEM_BYTES, TensorInfo
+from pqcli.codecs.coders import CODECS
+from pqcli.core import metrics
+from pqcli.core.pq import packing
+from pqcli.core.trellis.sources import Source
+from pqcli.tensors.info import ITEM_BYTES, TensorInfo
 
 ACTIONS: Final = ("pq", *CODECS, "keep", "alias")
 HASH_BYTES: Final = 8

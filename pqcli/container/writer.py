@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pqcli.atomic import atomic_writer, output_errors
-from pqcli.codecs import Coded
+from pqcli.codecs.coders import Coded
 from pqcli.container.layout import (
     CODED,
     ENTROPIES,
@@ -31,6 +31,7 @@ from pqcli.container.layout import (
     tensor_entries,
     worth_entropies,
 )
+from pqcli.container.peek import MANIFEST
 from pqcli.container.records import (
     HASH_BYTES,
     SHORT_HASH_BYTES,
@@ -40,9 +41,10 @@ from pqcli.container.records import (
     tensor_bytes,
     tensor_hash,
 )
-from pqcli.core import lossless, metrics, packing, pq
-from pqcli.peek import MANIFEST
-from pqcli.tensorinfo import ITEM_BYTES
+from pqcli.core import metrics
+from pqcli.core.entropy import lossless
+from pqcli.core.pq import packing, pq
+from pqcli.tensors.info import ITEM_BYTES
 
 _COPY_BYTES = 1 << 24
 

@@ -30,8 +30,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pqcli.core import blocks, em
-from pqcli.core.kernels import ir, sweep
+from pqcli.core.compiled import ir
+from pqcli.core.kernels import sweep
+from pqcli.core.pq import blocks, em
 
 N_ITER = 20
 N_RELAXED = 12

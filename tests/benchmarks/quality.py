@@ -20,9 +20,9 @@ from pathlib import Path
 import rate_distortion
 
 import pqcli
-from pqcli.budget import QUALITY_STEPS
-from pqcli.codecs import RATE_WEIGHT
-from pqcli.recipe import Recipe
+from pqcli.codecs.coders import RATE_WEIGHT
+from pqcli.codecs.rate.budget import QUALITY_STEPS
+from pqcli.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

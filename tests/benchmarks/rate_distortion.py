@@ -39,7 +39,7 @@ import torch
 import pqcli
 from pqcli import checkpoint as checkpoints
 from pqcli.errors import PQError
-from pqcli.recipe import Recipe
+from pqcli.recipe.recipe import Recipe
 
 CODECS = ("trellis", "ecpq", "pq", "rtn", "gguf", "hqq")
 RATIOS = (32, 24, 16, 12, 8)

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli.core import blocks, em
-from pqcli.core.blocks import Blocks
+from pqcli.core.pq import blocks, em
+from pqcli.core.pq.blocks import Blocks
 
 OPTIONS = em.Options(n_centroids=256, n_iter=20, relaxation=em.RELAXATION)
 LARGEST = 1 << 20

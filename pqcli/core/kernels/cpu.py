@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pqcli.core.compiled.ir import Code, Compiled, compile_function, host_lanes
 from pqcli.core.kernels import Pass
-from pqcli.core.kernels.ir import Code, Compiled, compile_function, host_lanes
 
 _GROUP = 3  # registers of vectors in a tile
 _TILE = 4  # centroids in a tile

@@ -1,0 +1,1 @@
+"""`torch.save` files: pickles read as data, and written without pickling."""

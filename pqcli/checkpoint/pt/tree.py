@@ -1,0 +1,451 @@
+"""The nesting of a `.pt` as JSON, without its tensors; and back.
+
+`describe` walks what the pickle holds and gives the tensors in walk order plus a JSON tree; `rebuild` gives the same
+Python value back from the tree and the tensors *in that order*. A tensor's key is not repeated in the tree where its
+name implies it, so a flat state dict of any size is just `{"$": "odict", "items": [104]}`.
+
+| JSON                                     | Python                                                             |
+|------------------------------------------|--------------------------------------------------------------------|
+| null, true, 1, 1.5, "text"               | itself                                                             |
+| [...]                                    | list                                                               |
+| {"lr": 0.1}                              | dict whose keys are text, with no tensor directly in it            |
+| {"$": "dict" or "odict", "items": [...]} | dict, OrderedDict; an item is `[key, value]` or a run of tensors:  |
+|                                          | `104`, or `{"n": 104, "parameter": true, "grad": true}`            |
+| {"$": "tensor"}                          | the next tensor; "name" where the path does not imply it           |
+| {"$": "tuple" / "size" / "complex"}      | with "v", a list                                                   |
+| {"$": "bytes" / "float" / "int"}         | with "v": base64; nan, inf, -inf; an integer beyond 64 bits        |
+| {"$": "dtype" / "device"}                | with "v", torch's name                                             |
+| {"$": "packed"}                          | any of these: base64 of zlib of JSON, for long `_metadata`         |
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pqcli.checkpoint.pt.naming import find_root, name_of, prefix_of, role_of, unique_name
+from pqcli.checkpoint.pt.torch_objects import Attributed, Constant, Foreign, TensorRef, Unsupported
+from pqcli.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pqcli.checkpoint.pt.naming import Path
+    from pqcli.tensors.info import TensorInfo
+
+Json = Any
+"""Plain JSON: dict, list, str, int, float, bool, None."""
+
+_MAX_DEPTH = 100
+_MAX_NODES = 2_000_000
+_MAX_INT_BITS = 1 << 13
+_PACK_ABOVE = 200
+_MAX_PACKED = 64 << 20
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A non-tensor entry of a `.pt` that JSON cannot carry: where it was, and why it is left out."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FoundTensor:
+    """A tensor met on the walk; `name` is unique."""
+
+    name: str
+    role: str
+    ref: TensorRef
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` gives: the tensors in walk order, the JSON tree, what was lost."""
+
+    tensors: tuple[FoundTensor, ...]
+    tree: Json
+    dropped: tuple[Dropped, ...]
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """A place for a tensor in a rebuilt value."""
+
+    info: TensorInfo
+    parameter: bool = False
+    grad: bool = False
+
+
+def describe(value: Any) -> Description:
+    """Split a pickle's value into tensors and JSON.
+
+    Raises `CheckpointError` for tensors that cannot be carried, cycles, and structures too deep or too large.
+    """
+    walk = _Walk(root=find_root(value))
+    node = walk.node(value, ())
+    tree = {"root": list(walk.root), "top": node} if walk.root else {"top": node}
+    return Description(tuple(walk.tensors.values()), tree, tuple(walk.dropped))
+
+
+def rebuild(tree: Json, tensors: Sequence[TensorInfo]) -> Any:
+    """The Python value that `describe` took apart, with a `TensorSlot` for every tensor.
+
+    `tensors` must be in the order of the description. Raises the exceptions that a malformed tree provokes
+    (ValueError, KeyError, TypeError ...): the caller knows which file to blame.
+    """
+    builder = _Builder(tuple(tree.get("root", [])), tensors)
+    value = builder.value(tree["top"], ())
+    builder.finish()
+    return value
+
+
+def without(tree: Json, tensors: Sequence[TensorInfo], names: set[str]) -> Json:
+    """The tree without the tensors of these names, and without what holds nothing any more because of that.
+
+    In a list or tuple of which something stays, null takes their places. `tensors` are those of the tree, in its
+    order.
+    """
+    pruner = _Pruner(iter([info.name for info in tensors]), names)
+    top = pruner.node(tree["top"])
+    return {**tree, "top": None if top is _GONE else top}
+
+
+class _Drop(Exception):  # noqa: N818 - a signal, not an error
+    """Raised for a value that JSON cannot carry; the container that holds it leaves it out."""
+
+
+@dataclass
+class _Walk:
+    root: Path
+    tensors: dict[str, FoundTensor] = field(default_factory=dict)
+    dropped: list[Dropped] = field(default_factory=list)
+    _open: set[int] = field(default_factory=set)
+    _n_nodes: int = 0
+
+    def node(self, value: Any, path: Path) -> Json:
+        """The JSON of one value; raises `_Drop` where there is none."""
+        self._n_nodes += 1
+        if self._n_nodes > _MAX_NODES:
+            raise CheckpointError(f"its structure has more than {_MAX_NODES:,} entries; refused")
+        if isinstance(value, TensorRef):
+            return {"$": "tensor", **self._tensor(value, path)}
+        if isinstance(value, Unsupported):
+            raise CheckpointError(
+                f"tensor '{name_of(path, self.root)}' is {value.reason}; pqcli carries dense tensors only: "
+                "save a dense copy first, or leave it out"
+            )
+        if isinstance(value, (dict, list, tuple)):
+            return self._container(value, path)
+        return _scalar(value)
+
+    def entry(self, value: Any, path: Path) -> Json:
+        """As `node`, but a value that cannot be carried is noted in `dropped` before `_Drop` is raised."""
+        try:
+            return self.node(value, path)
+        except _Drop as drop:
+            self.dropped.append(Dropped(_place(path), str(drop)))
+            raise
+
+    def _tensor(self, ref: TensorRef, path: Path) -> dict[str, Json]:
+        """Register a tensor; gives its flags, and its name where the path does not imply it."""
+        self._check_name(path)
+        implied = name_of(path, self.root)
+        name = unique_name(implied, self.tensors)
+        self.tensors[name] = FoundTensor(name, role_of(path, self.root), ref)
+        self.dropped.extend(
+            Dropped(_place((*path, attribute)), "a Python attribute of a tensor") for attribute in ref.lost
+        )
+        flags: dict[str, Json] = {}
+        if name != implied:
+            flags["name"] = name
+        if ref.parameter:
+            flags["parameter"] = True
+        if ref.requires_grad:
+            flags["grad"] = True
+        return flags
+
+    def _check_name(self, path: Path) -> None:
+        """A tensor whose name no file can hold is refused: to drop it would lose weights."""
+        if not _encodable(name_of(path, self.root)):
+            raise CheckpointError(f"a tensor's name is no valid text: {ascii(name_of(path, self.root))[:100]}")
+
+    def _container(self, value: Any, path: Path) -> Json:
+        if len(path) > _MAX_DEPTH:
+            raise CheckpointError(f"its structure is nested more than {_MAX_DEPTH} levels deep; refused")
+        if id(value) in self._open:
+            raise CheckpointError(f"entry '{'.'.join(path)}' contains itself; a cyclic structure cannot be carried")
+        self._open.add(id(value))
+        try:
+            if isinstance(value, dict):
+                return self._dict(value, path)
+            items = list(self._sequence(value, path))
+            return items if isinstance(value, list) else {"$": "tuple", "v": items}
+        finally:
+            self._open.discard(id(value))
+
+    def _sequence(self, value: Sequence[Any], path: Path) -> Iterator[Json]:
+        for position, item in enumerate(value):
+            try:
+                yield self.entry(item, (*path, str(position)))
+            except _Drop:
+                yield None  # keeps the positions of the others
+
+    def _dict(self, value: dict[Any, Any], path: Path) -> Json:
+        items: list[Json] = []
+        for key, item in value.items():
+            below = (*path, _component(key))
+            if isinstance(item, TensorRef):
+                self._check_name(below)
+            try:
+                key_node = _scalar(key)
+                if isinstance(item, TensorRef) and isinstance(key, str):
+                    implied = prefix_of(path, self.root) + key == name_of(below, self.root)
+                    _add_tensor(items, key, self._tensor(item, below), joinable=implied)
+                else:
+                    items.append([key_node, self.entry(item, below)])
+            except _Drop as drop:
+                if not self.dropped or self.dropped[-1].path != _place(below):
+                    self.dropped.append(Dropped(_place(below), f"its key is {drop}"))
+        kind = "odict" if isinstance(value, OrderedDict) else "dict"
+        metadata = self._metadata(value, path) if isinstance(value, Attributed) else {}
+        if kind == "dict" and all(isinstance(item, list) and isinstance(item[0], str) for item in items):
+            plain = dict(items)
+            if "$" not in plain:
+                return plain
+        return {"$": kind, "items": items, **metadata}
+
+    def _metadata(self, value: Attributed, path: Path) -> dict[str, Json]:
+        """What torch sets on a state dict itself: `_metadata`, the versions of its modules. Nothing else is kept."""
+        result: dict[str, Json] = {}
+        for name, attribute in value.attributes.items():
+            place = _place((*path, str(name)))
+            walk = _Walk(root=())  # of its own: tensors in an attribute would have no name in the checkpoint
+            try:
+                node = walk.node(attribute, ())
+            except _Drop as drop:
+                self.dropped.append(Dropped(place, str(drop)))
+                continue
+            if name == "_metadata" and not walk.tensors:
+                result["metadata"] = _packed(node)
+                self.dropped.extend(Dropped(f"{place}.{lost.path}", lost.reason) for lost in walk.dropped)
+            else:
+                self.dropped.append(Dropped(place, "an attribute set on a dict"))
+        return result
+
+
+def _add_tensor(items: list[Json], key: str, flags: dict[str, Json], *, joinable: bool) -> None:
+    """Append a tensor to a dict's items, joining the run before it where it looks the same."""
+    if "name" in flags or not joinable:
+        items.append([key, {"$": "tensor", **flags}])
+    elif items and _run_flags(items[-1]) == flags:
+        last = items[-1]
+        items[-1] = last + 1 if isinstance(last, int) else {**last, "n": last["n"] + 1}
+    else:
+        items.append({"n": 1, **flags} if flags else 1)
+
+
+def _run_flags(item: Json) -> dict[str, Json] | None:
+    """The flags that the tensors of a run share; None where the item is no run."""
+    if isinstance(item, int):
+        return {}
+    if isinstance(item, dict):
+        return {key: value for key, value in item.items() if key != "n"}
+    return None
+
+
+def _component(key: Any) -> str:
+    return key if isinstance(key, str) else str(key.value if isinstance(key, Constant) else key)
+
+
+def _scalar(value: Any) -> Json:
+    """The JSON of a value that is no container; raises `_Drop` where there is none."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if not _encodable(value):
+            raise _Drop("a text that is no valid Unicode")
+        return value
+    if isinstance(value, int):
+        if value.bit_length() < 64:
+            return value
+        if value.bit_length() > _MAX_INT_BITS:
+            raise _Drop(f"an integer of {value.bit_length():,} bits")
+        return {"$": "int", "v": str(value)}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$": "float", "v": str(value)}
+    if isinstance(value, complex):
+        return {"$": "complex", "v": [_scalar(value.real), _scalar(value.imag)]}
+    return _tagged_scalar(value)
+
+
+def _tagged_scalar(value: Any) -> Json:
+    if isinstance(value, bytes):
+        return {"$": "bytes", "v": base64.b64encode(value).decode("ascii")}
+    if isinstance(value, Constant):
+        return {"$": value.kind, "v": list(value.value) if isinstance(value.value, tuple) else value.value}
+    if isinstance(value, tuple):  # a dict key; containers proper never come here
+        return {"$": "tuple", "v": [_scalar(item) for item in value]}
+    if isinstance(value, Foreign):
+        raise _Drop(f"{value.kind}: no JSON value")
+    raise _Drop(f"{type(value).__name__}: no JSON value")
+
+
+def _place(path: Path) -> str:
+    """Where something was, as text that any file can hold."""
+    return ".".join(path).encode("utf-8", "backslashreplace").decode() or "(top level)"
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
+
+
+def _packed(node: Json) -> Json:
+    text = json.dumps(node, separators=(",", ":"))
+    if len(text) <= _PACK_ABOVE:
+        return node
+    return {"$": "packed", "v": base64.b64encode(zlib.compress(text.encode("utf-8"), 9)).decode("ascii")}
+
+
+@dataclass
+class _Builder:
+    root: Path
+    tensors: Sequence[TensorInfo]
+    _next: int = 0
+
+    def finish(self) -> None:
+        """Every tensor must have found its place."""
+        if self._next != len(self.tensors):
+            raise ValueError(f"the structure has places for {self._next} tensors, {len(self.tensors)} are given")
+
+    def value(self, node: Json, path: Path) -> Any:
+        """The Python value of a node."""
+        if isinstance(node, list):
+            return [self.value(item, (*path, str(position))) for position, item in enumerate(node)]
+        if not isinstance(node, dict):
+            return node
+        kind = node.get("$")
+        if kind is None:
+            return {key: self.value(item, (*path, key)) for key, item in node.items()}
+        if kind == "tensor":
+            return self._slot(node, node.get("name", name_of(path, self.root)))
+        if kind == "tuple":
+            return tuple(self.value(item, (*path, str(position))) for position, item in enumerate(node["v"]))
+        if kind in {"dict", "odict"}:
+            return self._dict(node, path)
+        return _plain_value(kind, node["v"])
+
+    def _dict(self, node: Json, path: Path) -> Any:
+        result: dict[Any, Any] = OrderedDict() if node["$"] == "odict" else {}
+        prefix = prefix_of(path, self.root)
+        for item in node["items"]:
+            flags = _run_flags(item)
+            if flags is None:
+                key = self.value(item[0], ())
+                result[key] = self.value(item[1], (*path, _component(key)))
+                continue
+            for _ in range(item if isinstance(item, int) else int(item["n"])):
+                name = self.tensors[self._next].name
+                if not name.startswith(prefix):
+                    raise ValueError(
+                        f"tensor '{name}' stands where one below '{prefix}' belongs; the order has changed"
+                    )
+                result[name.removeprefix(prefix)] = self._slot(flags, name)
+        if "metadata" in node:
+            vars(result)["_metadata"] = self.value(node["metadata"], ())
+        return result
+
+    def _slot(self, flags: Json, name: str) -> TensorSlot:
+        info = self.tensors[self._next]
+        if info.name != name:
+            raise ValueError(f"tensor '{info.name}' stands where '{name}' belongs; the order has changed")
+        self._next += 1
+        return TensorSlot(info, parameter=bool(flags.get("parameter")), grad=bool(flags.get("grad")))
+
+
+_GONE: Json = object()
+"""What becomes of a node that held nothing but tensors that go."""
+
+
+@dataclass
+class _Pruner:
+    names: Iterator[str]
+    unwanted: set[str]
+
+    def node(self, node: Json) -> Json:
+        """The node without unwanted tensors, or `_GONE`."""
+        if isinstance(node, list):
+            return self._sequence(node)
+        if not isinstance(node, dict):
+            return node
+        kind = node.get("$")
+        if kind is None:
+            entries = {key: item for key, value in node.items() if (item := self.node(value)) is not _GONE}
+            return entries if entries or not node else _GONE
+        if kind == "tensor":
+            return _GONE if next(self.names) in self.unwanted else node
+        if kind == "tuple":
+            items = self._sequence(node["v"])
+            return _GONE if items is _GONE else {**node, "v": items}
+        if kind in {"dict", "odict"}:
+            left = [item for old in node["items"] if (item := self._item(old)) is not _GONE]
+            return {**node, "items": left} if left or not node["items"] else _GONE
+        return node
+
+    def _sequence(self, items: list[Json]) -> Json:
+        left = [self.node(item) for item in items]
+        if items and all(item is _GONE for item in left):
+            return _GONE
+        return [None if item is _GONE else item for item in left]
+
+    def _item(self, item: Json) -> Json:
+        """An item of a dict: a pair, or a run of tensors, of which some may stay."""
+        if isinstance(item, list):
+            value = self.node(item[1])
+            return _GONE if value is _GONE else [item[0], value]
+        n = sum(next(self.names) not in self.unwanted for _ in range(item if isinstance(item, int) else item["n"]))
+        if not n:
+            return _GONE
+        return n if isinstance(item, int) else {**item, "n": n}
+
+
+def _plain_value(kind: str, v: Json) -> Any:
+    import torch
+
+    if kind == "float":
+        return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[v]
+    if kind == "int":
+        if len(v) > _MAX_INT_BITS:
+            raise ValueError("an integer that is too long")
+        return int(v)
+    if kind == "bytes":
+        return base64.b64decode(v, validate=True)
+    if kind == "complex":
+        real, imaginary = (part if isinstance(part, (int, float)) else _plain_value("float", part["v"]) for part in v)
+        return complex(real, imaginary)
+    if kind == "size":
+        return torch.Size(v)
+    if kind == "device":
+        return torch.device(v)
+    if kind == "dtype":
+        dtype = getattr(torch, v)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"'{v}' is no dtype")
+        return dtype
+    if kind == "packed":
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(base64.b64decode(v, validate=True), _MAX_PACKED)
+        if unpacker.unconsumed_tail:
+            raise ValueError("a packed entry that is too large")
+        return _Builder((), ()).value(json.loads(text), ())
+    raise ValueError(f"an entry of unknown kind '{kind}'")

@@ -1,0 +1,302 @@
+"""The only module that prints: tables, progress, JSON and messages.
+
+What the user asked for (a table, a document, the one-line result of `compress`) goes to stdout; everything that is said
+about it (progress, notes, warnings, errors) goes to stderr, so that a pipe carries the result alone. No text passes
+through rich's markup, and every text is made visible first (`readable.visible`): names come from strangers. Where
+stdout is not a terminal, tables are shown in full.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.text import Text
+
+from pqcli.cli import readable
+from pqcli.cli.readable import elide, visible
+from pqcli.cli.tables import N_DROPPED, field_lines, plan_document, plan_table, record_table, report_table
+from pqcli.reports.reporting import Report
+
+if TYPE_CHECKING:
+    from pqcli.jobs.pipeline import Preview
+
+if TYPE_CHECKING:
+    from pqcli.codecs.rate.choosing import Choice
+
+Format = Literal["table", "json", "csv", "html"]
+
+
+LEAST_NAME = 12
+"""Cells below which a progress bar does not show the tensor's name."""
+
+
+def safe(text: str) -> str:
+    """`text` as it may stand in rich markup: tags shown as they are, control and bidirectional characters escaped."""
+    return escape(visible(text))
+
+
+N_REASONS = 4
+"""Reasons for keeping tensors that a summary names."""
+
+
+class Console:
+    """Everything a command says. One is made per command.
+
+    `json`: results are JSON documents, and there is no progress. `quiet`: no progress, notes or summaries; warnings and
+    errors are still said. `width` overrides the terminal's width, and `stdout` and `stderr` the streams.
+    """
+
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        json: bool = False,
+        stdout: IO[str] | None = None,
+        stderr: IO[str] | None = None,
+        width: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._quiet, self._json, self._clock = quiet, json, clock
+        self._stdout, self._stderr = _tolerant(stdout or sys.stdout), _tolerant(stderr or sys.stderr)
+        self._out = _Terminal(file=self._stdout, width=width, highlight=False, emoji=False, markup=False)
+        self._err = _Terminal(file=self._stderr, width=width, highlight=False, emoji=False, markup=False)
+        self._width = width or (self._out.width if self._stdout.isatty() else None)
+
+    # --- results, on stdout ---------------------------------------------------------------------------------------
+
+    def report(self, report: Report, format: Format = "table") -> None:  # noqa: A002 - named like the flag
+        """Print a report: a line a tensor, then the totals."""
+        if format == "table" and not self._json:
+            self._lines(report_table(report, self._width, ascii_only=self._out.options.ascii_only))
+        else:
+            self._raw(self.rendered(report, "json" if self._json else format))
+
+    def rendered(self, report: Report, format: Format) -> str:  # noqa: A002 - named like the flag
+        """A report as the text of a file: any format, all columns, no colour."""
+        if format == "json":
+            return _document(report.to_json())
+        if format == "csv":
+            return report.to_csv()
+        if format == "html":
+            from pqcli.cli import html
+
+            return html.render(report)
+        return "".join(line.plain + "\n" for line in report_table(report, None))
+
+    def plan(self, preview: Preview) -> None:
+        """Print what would be done to each tensor, why, and the size that gives."""
+        if self._json:
+            self.json(plan_document(preview))
+            return
+        self._lines(plan_table(preview, self._width, ascii_only=self._out.options.ascii_only))
+        self._dropped(preview.dropped)
+
+    def summary(self, report: Report) -> None:
+        """Print what `compress` did: the result in one line on stdout, what to know about it on stderr."""
+        if self._json:
+            self.json(report.to_json())
+        elif not self._quiet:
+            took = f"  in {readable.duration(report.seconds)}" if report.seconds is not None else ""
+            before, after = readable.headline(report).split(" -> ", 1)
+            source = f"{visible(Path(report.source).name)} " if report.source else ""
+            self._lines([Text(f"{source}{before} -> {visible(report.output)} {after}{took}", style="bold")])
+        kept = [tensor for tensor in report.tensors if tensor.action == "keep"]
+        if kept:
+            self.note(f"kept bit-exact: {len(kept)} of {readable.plural(len(report.tensors), 'tensor')}")
+            for line in readable.kept_reasons(report, N_REASONS):
+                self.note(f"  {line}")
+        self._dropped(report.dropped)
+        for warning in report.warnings:
+            self.warn(warning)
+        if not report.quantized:
+            self.warn("nothing was quantized; `pqcli plan` tells why for each tensor")
+        else:
+            file = shlex.quote(visible(report.output))
+            self.note(f"layer by layer: pqcli report {file}    back to dense: pqcli decode {file}")
+
+    def json(self, document: object) -> None:
+        """Print one JSON document on stdout, in ASCII whatever the names are."""
+        self._raw(_document(document))
+
+    def inspection(self, document: Mapping[str, Any]) -> None:
+        """Print a container's own description: its fields, then a table of its tensors."""
+        tensors = document.get("tensors")
+        self._lines(field_lines({key: value for key, value in document.items() if value is not tensors}))
+        if isinstance(tensors, Sequence) and all(isinstance(tensor, Mapping) for tensor in tensors):
+            self._lines([Text(), *record_table(tensors, self._width, ascii_only=self._out.options.ascii_only)])
+
+    def choices(self, choices: Sequence[Choice]) -> None:
+        """Print, for every tensor, the ways to code it with what they cost, the one taken first."""
+        if self._json:
+            self.json([asdict(choice) | {"winner": choice.winner.way} for choice in choices])
+            return
+        for choice in choices:
+            winner = choice.winner
+            losers = sorted((c for c in choice.candidates if c is not winner), key=lambda c: c.cost)
+            self._lines([Text(visible(choice.name), style="bold")])
+            for mark, way in [("->", winner), *(("  ", loser) for loser in losers)]:
+                figures = f"{way.bits_per_weight:6.2f} bits  relative MSE {readable.error(way.relative_mse):>8}"
+                scheme = f" {way.block_size}x{way.n_centroids}" if way.block_size else ""
+                self._lines([Text(f"  {mark} {way.way + scheme:<16} {figures}  cost {way.cost:8.4f}")])
+
+    def presets(self, presets: Mapping[str, str]) -> None:
+        """Print the names that `--config` takes, with what they are for."""
+        width = max(map(len, presets), default=0)
+        self._lines(
+            Text.assemble((f"{visible(name):{width}}", "bold"), f"  {visible(description)}")
+            for name, description in presets.items()
+        )
+
+    # --- messages and progress, on stderr -------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        """Say something worth knowing; silent when quiet or when a JSON document is asked for."""
+        if not self._quiet and not self._json:
+            self._say("", text, "dim")
+
+    def warn(self, text: str) -> None:
+        """Say something that must not be overlooked."""
+        self._say("warning: ", text, "yellow")
+
+    def error(self, error: BaseException) -> None:
+        """Say why the command failed."""
+        self._say("error: ", str(error) or type(error).__name__, "bold red")
+
+    @contextmanager
+    def progress(self, total_work: int, label: str) -> Iterator[Progress]:
+        """Show how much of `total_work` (weights) is done, the rate and the time left, while the body runs.
+
+        Shows nothing without a terminal, when quiet, or when JSON is asked for; `advance` works all the same.
+        """
+        if self._quiet or self._json or total_work <= 0 or not (self._stderr.isatty() and self._err.is_interactive):
+            yield Progress()
+            return
+        from rich.progress import BarColumn, ProgressColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        clock = self._clock
+        started = clock()
+        label = elide(visible(label), self._err.width // 3)
+        bar_width = 10 if self._err.width < 100 else 20
+        room = self._err.width - len(label) - bar_width - len(" 100%  999 M weights/s, 59:59 left  ")
+
+        class Speed(ProgressColumn):
+            """Work by second and the time left."""
+
+            def render(self, task: Any) -> Text:
+                spent = clock() - started
+                text = speed(task.completed, task.total, task.fields["latest"] - started, spent)
+                return Text(text, style="cyan", no_wrap=True)
+
+        bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=bar_width),
+            TextColumn("{task.percentage:>3.0f}%", markup=False),
+            Speed(),
+            TextColumn("{task.fields[current]}", style="dim", markup=False),
+            console=self._err,
+            transient=True,
+            redirect_stdout=False,  # results are printed after the bar has gone
+        )
+
+        def advance(work: int, name: str) -> None:
+            current = elide(visible(name), room) if room >= LEAST_NAME else ""
+            bar.update(task, advance=work, latest=clock(), current=current)
+
+        with bar:
+            task = bar.add_task(label, total=total_work, latest=started, current="")
+            yield Progress(advance)
+
+    # --- how ------------------------------------------------------------------------------------------------------
+
+    def _dropped(self, dropped: Sequence[str]) -> None:
+        if dropped:
+            what = readable.joined(dropped, N_DROPPED)
+            self.warn(f"not in the compressed file, and lost when you delete the original: {what}")
+
+    def _say(self, prefix: str, text: str, style: str) -> None:
+        """Print on stderr; a line break in a name cannot forge a line."""
+        first, *others = text.split("\n")
+        _print(self._err, Text.assemble((prefix, style), visible(first), style="" if prefix else style))
+        for line in others:
+            _print(self._err, Text(f"  {visible(line)}", style="" if prefix else style))
+
+    def _lines(self, lines: Iterator[Text] | Sequence[Text]) -> None:
+        for line in lines:
+            _print(self._out, line)
+
+    def _raw(self, text: str) -> None:
+        self._stdout.write(text if text.endswith("\n") else text + "\n")
+        self._stdout.flush()
+
+
+class _Terminal(RichConsole):
+    """A console that leaves it to the command what a reader who has left means; rich itself would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while a BrokenPipeError is handled."""
+        raise
+
+
+class Progress:
+    """What the worker of a long task tells: that some work is done, and on what. Safe to call from any thread."""
+
+    def __init__(self, show: Callable[[int, str], None] | None = None) -> None:
+        self._show = show
+
+    def advance(self, work: int, name: str) -> None:
+        """`work` more units are done, the last of them on `name`."""
+        if self._show is not None:
+            self._show(work, name)
+
+
+def speed(done: float, total: float, latest: float, now: float) -> str:
+    """`5.2 M weights/s, 12 s left`, from the work done until `latest` of the `now` seconds that have passed.
+
+    Empty until something is done. Between two reports of progress the time left counts down; when the next one is
+    overdue, because one tensor holds a large share of the work, no time is promised.
+    """
+    if not done or latest <= 0:
+        return ""
+    rate = done / latest
+    left = (total - done) / rate - (now - latest)
+    promise = f"{readable.duration(left)} left" if left > 0 else "finishing" if done >= total else "? left"
+    return f"{readable.count(rate)} weights/s, {promise}"
+
+
+def _print(console: RichConsole, text: Text) -> None:
+    """Print a line; on a terminal in lines of whole words, so that a path can still be copied. Rows stay one line."""
+    if console.is_terminal and not text.no_wrap:
+        lines = textwrap.wrap(
+            text.plain, console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        text = Text("\n".join(lines), style=text.style, spans=text.spans)
+    console.print(text, soft_wrap=True)
+
+
+def _tolerant(stream: IO[str] | None) -> IO[str]:
+    """The stream, writing an escape for what its encoding does not have instead of failing.
+
+    A stream that the caller has closed (`>&-`) is None, and swallows what is printed.
+    """
+    if stream is None:
+        return Path(os.devnull).open("w", encoding="utf-8")
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
+def _document(document: object) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"

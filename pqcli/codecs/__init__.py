@@ -1,0 +1,1 @@
+"""What turns weights into bytes and back."""

@@ -1,0 +1,1 @@
+"""Entropy-constrained PQ: codebooks learned under a price for bits."""

@@ -1,0 +1,519 @@
+"""Entropy-constrained PQ: one error level for all tensors, shared codebooks, entropy-coded assignments.
+
+    samples = [draw(matrix, seed=...) for each tensor]      a few percent of the weights, and every row's and column's
+    scale model   = fit(samples, lam)                             codebooks and tables that all tensors share encoded =
+    encode(matrix, model, lam)                    payload, and the matrix that it decodes to matrix  = decode(payload,
+    model, rows, columns)
+
+`lam` is the price of a bit in squared weight units: a larger one gives a smaller file and a larger error. Both change
+smoothly with it; `estimate` predicts them from the samples alone. With `scale`, a tensor is divided by a number of the
+caller's before all else and multiplied by it at the end, which gives it an error level of its own.
+
+A tensor is cut into blocks of the size that costs least, by squared error + lam * bits on its sample; columns that are
+left over are coded one by one. FORMAT.md describes payload and model byte by byte.
+
+Shapes: matrix (rows, columns) float32, any shape, zeros included.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pqcli.core import metrics
+from pqcli.core.ecpq.fit import Vectors, fit_book
+from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, GRID_PER_RATE, Book, Model, is_grid
+from pqcli.core.ecpq.search import CHUNK, Moments, Scales, choose, in_grid_units, moments, scales
+from pqcli.core.entropy import ans, bitfields
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Encoded", "Estimate", "Model", "Sample", "decode", "draw", "encode", "entropy", "estimate", "fit"]
+
+PIECE = 8
+"""Values in a row that a sample takes together: a multiple of every block size."""
+FRACTION = 0.1
+LEAST = 1 << 17
+MOST = 1 << 20
+"""A sample is this fraction of a tensor, but no fewer and no more weights than these."""
+WARM = 1
+"""Iterations of EM from a known model."""
+NEAR = 1.2
+"""Grids within this factor (a quarter of a bit per weight) go with the same block sizes."""
+CHOOSE_FROM = 1 << 16
+"""Weights of the sample that decide a tensor's block size."""
+STREAM_SYMBOLS = 1 << 20
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pieces (m, width) of a matrix, where they lie, and the moments of the whole."""
+
+    pieces: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    shape: tuple[int, int]
+    moments: Moments
+
+    @property
+    def factor(self) -> float:
+        """Weights of the matrix per weight of the sample."""
+        return self.shape[0] * self.shape[1] / max(self.pieces.size, 1)
+
+    def head(self, n_weights: int) -> Sample:
+        """A sample of this sample: about `n_weights` weights, evenly spread."""
+        n = len(self.pieces)
+        step = max(1, n * PIECE // max(n_weights, 1))
+        at = slice(None, None, step)
+        return replace(self, pieces=self.pieces[at], rows=self.rows[at], columns=self.columns[at])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A payload, and what `decode` makes of it, bit for bit."""
+
+    payload: bytes
+    decoded: Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What encoding would cost: bits of all payloads, and the squared error (of the scaled weights)."""
+
+    bits: float
+    squared_error: float
+
+
+def draw(
+    matrix: Tensor,
+    *,
+    scale: float = 1.0,
+    seed: int = 0,
+    fraction: float = FRACTION,
+    least: int = LEAST,
+    most: int = MOST,
+) -> Sample:
+    """A random sample of `matrix`: `fraction` of it, at least `least` and at most `most` weights.
+
+    Raises ValueError if `matrix` holds NaN or infinity.
+    """
+    weights = _scaled(matrix, scale)
+    n_rows, n_columns = weights.shape
+    width = min(PIECE, n_columns)
+    per_row = n_columns // width if width else 0
+    n_pieces = n_rows * per_row
+    wanted = math.ceil(min(max(least, fraction * weights.size), most) / max(width, 1))
+    if wanted >= n_pieces:
+        at = np.arange(n_pieces)
+    else:
+        at = np.sort(np.random.default_rng(seed).integers(n_pieces, size=wanted))
+    rows, columns = at // max(per_row, 1), at % max(per_row, 1) * width
+    pieces = weights[rows[:, None], columns[:, None] + np.arange(width)]
+    return Sample(np.ascontiguousarray(pieces), rows, columns, (n_rows, n_columns), moments(weights))
+
+
+def fit(samples: Iterable[Sample], lam: float, start: Model | None = None) -> Model:
+    """The model that serves the sampled tensors best at `lam`.
+
+    `start` is a model for another `lam`, to save time: where that is near, only its block sizes are looked at.
+    Nothing in it is left to chance but the samples: EM starts from a lattice.
+
+    Raises ValueError if `lam` is not positive or beyond what float32 can count in.
+    """
+    samples = [sample for sample in samples if sample.pieces.size]
+    grid = float(np.float32(math.sqrt(lam) / GRID_PER_RATE)) if lam > 0 else 0.0
+    if not is_grid(grid):
+        raise ValueError(f"a rate weight of {lam}; it must be positive, and its root within 1e-29 .. 1e31")
+    books = []
+    near = start is not None and 1 / NEAR <= grid / start.grid <= NEAR
+    for d in start.block_sizes if start is not None and near else BLOCK_SIZES:
+        parts = [_vectors(sample, d, grid) for sample in samples if sample.pieces.shape[1] >= d]
+        if not parts:
+            continue
+        if start is not None and d in start.block_sizes:
+            book = fit_book(_joined(parts), start.book(d), WARM)
+        else:
+            book = fit_book(_joined(parts))
+        if book is not None:
+            books.append(book)
+    if not books:
+        nothing = Vectors(np.zeros((1, 1), np.float32), np.zeros(1, np.int16), np.ones(1, np.float32))
+        book = fit_book(nothing)
+        return Model(grid, (book,) if book else ())
+    return _thinned(Model(grid, tuple(books)), samples)
+
+
+def estimate(samples: Iterable[Sample], model: Model, lam: float) -> Estimate:
+    """Bits and squared error of all sampled tensors, from the samples. The model's own bytes come on top."""
+    bits = error = 0.0
+    for sample in samples:
+        plan = _plan(sample, model, lam)
+        bits += plan.bits
+        error += plan.squared_error * model.grid**2
+    return Estimate(bits, error)
+
+
+def encode(matrix: Tensor, model: Model, lam: float, *, scale: float = 1.0, seed: int = 0) -> Encoded:
+    """`matrix` (rows, columns) as bytes. Needs about three times the matrix in memory.
+
+    Raises ValueError if `matrix` holds NaN or infinity.
+    """
+    weights = _scaled(matrix, scale)
+    if not weights.size:
+        return Encoded(b"", torch.zeros(tuple(matrix.shape)))
+    sample = draw(torch.from_numpy(weights), seed=seed, fraction=0.0, least=CHOOSE_FROM)
+    plan = _plan(sample, model, lam)
+    head = _head(plan, scale)
+    rate_weight = lam / model.grid**2
+    streams: list[bytes] = []
+    for part in _parts(weights.shape[0], weights.shape[1], plan.block_size, model):
+        classes = part.classes(plan.scales)
+        symbols = _symbols(weights, part, classes, model.grid, rate_weight)
+        streams += _mapped(_StreamWriter(weights, part, classes, symbols, model.grid), part.streams)
+    payload = head + b"".join(streams)
+    return Encoded(payload, decode(payload, model, *weights.shape))
+
+
+def decode(payload: bytes | memoryview, model: Model, rows: int, columns: int) -> Tensor:
+    """The matrix (rows, columns) float32 in `payload`. Bitwise the same on every machine.
+
+    Raises ValueError if `payload` is not intact. Allocates in proportion to rows * columns and the payload only.
+    """
+    if not rows * columns:
+        if len(payload):
+            raise ValueError(f"{len(payload)} bytes for an empty matrix")
+        return torch.zeros(rows, columns)
+    scale, of, jobs = _read_payload(payload, model, rows, columns)
+    out = np.empty((rows, columns), np.float32)
+    for part, streams in jobs:
+        _mapped(_StreamReader(part, part.classes(of), model.grid, scale, out), streams)
+    return torch.from_numpy(out)
+
+
+def entropy(payload: bytes | memoryview, model: Model, rows: int, columns: int) -> float:
+    """Bits that the payload's symbols would take at their order-0 entropy, one table for the tensor, and side bits.
+
+    Raises ValueError if `payload` is not intact.
+    """
+    if not rows * columns:
+        return 0.0
+    bits = 0.0
+    _, of, jobs = _read_payload(payload, model, rows, columns)
+    for part, streams in jobs:
+        classes = part.classes(of)
+        counts = np.zeros(len(part.book.n_signs), np.int64)
+        for stream in streams:
+            start, stop = stream.span
+            symbols = ans.decode(stream.coded, classes[start:stop], part.book.tables)
+            counts += np.bincount(symbols, minlength=len(counts))
+            bits += 8 * len(stream.side)
+        bits += int(counts.sum()) * metrics.entropy(counts.tolist())
+    return bits
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a matrix will be cut, and what that is expected to cost (error in grid units)."""
+
+    block_size: int
+    scales: Scales
+    has_rows: bool
+    has_blocks: bool
+    bits: float
+    squared_error: float
+
+
+def _plan(sample: Sample, model: Model, lam: float) -> _Plan:
+    """The cheapest way to cut the sampled matrix: first the block size, then which scales pay for themselves."""
+    rate_weight = lam / model.grid**2
+    width = sample.pieces.shape[1]
+    small = sample.head(CHOOSE_FROM)
+
+    def cost(plan: _Plan) -> float:
+        return plan.squared_error + rate_weight * plan.bits
+
+    sizes = [d for d in model.block_sizes if d <= width] or [1]
+    best = min((_priced(small, model, d, rate_weight, rows=True, blocks=True) for d in sizes), key=cost)
+    others = ((True, False), (False, True), (False, False))
+    return min(
+        [best, *(_priced(small, model, best.block_size, rate_weight, rows=r, blocks=b) for r, b in others)], key=cost
+    )
+
+
+def _priced(sample: Sample, model: Model, block_size: int, rate_weight: float, *, rows: bool, blocks: bool) -> _Plan:
+    book = model.book(block_size)
+    of = scales(sample.moments, block_size, model.grid).flat(rows=rows, blocks=blocks)
+    vectors = _vectors(sample, block_size, model.grid, of)
+    chosen = choose(vectors.values, book.classes(vectors.scales), book, rate_weight)
+    factor = sample.shape[0] * sample.shape[1] / max(vectors.values.size, 1)
+    plan = _Plan(block_size, of, rows, blocks, 0.0, chosen.squared_error * factor)
+    return replace(plan, bits=chosen.bits * factor + 8 * (len(_head(plan, 1.0)) + ans.STATE_BYTES))
+
+
+def _vectors(sample: Sample, block_size: int, grid: float, of: Scales | None = None) -> Vectors:
+    """The sample as vectors in grid units, with their scales."""
+    of = of or scales(sample.moments, block_size, grid)
+    n_blocks = sample.pieces.shape[1] // block_size
+    pieces = in_grid_units(sample.pieces[:, : n_blocks * block_size], grid)
+    at = sample.columns[:, None] // block_size + np.arange(n_blocks)
+    scale = of.base + of.rows[sample.rows, None].astype(np.int32) + of.blocks[at]
+    weight = sample.shape[0] * sample.shape[1] / max(pieces.size, 1)
+    values = pieces.reshape(-1, block_size)
+    return Vectors(values, scale.reshape(-1).astype(np.int16), np.full(len(values), weight, np.float32))
+
+
+def _joined(parts: Sequence[Vectors]) -> Vectors:
+    return Vectors(
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate([part.weights for part in parts]),
+    )
+
+
+def _thinned(model: Model, samples: Sequence[Sample]) -> Model:
+    """`model` without the books that cost more than they save; the one for single values always stays."""
+    rate_weight = float(GRID_PER_RATE**2)
+    price = {book.block_size: 8 * rate_weight * len(Model(model.grid, (book,)).to_bytes()) for book in model.books}
+    costs = []
+    for sample in samples:
+        small = sample.head(CHOOSE_FROM)
+        plans = [
+            _priced(small, model, d, rate_weight, rows=True, blocks=True)
+            for d in model.block_sizes
+            if d <= sample.pieces.shape[1]
+        ]
+        costs.append({plan.block_size: plan.squared_error + rate_weight * plan.bits for plan in plans})
+    optional = [d for d in model.block_sizes if d > 1]
+    subsets = [(1, *chosen) for n in range(len(optional) + 1) for chosen in combinations(optional, n)]
+
+    def total(subset: tuple[int, ...]) -> float:
+        paid = sum(price[d] for d in subset)
+        return paid + sum(min(cost for d, cost in of.items() if d in subset) for of in costs)
+
+    best = min(subsets, key=total)
+    return Model(model.grid, tuple(book for book in model.books if book.block_size in best))
+
+
+# --- payload ---------------------------------------------------------------------------------------------------------
+
+_HAS_ROWS, _HAS_BLOCKS, _HAS_SCALE = 4, 8, 16
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Equally long vectors of a matrix: `per_row` of them in each row, from `first_column` on."""
+
+    rows: int
+    first_column: int
+    per_row: int
+    book: Book
+
+    @property
+    def streams(self) -> list[tuple[int, int]]:
+        """The vectors (first, behind the last) of each stream."""
+        n = self.rows * self.per_row
+        n_streams = -(-n // STREAM_SYMBOLS)
+        return [(i * n // n_streams, (i + 1) * n // n_streams) for i in range(n_streams)]
+
+    def classes(self, of: Scales) -> NDArray[np.uint8]:
+        """The table of every vector, (rows * per_row,)."""
+        is_tail = self.book.block_size == 1 and self.first_column > 0
+        # The columns of the tail share the scale of the last, short block.
+        blocks = np.repeat(of.blocks[-1:], self.per_row) if is_tail else of.blocks[: self.per_row]
+        step = max(1, CHUNK // max(self.per_row, 1))
+        out = np.empty((self.rows, self.per_row), np.uint8)
+        for start in range(0, self.rows, step):
+            rows = of.rows[start : start + step, None].astype(np.int32)
+            out[start : start + step] = self.book.classes(of.base + rows + blocks)
+        return out.reshape(-1)
+
+
+def _read_payload(
+    payload: bytes | memoryview, model: Model, rows: int, columns: int
+) -> tuple[np.float32, Scales, list[tuple[_Part, list[_Stream]]]]:
+    """The scale, the scales of rows and blocks, and the parts with their streams."""
+    reader = bitfields.Reader(payload)
+    block_size, scale, of = _read_head(reader, rows, columns)
+    parts = _parts(rows, columns, block_size, model)
+    jobs = [(part, [_Stream.read(reader, span) for span in part.streams]) for part in parts]
+    if reader.remaining:
+        raise ValueError(f"{reader.remaining} bytes left over")
+    return scale, of, jobs
+
+
+def _parts(rows: int, columns: int, block_size: int, model: Model) -> list[_Part]:
+    """The full blocks, then the columns left over as blocks of one."""
+    n_full, n_left = divmod(columns, block_size)
+    parts = [_Part(rows, 0, n_full, model.book(block_size))] if n_full else []
+    if n_left:
+        parts.append(_Part(rows, n_full * block_size, n_left, model.book(1)))
+    return parts
+
+
+def _symbols(
+    weights: NDArray[np.float32], part: _Part, classes: NDArray[np.uint8], grid: float, rate_weight: float
+) -> NDArray[np.uint16]:
+    """The symbol of every vector of `part`, found a chunk at a time."""
+    d = part.book.block_size
+    symbols = np.empty((part.rows, part.per_row), np.uint16)
+    by_row = classes.reshape(part.rows, part.per_row)
+    wide = max(1, CHUNK // d)
+    tall = max(1, CHUNK // (d * part.per_row))
+    for r in range(0, part.rows, tall):
+        for b in range(0, part.per_row, wide):
+            stop = min(b + wide, part.per_row)
+            piece = weights[r : r + tall, part.first_column + b * d : part.first_column + stop * d]
+            vectors = in_grid_units(piece, grid).reshape(-1, d)
+            chosen = choose(vectors, by_row[r : r + tall, b:stop].reshape(-1), part.book, rate_weight)
+            symbols[r : r + tall, b:stop] = chosen.symbols.reshape(-1, stop - b)
+    return symbols.reshape(-1)
+
+
+def _head(plan: _Plan, scale: float) -> bytes:
+    """Everything before the streams."""
+    flags = BLOCK_SIZES.index(plan.block_size)
+    flags |= _HAS_ROWS * plan.has_rows | _HAS_BLOCKS * plan.has_blocks | _HAS_SCALE * (scale != 1)
+    head = bytes([flags]) + bitfields.signed(plan.scales.base)
+    if scale != 1:
+        head += struct.pack("<f", scale)
+    if plan.has_rows:
+        head += bitfields.rice(plan.scales.rows)
+    if plan.has_blocks:
+        head += bitfields.rice(plan.scales.blocks)
+    return head
+
+
+def _read_head(reader: bitfields.Reader, rows: int, columns: int) -> tuple[int, np.float32, Scales]:
+    """Block size, scale and scales."""
+    flags = reader.take(1)[0]
+    if flags >> 5:
+        raise ValueError(f"a payload with unknown flags {flags:#04x}")
+    block_size = BLOCK_SIZES[flags & 3]
+    n_blocks = -(-columns // block_size)
+    base = max(-(1 << 20), min(1 << 20, reader.signed()))
+    scale = np.frombuffer(reader.take(4), "<f4")[0] if flags & _HAS_SCALE else np.float32(1)
+    if not (np.isfinite(scale) and scale > 0):
+        raise ValueError(f"a payload with scale {scale}")
+    of_rows = reader.rice(rows) if flags & _HAS_ROWS else np.zeros(rows, np.int16)
+    of_blocks = reader.rice(n_blocks) if flags & _HAS_BLOCKS else np.zeros(n_blocks, np.int16)
+    return block_size, np.float32(scale), Scales(base, of_rows, of_blocks)
+
+
+@dataclass(frozen=True)
+class _StreamWriter:
+    """Symbols -> bytes, one stream at a time: lengths, coded symbols, side bits."""
+
+    weights: NDArray[np.float32]
+    part: _Part
+    classes: NDArray[np.uint8]
+    symbols: NDArray[np.uint16]
+    grid: float
+
+    def __call__(self, span: tuple[int, int]) -> bytes:
+        from pqcli.core.ecpq import loops as ecpq_kernels
+
+        start, stop = span
+        book = self.part.book
+        symbols = self.symbols[start:stop]
+        coded = ans.encode(symbols, self.classes[start:stop], book.tables)
+        escapes = int((symbols == 0).sum())
+        most = int(book.n_signs[symbols].sum(dtype=np.int64)) + escapes * book.block_size * ecpq_kernels.MAX_SIDE_BITS
+        side = np.zeros(-(-most // 8), np.uint8)
+        n_bits = ecpq_kernels.write_side(
+            self.weights,
+            self.part.first_column,
+            start,
+            symbols,
+            book.magnitudes,
+            self.part.per_row,
+            self.grid * ESCAPE_STEP,
+            side,
+        )
+        used = side[: -(-n_bits // 8)].tobytes()
+        n_words = (len(coded) - ans.STATE_BYTES) // 4
+        return bitfields.varint(n_words) + bitfields.varint(len(used)) + coded + used
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """One stream's bytes, checked for presence only."""
+
+    span: tuple[int, int]
+    coded: memoryview
+    side: memoryview
+
+    @classmethod
+    def read(cls, reader: bitfields.Reader, span: tuple[int, int]) -> _Stream:
+        n_words, n_side = reader.varint(), reader.varint()
+        return cls(span, reader.take(ans.STATE_BYTES + 4 * n_words), reader.take(n_side))
+
+
+@dataclass(frozen=True)
+class _StreamReader:
+    """Bytes -> weights, one stream at a time, into `out`."""
+
+    part: _Part
+    classes: NDArray[np.uint8]
+    grid: float
+    scale: np.float32
+    out: NDArray[np.float32]
+
+    def __call__(self, stream: _Stream) -> None:
+        from pqcli.core.ecpq import loops as ecpq_kernels
+
+        start, stop = stream.span
+        book = self.part.book
+        grid = np.float32(self.grid)
+        symbols = ans.decode(stream.coded, self.classes[start:stop], book.tables)
+        side = np.frombuffer(stream.side, np.uint8)
+        n_bits = ecpq_kernels.read_side(
+            side,
+            8 * side.size,
+            self.part.first_column,
+            start,
+            symbols,
+            book.magnitudes.astype(np.float32) * grid,
+            grid,
+            self.scale,
+            ESCAPE_STEP,
+            self.part.per_row,
+            self.out,
+        )
+        if n_bits < 0 or -(-n_bits // 8) != side.size:
+            raise ValueError("a damaged stream: its symbols and its side bits do not end together")
+
+
+def _mapped(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """`function` of every item, in threads where there is more than one."""
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(function, items))
+
+
+def _scaled(matrix: Tensor, scale: float) -> NDArray[np.float32]:
+    """`matrix` / `scale` as a contiguous float32 array."""
+    if not (math.isfinite(scale) and np.float32(scale) > 0):
+        raise ValueError(f"a scale of {scale}")
+    weights = matrix.detach().float().contiguous().numpy()
+    if scale != 1:
+        weights = weights / np.float32(scale)
+    if weights.size and not math.isfinite(float(weights.max()) - float(weights.min())):
+        raise ValueError("NaN or infinite values cannot be quantized")
+    return weights

@@ -1,0 +1,141 @@
+"""Which orbit a vector takes: the E-step of entropy-constrained PQ, and the scales that decide its table.
+
+A vector's scale is the expected root mean square of its values, in quarter-octaves above the model's grid. It is the
+sum of a tensor's own scale, its row's and its block-column's: weights differ in size from row to row and from column to
+column, and a table for each size saves 0.1 to 0.7 dB.
+
+Shapes: matrix (rows, columns), vectors (n, d) as magnitudes in grid units, classes (n,), symbols (n,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pqcli.core import kernels
+from pqcli.core.ecpq.model import ESCAPE_STEP, Book
+
+CHUNK = 1 << 21
+"""Elements looked at in one go: a few temporaries of 8 or 16 MiB."""
+FARTHEST = 1024.0
+"""Vectors are cut off at this multiple of the largest magnitude before the sweep, so that its scores stay finite."""
+OUTLIER = 0.25
+"""Share of a row's energy above which a single weight is an outlier."""
+ENOUGH_FOR_A_MEDIAN = 16
+MEDIAN_OF_SQUARES = 0.4549
+"""Of a standard normal variable."""
+LOWEST_SCALE = -127
+HIGHEST_SCALE = 127
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What vectors became: symbols (0 the escape, j + 1 orbit j), their bits and squared error (grid units)."""
+
+    symbols: NDArray[np.uint16]
+    bits: float
+    squared_error: float
+
+    def cost(self, rate_weight: float) -> float:
+        """Squared error plus what the bits are worth."""
+        return self.squared_error + rate_weight * self.bits
+
+
+def choose(vectors: NDArray[np.float32], classes: NDArray[np.uint8], book: Book, rate_weight: float) -> Choice:
+    """The cheapest symbol of every vector in squared error + `rate_weight` * bits, sign bits and escapes included."""
+    from pqcli.core.ecpq import loops as ecpq_kernels
+
+    order = np.argsort(classes, kind="stable")
+    limit = FARTHEST * float(book.magnitudes.max(initial=1))
+    grouped = torch.from_numpy(np.minimum(vectors[order], np.float32(limit)))
+    codebook = torch.from_numpy(book.magnitudes.astype(np.float32))
+    bias = -0.5 * (book.magnitudes.astype(np.float64) ** 2).sum(1) - 0.5 * rate_weight * book.bits[:, 1:]
+    found = np.zeros(len(vectors), np.uint16)
+    ends = np.cumsum(np.bincount(classes, minlength=book.n_classes))
+    for c, (start, stop) in enumerate(zip(np.concatenate([[0], ends[:-1]]), ends, strict=True)):
+        present = np.flatnonzero(book.tables.frequencies[c, 1:])
+        if start == stop or not present.size:
+            continue
+        subset = torch.from_numpy(present)
+        best = kernels.sweep(
+            grouped[start:stop],
+            codebook[subset],
+            torch.from_numpy(bias[c, present].astype(np.float32)),
+            accumulate=False,
+            backend="cpu",
+        )
+        found[start:stop] = present[best.assignments.numpy()] + 1
+    symbols = np.empty(len(vectors), np.uint16)
+    symbols[order] = found
+    bits, error = ecpq_kernels.settle(
+        vectors, classes, book.magnitudes, book.bits, rate_weight, float(ESCAPE_STEP), symbols
+    )
+    return Choice(symbols, bits, error)
+
+
+def in_grid_units(values: NDArray[np.float32], grid: float) -> NDArray[np.float32]:
+    """Magnitudes of `values` in grid units; infinite where float32 ends, which becomes an escape."""
+    with np.errstate(over="ignore"):
+        return np.asarray(np.abs(values) * np.float32(1 / grid), np.float32)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean squares of a matrix: per row (rows,), and per column (columns,) relative to the rows' own.
+
+    A row whose energy is mostly that of a single weight counts by the median of its squares instead: an outlier must
+    not make its whole row look large.
+    """
+
+    rows: NDArray[np.float64]
+    columns: NDArray[np.float64]
+
+
+def moments(matrix: NDArray[np.float32]) -> Moments:
+    """The moments of `matrix` (rows, columns), in float64 over bounded chunks."""
+    n_rows, n_columns = matrix.shape
+    step = max(1, CHUNK // max(n_columns, 1))
+    rows = np.zeros(n_rows)
+    columns = np.zeros(n_columns)
+    for start in range(0, n_rows, step):
+        squares = np.square(matrix[start : start + step], dtype=np.float64)
+        means = squares.mean(axis=1, keepdims=True)
+        columns += np.divide(squares, means, out=np.zeros_like(squares), where=means > 0).sum(axis=0)
+        rows[start : start + step] = means[:, 0]
+        if n_columns >= ENOUGH_FOR_A_MEDIAN:
+            spoilt = np.flatnonzero(squares.max(axis=1) > OUTLIER * n_columns * means[:, 0])
+            rows[start + spoilt] = np.median(squares[spoilt], axis=1) / MEDIAN_OF_SQUARES
+    return Moments(rows, columns / max(n_rows, 1))
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a matrix in quarter-octaves: vector (r, b) has `base + rows[r] + blocks[b]`."""
+
+    base: int
+    rows: NDArray[np.int16]
+    blocks: NDArray[np.int16]
+
+    def flat(self, *, rows: bool, blocks: bool) -> Scales:
+        """These scales with the rows' or the blocks' share kept or left out."""
+        return Scales(self.base, self.rows if rows else self.rows * 0, self.blocks if blocks else self.blocks * 0)
+
+
+def scales(of: Moments, block_size: int, grid: float) -> Scales:
+    """The scales of a matrix with these moments, for blocks of the given size (the last one may be short)."""
+    n_columns = of.columns.size
+    starts = np.arange(0, n_columns, block_size)
+    lengths = np.diff(np.append(starts, n_columns))
+    blocks = np.add.reduceat(of.columns, starts) / lengths if n_columns else np.zeros(0)
+    rows = _quarter_octaves(of.rows / grid / grid)
+    base = int(np.median(rows)) if rows.size else 0
+    return Scales(base, np.clip(rows - base, LOWEST_SCALE, HIGHEST_SCALE).astype(np.int16), _quarter_octaves(blocks))
+
+
+def _quarter_octaves(mean_squares: NDArray[np.float64]) -> NDArray[np.int16]:
+    """round(4 log2(root)) within a byte; the lowest for zero."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.clip(np.rint(2 * np.log2(mean_squares)), LOWEST_SCALE, HIGHEST_SCALE), np.int16)

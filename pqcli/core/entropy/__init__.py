@@ -1,0 +1,1 @@
+"""Entropy coders: range coder, mixing, ANS, bit fields, lossless coding of kept tensors."""

@@ -1,0 +1,187 @@
+"""An adaptive binary range coder in integers: the same bytes, and the same symbols back, on every machine.
+
+A range coder narrows an interval [low, low + range) once per binary decision, in proportion to the decision's
+probability; any number in the last interval, written in base 256, is the message. Probabilities adapt to what was
+coded before, alike in the coder and the decoder, so that no tables are sent. Everything is an int64:
+
+    window (5,): low, range, code, position, length     what one coder carries from decision to decision
+    buffer (length,) uint8                              the bytes written or read
+    models (n, 2) int32: probability, count             P(decision = 1) in 1/65536, decisions seen up to a limit
+
+`range` lies in [2^32, 2^48] between decisions and two bytes move at a time. A model's k-th adaptation moves its
+probability by RATES[k] / 65536 of the way to the decision: fast at first, then slow. Encoder and decoder are one
+function each way with an `encoding` flag, so that the two cannot drift apart.
+"""
+
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pqcli.core.compiled.jit import kernel
+
+COUNT_LIMIT = 500
+RATES = np.array([int(655360 // (10 * n + 16)) for n in range(COUNT_LIMIT + 1)], np.int64)
+"""RATES[n] = floor(65536 / (n + 1.6)): the share of the way a probability moves at its n-th decision."""
+
+_FULL = 1 << 48
+_SPLIT = 1 << 32
+_WINDOW_BYTES = 6
+N_INTEGER_MODELS = 33
+"""Models that one kind of integer uses (see `RangeCoder.integer`)."""
+
+
+@kernel
+def code_bit(encoding, bit, probability, low, span, code, position, length, buffer):
+    """One decision with P(1) = probability / 65536: (bit, low, span, code, position) afterwards."""
+    bound = (span >> 16) * probability
+    if not encoding:
+        bit = 1 if code < bound else 0
+    if bit:
+        span = bound
+    else:
+        span -= bound
+        if encoding:
+            low += bound
+        else:
+            code -= bound
+    if span < _SPLIT:
+        span <<= 16
+        if encoding:
+            if low >= _FULL:
+                low -= _FULL
+                i = position - 1
+                while buffer[i] == 255:
+                    buffer[i] = 0
+                    i -= 1
+                buffer[i] += 1
+            buffer[position] = low >> 40
+            buffer[position + 1] = (low >> 32) & 255
+            low = (low & (_SPLIT - 1)) << 16
+        else:
+            high = np.int64(buffer[position]) if position < length else 0
+            rest = np.int64(buffer[position + 1]) if position + 1 < length else 0
+            code = (code << 16) | (high << 8) | rest
+        position += 2
+    return bit, low, span, code, position
+
+
+@kernel
+def adapt(models, index, bit, rates):
+    """Move one model towards `bit`; probabilities stay in [32, 65504]."""
+    probability = np.int64(models[index, 0])
+    count = models[index, 1]
+    if bit:
+        probability += ((65535 - probability) * rates[count]) >> 16
+    else:
+        probability -= ((probability - 1) * rates[count]) >> 16
+    models[index, 0] = min(max(probability, 32), 65504)
+    if count < COUNT_LIMIT:
+        models[index, 1] = count + 1
+
+
+@kernel
+def _code_integer(encoding, value, models, first, rates, window, buffer):
+    """One integer in [0, 2^32): an adaptive unary number of bits of value + 1, then those below the leading one."""
+    low, span, code, position, length = window[0], window[1], window[2], window[3], window[4]
+    target = value + 1
+    n_bits = 0
+    while encoding and target >> (n_bits + 1):
+        n_bits += 1
+    bits = 0
+    while bits < N_INTEGER_MODELS - 1:
+        bit, low, span, code, position = code_bit(
+            encoding, 1 if bits < n_bits else 0, np.int64(models[first + bits, 0]),
+            low, span, code, position, length, buffer,
+        )  # fmt: skip
+        adapt(models, first + bits, bit, rates)
+        if bit == 0:
+            break
+        bits += 1
+    result = 1
+    for i in range(bits - 1, -1, -1):
+        bit, low, span, code, position = code_bit(
+            encoding, (target >> i) & 1, 32768, low, span, code, position, length, buffer
+        )
+        result = (result << 1) | bit
+    window[0], window[1], window[2], window[3] = low, span, code, position
+    return result - 1
+
+
+@kernel
+def _code_decision(encoding, bit, models, index, rates, window, buffer):
+    """One adaptive decision."""
+    low, span, code, position, length = window[0], window[1], window[2], window[3], window[4]
+    bit, low, span, code, position = code_bit(
+        encoding, bit, np.int64(models[index, 0]), low, span, code, position, length, buffer
+    )
+    adapt(models, index, bit, rates)
+    window[0], window[1], window[2], window[3] = low, span, code, position
+    return bit
+
+
+class RangeCoder:
+    """One stream being written or read. The verbs take the value to write and return the value written or read.
+
+    Code that describes a layout is therefore written once and serves both ways; when reading, the values handed in
+    are ignored. Reading past the end gives zero bytes; `finish` tells whether that happened.
+    """
+
+    def __init__(self, *, encoding: bool, buffer: NDArray[np.uint8], n_models: int) -> None:
+        self.encoding = encoding
+        self.buffer = buffer
+        self.models = np.empty((n_models, 2), np.int32)
+        self.models[:, 0] = 32768
+        self.models[:, 1] = 0
+        self.window = np.array([0, _FULL, 0, 0, len(buffer)], np.int64)
+
+    @classmethod
+    def writer(cls, capacity: int, n_models: int) -> Self:
+        """A coder that writes; `capacity` bytes must suffice (untouched memory costs nothing)."""
+        return cls(encoding=True, buffer=np.empty(capacity + 16, np.uint8), n_models=n_models)
+
+    @classmethod
+    def reader(cls, data: bytes, n_models: int) -> Self:
+        """A coder that reads `data`, whatever it holds."""
+        coder = cls(encoding=False, buffer=np.frombuffer(bytearray(data), np.uint8), n_models=n_models)
+        coder.window[2] = int.from_bytes(data[:_WINDOW_BYTES].ljust(_WINDOW_BYTES, b"\0"), "big")
+        coder.window[3] = _WINDOW_BYTES
+        return coder
+
+    def bit(self, model: int, bit: int = 0) -> int:
+        """One decision; adapts one model."""
+        return int(_code_decision(self.encoding, bit, self.models, model, RATES, self.window, self.buffer))
+
+    def integer(self, first_model: int, value: int = 0) -> int:
+        """One integer in [0, 2^32 - 2]; adapts the N_INTEGER_MODELS models from `first_model` on."""
+        return int(_code_integer(self.encoding, value, self.models, first_model, RATES, self.window, self.buffer))
+
+    def signed(self, first_model: int, value: int = 0) -> int:
+        """One integer of either sign, |value| < 2^31, small ones cheap: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
+        folded = self.integer(first_model, 2 * value if value >= 0 else -2 * value - 1)
+        return -((folded + 1) >> 1) if folded & 1 else folded >> 1
+
+    def finish(self) -> bytes:
+        """The bytes of a writer; of a reader nothing, once it is sure that the stream ended where the symbols did.
+
+        Raises ValueError when a stream read was too short or too long for its symbols.
+        """
+        low, span, _, position, length = (int(v) for v in self.window)
+        if not self.encoding:
+            if not position - _WINDOW_BYTES <= length <= position:
+                raise ValueError(f"coded stream of {length} bytes; its symbols take {position - _WINDOW_BYTES}")
+            return b""
+        n_zero_bits = span.bit_length() - 1
+        while ((low + span - 1) >> n_zero_bits) << n_zero_bits < low:
+            n_zero_bits -= 1
+        number = ((low + span - 1) >> n_zero_bits) << n_zero_bits
+        head = int.from_bytes(self.buffer[:position].tobytes(), "big") if number >= _FULL else None
+        if head is None:
+            written = self.buffer[:position].tobytes()
+        else:
+            written = (head + 1).to_bytes(position, "big")
+            number -= _FULL
+        return written + number.to_bytes(_WINDOW_BYTES, "big").rstrip(b"\0")

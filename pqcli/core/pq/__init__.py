@@ -1,0 +1,1 @@
+"""Plain product quantization of one tensor: blocks, EM, packed assignments."""

@@ -1,0 +1,1 @@
+"""The verbs: plan, compress, decode, report, verify; and where their work runs."""

@@ -1,0 +1,1 @@
+"""What will be done to each tensor, and why, before any weight is read."""

@@ -1,0 +1,1 @@
+"""What is wished: `Recipe` and `Rule`, from flags, YAML, presets, or fairseq's YAML."""
