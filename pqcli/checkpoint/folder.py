@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pqcli.checkpoint import formats
 from pqcli.checkpoint.bytesource import reading
+from pqcli.checkpoint.limits import Budget, Limits
 from pqcli.checkpoint.sniff import HEAD_BYTES
 from pqcli.errors import CheckpointError
 
@@ -43,13 +44,13 @@ class Index:
     weight_map: dict[str, str]
 
 
-def find_weights(folder: Path) -> FolderFiles:
+def find_weights(folder: Path, limits: Limits) -> FolderFiles:
     """The weight files of a folder: an index, else the usual single names, else the only checkpoint there is."""
     with reading(folder):
         names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_file())
     index_name = _index_name(names)
     if index_name is not None:
-        index = _read_index(folder, index_name)
+        index = _read_index(folder, index_name, limits)
         shards = tuple(sorted(set(index.weight_map.values())))
         missing = [shard for shard in shards if shard not in names]
         if missing:
@@ -120,18 +121,20 @@ def _is_checkpoint(path: Path) -> bool:
     return found is not None and not path.name.endswith(".json")
 
 
-def _read_index(folder: Path, name: str) -> Index:
+def _read_index(folder: Path, name: str, limits: Limits) -> Index:
     path = folder / name
     with reading(path):
         if path.stat().st_size > _MAX_INDEX:
             raise CheckpointError(f"'{path}' has {path.stat().st_size:,} bytes; that is no shard index")
         text = path.read_bytes()
     try:
-        index = json.loads(text)
+        index = Budget(limits).json(text)
         weight_map = index["weight_map"]
         places = list(weight_map.items())
         metadata = index.get("metadata")
         json.dumps(index, ensure_ascii=False).encode("utf-8")  # lone surrogates, which no other file can hold
+    except CheckpointError as error:
+        raise CheckpointError(f"'{path}': {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is no shard index ({type(error).__name__}: {str(error)[:100]})") from error
     if not places:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pqcli.checkpoint.bytesource import ByteSource, Strided, check_fits
+from pqcli.checkpoint.overlaps import overlapping
 from pqcli.checkpoint.pt.tree import Dropped, without
 from pqcli.checkpoint.reopening import Stamp, reopened
 from pqcli.errors import CheckpointError
@@ -33,6 +34,15 @@ class Layout:
     views: Mapping[str, Strided]
     skeleton: Json
     dropped: tuple[Dropped, ...] = ()
+
+    def with_overlaps(self) -> Layout:
+        """The same, with `overlaps` of its tensors set."""
+        owners = {info.name for info in self.tensors if info.alias_of is None}
+        groups = overlapping({name: view for name, view in self.views.items() if name in owners})
+        if not groups and not any(info.overlaps for info in self.tensors):
+            return self
+        tensors = tuple(replace(info, overlaps=groups.get(info.alias_of or info.name)) for info in self.tensors)
+        return replace(self, tensors=tensors)
 
 
 class Checkpoint:
@@ -183,7 +193,8 @@ def _of_model(layout: Layout) -> Layout:
     skeleton = layout.skeleton
     if "tree" in skeleton:
         skeleton = {**skeleton, "tree": without(skeleton["tree"], layout.tensors, set(gone))}
-    return Layout(tuple(tensors), views, skeleton, (*layout.dropped, *_told(gone.values())))
+    left = Layout(tuple(tensors), views, skeleton, (*layout.dropped, *_told(gone.values())))
+    return left.with_overlaps()
 
 
 def _told(tensors: Iterable[TensorInfo]) -> list[Dropped]:

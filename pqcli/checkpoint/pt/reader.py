@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from pqcli.checkpoint.bytesource import ByteSource, Region, Strided, reading
 from pqcli.checkpoint.opened import Layout
+from pqcli.checkpoint.pt.numpy_objects import NumpyArray
 from pqcli.checkpoint.pt.pickles import PickleReader
 from pqcli.checkpoint.pt.tree import describe
 from pqcli.errors import CheckpointError
@@ -25,8 +26,8 @@ from pqcli.tensors.info import ITEM_BYTES, TensorInfo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pqcli.checkpoint.pt.torch_objects import StorageRef
-    from pqcli.checkpoint.pt.tree import FoundTensor
+    from pqcli.checkpoint.limits import Budget
+    from pqcli.checkpoint.pt.torch_objects import StorageRef, TensorRef
 
 _MAX_PICKLE = 256 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -52,7 +53,7 @@ def read_zip(source: ByteSource) -> Layout:
             f"its pickle has {data.n_bytes:,} bytes, more than the {_MAX_PICKLE:,} a checkpoint needs"
         )
     source.check_region(data)
-    reader = PickleReader()
+    reader = PickleReader(source.budget)
     value = _load(reader, io.BytesIO(source.bytes_at(data.start, data.n_bytes)))
 
     def region_of(storage: StorageRef) -> Region:
@@ -67,12 +68,12 @@ def read_zip(source: ByteSource) -> Layout:
             )
         return region
 
-    return _layout(value, region_of)
+    return layout_of(value, region_of, source.budget)
 
 
 def read_legacy(source: ByteSource) -> Layout:
     """The layout of a legacy `.pt` (before torch 1.6). Storages are found by position; none is read."""
-    reader = PickleReader()
+    reader = PickleReader(source.budget)
     with reading(source.path), source.path.open("rb") as raw:
         file = cast("IO[bytes]", _Bounded(raw, source.n_bytes))
         magic, protocol, system = (_load(reader, file) for _ in range(3))
@@ -93,7 +94,7 @@ def read_legacy(source: ByteSource) -> Layout:
             raise CheckpointError(f"its storage {storage.key} is missing; the file is damaged")
         return regions[storage.key]
 
-    return _layout(value, region_of)
+    return layout_of(value, region_of, source.budget)
 
 
 # -- from the pickle's value to a layout -----------------------------------------------------------------------------
@@ -117,47 +118,51 @@ def _load(reader: PickleReader, file: IO[bytes]) -> Any:
 def _refusal(names: list[str]) -> str:
     shown = ", ".join(ascii(name)[1:-1][:80] for name in names[:_SHOWN_GLOBALS])
     more = f" and {len(names) - _SHOWN_GLOBALS} more" if len(names) > _SHOWN_GLOBALS else ""
-    whole_model = any(name.startswith("torch.nn.modules") for name in names)
-    what = "it is a whole pickled model, not a state dict" if whole_model else "its pickle holds more than tensors"
     return (
-        f"{what}: it needs {shown}{more}, which may run code when loaded, so pqcli refuses it. If you trust the file, "
+        f"its pickle holds more than tensors: it needs {shown}{more}, which may run code when loaded, "
+        "so pqcli refuses it. If you trust the file, "
         "load it once with torch.load(path, weights_only=False) and save only its state dict"
     )
 
 
-def _layout(value: Any, region_of: Callable[[StorageRef], Region]) -> Layout:
-    description = describe(value)
+def layout_of(value: Any, region_of: Callable[[StorageRef], Region], budget: Budget) -> Layout:
+    """The layout of a pickle's value, whose storages lie where `region_of` says."""
+    description = describe(value, budget)
     infos: list[TensorInfo] = []
     views: dict[str, Strided] = {}
     first: dict[tuple[object, ...], str] = {}
+    view: Strided
+    key: tuple[object, ...]
     for found in description.tensors:
-        view = _view(found, region_of)
         ref = found.ref
+        if isinstance(ref, NumpyArray):
+            view, key = _array_view(ref), (id(ref),)
+        else:
+            view, key = _view(found.name, ref, region_of), _identity(ref)
         # empty tensors share nothing that could be tied
-        key = (
-            ref.storage.key,
-            ref.storage.byte_offset,
-            ref.dtype,
-            ref.offset,
-            ref.shape,
-            ref.strides,
-            ref.conj,
-            ref.neg,
-        )
         alias = first.setdefault(key, found.name) if view.numel else found.name
-        infos.append(TensorInfo(found.name, ref.shape, ref.dtype, None if alias == found.name else alias, found.role))
+        infos.append(TensorInfo(found.name, view.shape, view.dtype, None if alias == found.name else alias, found.role))
         views[found.name] = view
     return Layout(tuple(infos), views, {"tree": description.tree}, description.dropped)
 
 
-def _view(found: FoundTensor, region_of: Callable[[StorageRef], Region]) -> Strided:
-    ref = found.ref
+def _identity(ref: TensorRef) -> tuple[object, ...]:
+    """What two tensors must have in common to be tied."""
+    storage = ref.storage
+    return storage.key, storage.byte_offset, ref.dtype, ref.offset, ref.shape, ref.strides, ref.conj, ref.neg
+
+
+def _array_view(array: NumpyArray) -> Strided:
+    return Strided(Region(0, len(array.data), data=array.data), array.dtype or "", array.shape)
+
+
+def _view(name: str, ref: TensorRef, region_of: Callable[[StorageRef], Region]) -> Strided:
     if ref.dtype not in ITEM_BYTES:
-        raise CheckpointError(f"tensor '{found.name}' has the dtype {ref.dtype}, which pqcli does not carry")
+        raise CheckpointError(f"tensor '{name}' has the dtype {ref.dtype}, which pqcli does not carry")
     region = region_of(ref.storage)
     item = ITEM_BYTES[ref.dtype]
     if ref.storage.byte_offset % item:
-        raise CheckpointError(f"tensor '{found.name}' lies across element borders of its storage")
+        raise CheckpointError(f"tensor '{name}' lies across element borders of its storage")
     return Strided(
         region=region,
         dtype=ref.dtype,
