@@ -8,13 +8,15 @@ record, a safetensors payload, a storage of an old pickle) and, inside it, a `St
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import zlib
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pqcli.checkpoint.limits import Budget, Limits
+from pqcli.checkpoint.stamps import Stamp
 from pqcli.errors import CheckpointError
 from pqcli.tensors.info import ITEM_BYTES
 
@@ -116,7 +118,7 @@ class ByteSource:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             status = os.fstat(self._descriptor)
         self.n_bytes = status.st_size
-        self.modified_ns = status.st_mtime_ns
+        self.stamps = (Stamp(str(path.absolute()), status.st_size, status.st_mtime_ns),)
         self._checked: set[Region] = set()
         self._running: dict[Region, tuple[int, int]] = {}  # of regions read piece by piece: where it stands, CRC so far
 
@@ -239,6 +241,66 @@ def _dense(raw: torch.Tensor, view: Strided) -> torch.Tensor:
     if view.conj:
         dense = dense.conj().resolve_conj()
     return dense.neg() if view.neg else dense
+
+
+class Window:
+    """A part of a file as if it were a file of its own: what understands a header can read it there."""
+
+    def __init__(self, source: ByteSource, start: int, n_bytes: int) -> None:
+        if start + n_bytes > source.n_bytes:
+            raise CheckpointError(
+                f"'{source.path}' has {source.n_bytes:,} bytes where {start + n_bytes:,} are needed; it is truncated"
+            )
+        self.path = source.path
+        self.budget = source.budget
+        self.n_bytes = n_bytes
+        self._source = source
+        self._start = start
+
+    def bytes_at(self, start: int, n_bytes: int) -> bytes:
+        """Exactly `n_bytes` bytes from `start` of the window."""
+        if start + n_bytes > self.n_bytes:
+            raise CheckpointError(f"an archive inside '{self.path}' ends too early; the file is damaged")
+        return self._source.bytes_at(self._start + start, n_bytes)
+
+    def check_region(self, region: Region) -> None:
+        """As `ByteSource.check_region`; the region counts from the window's start."""
+        self._source.check_region(replace(region, start=region.start + self._start))
+
+
+class AsFile(io.RawIOBase):
+    """A source as the seekable binary file that some readers want."""
+
+    def __init__(self, source: ByteSource | Window) -> None:
+        self._source = source
+        self._position = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As of any file; a position before the start is an OSError."""
+        base = (0, self._position, self._source.n_bytes)[whence]
+        if base + offset < 0:
+            raise OSError("a position before the start of the file")
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        """The position."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as there are bytes left."""
+        n_bytes = max(0, min(len(buffer), self._source.n_bytes - self._position))
+        buffer[:n_bytes] = self._source.bytes_at(self._position, n_bytes)
+        self._position += n_bytes
+        return n_bytes
 
 
 @contextlib.contextmanager

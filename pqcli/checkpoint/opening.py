@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 from pqcli.checkpoint import formats
 from pqcli.checkpoint.bytesource import ByteSource
-from pqcli.checkpoint.folder import check_index, find_weights
+from pqcli.checkpoint.dcp import ENDING, is_distributed, open_distributed
+from pqcli.checkpoint.folder import check_index, find_weights, names_in, sizes_in
 from pqcli.checkpoint.limits import Limits
 from pqcli.checkpoint.opened import Checkpoint, Layout, check_layout
-from pqcli.checkpoint.reopening import Stamp, stamp_of
+from pqcli.checkpoint.reopening import stamp_of
 from pqcli.checkpoint.sniff import sniff
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pqcli.checkpoint.pt.tree import Json
+    from pqcli.checkpoint.stamps import Stamp
 
 
 def open_checkpoint(path: str | Path, *, limits: Limits | None = None) -> Checkpoint:
@@ -58,7 +60,12 @@ def _open_file(path: Path, stack: ExitStack, limits: Limits) -> tuple[str, ByteS
 
 
 def _open_folder(folder: Path, limits: Limits) -> Checkpoint:
-    files = find_weights(folder, limits)
+    names = names_in(folder)
+    if is_distributed(names):
+        own = {name for name in names if name.endswith(ENDING)}
+        sizes = {name: n_bytes for name, n_bytes in sizes_in(folder).items() if name not in own}
+        return open_distributed(folder, names, sizes, limits)
+    files = find_weights(folder, names, limits)
     parts: list[tuple[ByteSource, Layout]] = []
     shards: list[Json] = []
     owner: dict[str, str] = {}
@@ -80,4 +87,4 @@ def _open_folder(folder: Path, limits: Limits) -> Checkpoint:
         n_bytes = sum(info.n_bytes for _, layout in parts for info in layout.tensors if info.alias_of is None)
         stamps = (stamp_of(folder / files.index.name),)
         skeleton["index"] = {"file": files.index.name, "metadata": files.index.metadata, "n_bytes": n_bytes}
-    return Checkpoint(folder, formats.FOLDER, tuple(parts), skeleton, files.side_files, stamps)
+    return Checkpoint(folder, formats.FOLDER, tuple(parts), skeleton, files.side_sizes, stamps)

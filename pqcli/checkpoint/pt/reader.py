@@ -15,8 +15,9 @@ import struct
 import zipfile
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from pqcli.checkpoint.bytesource import ByteSource, Region, Strided, reading
+from pqcli.checkpoint.bytesource import AsFile, ByteSource, Region, Strided, Window, reading
 from pqcli.checkpoint.opened import Layout
+from pqcli.checkpoint.pt.naming import tensors_in
 from pqcli.checkpoint.pt.numpy_objects import NumpyArray
 from pqcli.checkpoint.pt.pickles import PickleReader
 from pqcli.checkpoint.pt.tree import describe
@@ -38,10 +39,23 @@ _MAX_LINE = 1 << 16
 _LEGACY_END = "it ends in the middle of a storage; it is truncated, fetch it again"
 
 
-def read_zip(source: ByteSource) -> Layout:
+def read_zip(source: ByteSource | Window) -> Layout:
     """The layout of a zip `.pt`. Messages are bare facts ("its record ..."): the caller adds the path."""
-    with reading(source.path), source.path.open("rb") as file:
-        entries = _directory(file)
+    value, region_of = _opened_zip(source)
+    return layout_of(value, region_of, source.budget)
+
+
+def value_of_zip(source: ByteSource | Window) -> Any:
+    """The value of a zip `.pt` that holds no tensors, as the interpreter gives it."""
+    value, _ = _opened_zip(source)
+    if any(True for _ in tensors_in(value, source.budget.entries)):
+        raise CheckpointError("it holds tensors where it should hold none")
+    return value
+
+
+def _opened_zip(source: ByteSource | Window) -> tuple[Any, Callable[[StorageRef], Region]]:
+    """The value of a zip's pickle, and where its storages lie."""
+    entries = _directory(AsFile(source))
     records = _checked_records(entries, source)
     prefix = _prefix(records)
     order = records.get(f"{prefix}byteorder")
@@ -54,7 +68,7 @@ def read_zip(source: ByteSource) -> Layout:
         )
     source.check_region(data)
     reader = PickleReader(source.budget)
-    value = _load(reader, io.BytesIO(source.bytes_at(data.start, data.n_bytes)))
+    value = load_value(reader, io.BytesIO(source.bytes_at(data.start, data.n_bytes)))
 
     def region_of(storage: StorageRef) -> Region:
         region = records.get(f"{prefix}data/{storage.key}")
@@ -68,7 +82,7 @@ def read_zip(source: ByteSource) -> Layout:
             )
         return region
 
-    return layout_of(value, region_of, source.budget)
+    return value, region_of
 
 
 def read_legacy(source: ByteSource) -> Layout:
@@ -76,14 +90,14 @@ def read_legacy(source: ByteSource) -> Layout:
     reader = PickleReader(source.budget)
     with reading(source.path), source.path.open("rb") as raw:
         file = cast("IO[bytes]", _Bounded(raw, source.n_bytes))
-        magic, protocol, system = (_load(reader, file) for _ in range(3))
+        magic, protocol, system = (load_value(reader, file) for _ in range(3))
         if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:
             raise CheckpointError(f"it has the protocol {str(protocol)[:40]} of an unknown torch")
         if not isinstance(system, dict) or system.get("little_endian") is not True:
             raise CheckpointError("it was written on a big-endian machine; save it again on an ordinary one")
-        value = _load(reader, file)
+        value = load_value(reader, file)
         storages = dict(reader.storages)
-        keys = _load(reader, file)
+        keys = load_value(reader, file)
         position = file.tell()
     if not isinstance(keys, list) or any(not isinstance(key, str) for key in keys):
         raise CheckpointError("its list of storages is damaged")
@@ -100,7 +114,7 @@ def read_legacy(source: ByteSource) -> Layout:
 # -- from the pickle's value to a layout -----------------------------------------------------------------------------
 
 
-def _load(reader: PickleReader, file: IO[bytes]) -> Any:
+def load_value(reader: PickleReader, file: IO[bytes]) -> Any:
     """The value of one pickle; refuses it, naming every global that is not known to be harmless."""
     problem: CheckpointError | None = None
     value = None
@@ -181,9 +195,9 @@ def _storage_bytes(storage: StorageRef) -> int:
 # -- the zip's directory -----------------------------------------------------------------------------------------------
 
 
-def _directory(file: IO[bytes]) -> list[zipfile.ZipInfo]:
+def _directory(file: AsFile) -> list[zipfile.ZipInfo]:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(cast("IO[bytes]", io.BufferedReader(file))) as archive:
             return archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, UnicodeDecodeError) as error:
         raise CheckpointError(
@@ -191,10 +205,15 @@ def _directory(file: IO[bytes]) -> list[zipfile.ZipInfo]:
         ) from error
 
 
-def _checked_records(entries: list[zipfile.ZipInfo], source: ByteSource) -> dict[str, Region]:
+def _checked_records(entries: list[zipfile.ZipInfo], source: ByteSource | Window) -> dict[str, Region]:
     """Where each record's bytes lie. Refuses what torch would swallow: compression, encryption, doubles, overruns."""
     if not entries:
         raise CheckpointError("it is an empty zip archive")
+    if min(entry.header_offset for entry in entries) != 0:
+        raise CheckpointError(
+            "its zip archive does not begin where the file begins: it is several archives in a row (a file of a torch "
+            "distributed checkpoint? then name its folder), or something precedes the archive"
+        )
     _check_is_torch([entry.filename for entry in entries])
     promised = any(entry.CRC for entry in entries)  # writers that skip the checksums put 0 everywhere
     records: dict[str, Region] = {}
@@ -215,7 +234,7 @@ def _checked_records(entries: list[zipfile.ZipInfo], source: ByteSource) -> dict
     return records
 
 
-def _data_start(entry: zipfile.ZipInfo, source: ByteSource) -> int:
+def _data_start(entry: zipfile.ZipInfo, source: ByteSource | Window) -> int:
     """The directory knows where the local header is; the data begin behind its name and its padding."""
     offset = entry.header_offset
     if not 0 <= offset <= source.n_bytes - _LOCAL_HEADER.size:
