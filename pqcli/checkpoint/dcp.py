@@ -202,7 +202,7 @@ def _stored(table: Any) -> _Storage:
         start, n_bytes, file = place["offset"], place["length"], place["relative_path"]
         if type(start) is not int or type(n_bytes) is not int or start < 0 or n_bytes < 0 or not bare_name(file):
             raise ValueError(f"an entry in {ascii(file)[:60]}")
-        offset = None if index["offset"] is None else _size(index["offset"])
+        offset = None if index.get("offset") is None else _size(index["offset"])
         if storage.setdefault((str(index["fqn"]), offset), found := _Stored(file, start, n_bytes)) is not found:
             raise ValueError(f"{ascii(index['fqn'])[:60]} is stored twice")
     return storage
@@ -329,7 +329,8 @@ def _put(top: dict[Any, Any], path: Any, item: Any, n_entries: int) -> None:
     for part, following in pairwise(path):
         empty: Callable[[], Any] = list if type(following) is int else dict
         target = _entry(target, part, empty, n_entries)
-    _entry(target, path[-1], None, n_entries)
+    if _entry(target, path[-1], None, n_entries) is not None:
+        raise ValueError("two entries at one place")
     target[path[-1]] = item
 
 
@@ -344,4 +345,4 @@ def _entry(target: Any, key: Any, empty: Callable[[], Any] | None, n_entries: in
         return target[key]
     if not isinstance(target, dict):
         raise TypeError("a path through something that holds nothing")
-    return target.setdefault(key, empty()) if empty else None
+    return target.setdefault(key, empty()) if empty else target.get(key)
