@@ -217,7 +217,7 @@ class _Walk:
 
     def _key(self, key: Any, item: Any, path: Path) -> Json:
         """The JSON of a dict's key; raises `_Drop` where there is none, unless that would lose tensors."""
-        self.budget.text(len(key) if isinstance(key, (str, bytes)) else 8)
+        self.budget.text(_n_bytes(key))
         try:
             if isinstance(key, Instance) and key.name in CARRIED and CARRIED[key.name].key:
                 return self._instance(key, path)
@@ -294,7 +294,7 @@ class _Walk:
         items = []
         for element in value.elements:
             self.budget.entries()
-            self.budget.text(len(element) if isinstance(element, (str, bytes)) else 8)
+            self.budget.text(_n_bytes(element))
             items.append(_scalar(element))
         return items
 
@@ -341,6 +341,13 @@ def run_flags(item: Json) -> dict[str, Json] | None:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, TensorRef) or (isinstance(value, NumpyArray) and value.dtype is not None)
+
+
+def _n_bytes(key: Any) -> int:
+    """What a key takes where it is written out, roughly."""
+    if isinstance(key, tuple):
+        return sum(_n_bytes(part) for part in key)
+    return len(key) if isinstance(key, (str, bytes)) else 8
 
 
 def _heart(value: Instance) -> tuple[str, Any] | None:
