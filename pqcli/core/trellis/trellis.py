@@ -129,7 +129,7 @@ class EncodedStreams:
     """
 
     side: bytes
-    streams: tuple[bytes, ...]
+    streams: Sequence[bytes]
     squared_errors: Mapping[str, float] = field(default_factory=dict, compare=False)
     coded_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
 
