@@ -25,7 +25,9 @@ from pqcli.codecs.trellis.session import DRAFT_STATES
 from pqcli.core.digests import seed_of, tensor_bytes
 from pqcli.core.entropy import lossless
 from pqcli.core.pq import em, packing
-from pqcli.core.trellis import trellis
+from pqcli.core.trellis.params import TrellisParams
+from pqcli.core.trellis.rotation import fit_rotations
+from pqcli.core.trellis.trellis import encode
 from pqcli.tensors.records import Coded, Plain, Record
 
 if TYPE_CHECKING:
@@ -118,13 +120,13 @@ def _sampled(matrix: Matrix, kernel: int) -> Matrix:
 def _trellis_cost(record: Record, matrix: Matrix, step: float) -> tuple[float, float]:
     rows, columns = matrix.shape
     source = replace(source_of(record), rows=rows, columns=columns)
-    params = trellis.TrellisParams(step, DRAFT_STATES, RATE_WEIGHT)
+    params = TrellisParams(step, DRAFT_STATES, RATE_WEIGHT)
 
     def read(_key: str) -> NDArray[np.float32]:
         return matrix
 
-    rotations = trellis.fit_rotations([source], read, {record.name: step})
-    encoded = trellis.encode([source], read, params, rotations)
+    rotations = fit_rotations([source], read, {record.name: step})
+    encoded = encode([source], read, params, rotations)
     return 8.0 * encoded.n_bytes, encoded.squared_errors[record.name]
 
 

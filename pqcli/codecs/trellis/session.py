@@ -14,12 +14,16 @@ import numpy as np
 from pqcli.codecs.base import Draft, Matrix, Session, StreamPiece, Streams, Survey, Tell, Weights, as_matrix, source_of
 from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
 from pqcli.core.threads import n_threads
-from pqcli.core.trellis import trellis
+from pqcli.core.trellis.params import TrellisParams
+from pqcli.core.trellis.rotation import Rotations, fit_rotations
+from pqcli.core.trellis.side import Side, make_side, write_side
+from pqcli.core.trellis.stream import encode_stream
+from pqcli.core.trellis.streams import Segment, stream_layout
+from pqcli.core.trellis.trellis import encode, in_steps
 
 if TYPE_CHECKING:
     import torch
 
-    from pqcli.core.trellis.rotation import Rotations
     from pqcli.core.trellis.sources import Source
     from pqcli.recipe.recipe import Recipe
     from pqcli.tensors.records import Record
@@ -65,13 +69,13 @@ class TrellisSession(Session):
             tell(records[key].info.numel, key)
             return as_matrix(weights.coded(key), records[key])
 
-        rotations = trellis.fit_rotations(sources, read, steps.at(first_level), n_threads())
+        rotations = fit_rotations(sources, read, steps.at(first_level), n_threads())
         return cls(survey, weights, recipe.effort, steps, sources, rotations)
 
     def jobs(self, level: float) -> list[StreamJob]:
         """A job for every stream."""
         side, params = self._side(level), self._params(level)
-        layout = trellis.stream_layout(self.sources, self.rotations.transposed, params.stream_weights)
+        layout = stream_layout(self.sources, self.rotations.transposed, params.stream_weights)
         flipped = {
             source.key: WholeMatrix(self.weights, record)
             for source, record in zip(self.sources, self.survey.records, strict=True)
@@ -91,7 +95,7 @@ class TrellisSession(Session):
                 sizes[key] += length
         mixed = frozenset(piece.index for piece in ordered if piece.about.is_mixed)
         side = replace(self._side(level), mixed=mixed)
-        shared = trellis.write_side(side, self.sources, len(ordered))
+        shared = write_side(side, self.sources, len(ordered))
         return Streams(shared, [piece.data for piece in ordered], sizes, (MIXING,) if mixed else ())
 
     def draft(self, level: float) -> Draft:
@@ -106,9 +110,7 @@ class TrellisSession(Session):
             for source in self.sources
         ]
         params = replace(self._params(level), n_states=min(self._n_states, DRAFT_STATES))
-        encoded = trellis.encode(
-            sources, self._drafted.__getitem__, params, self.rotations, self.steps.at(level), n_threads()
-        )
+        encoded = encode(sources, self._drafted.__getitem__, params, self.rotations, self.steps.at(level), n_threads())
         n_bytes, error, energy = float(len(encoded.side)), 0.0, 0.0
         for source in self.sources:
             rows = self._drafted[source.key]
@@ -129,12 +131,12 @@ class TrellisSession(Session):
     def _n_states(self) -> int:
         return self.effort or next(states for below, states in STATES_BELOW if self._n_weights < below)
 
-    def _params(self, level: float) -> trellis.TrellisParams:
+    def _params(self, level: float) -> TrellisParams:
         gain = next(gain for below, gain in MIXING_GAINS if self._n_weights < below)
-        return trellis.TrellisParams(level, self._n_states, RATE_WEIGHT, mixing_gain=gain)
+        return TrellisParams(level, self._n_states, RATE_WEIGHT, mixing_gain=gain)
 
-    def _side(self, level: float) -> trellis.Side:
-        return trellis.make_side(self.sources, self._params(level), self.rotations, self.steps.at(level))
+    def _side(self, level: float) -> Side:
+        return make_side(self.sources, self._params(level), self.rotations, self.steps.at(level))
 
 
 class WholeMatrix:
@@ -175,11 +177,11 @@ class StreamJob:
     """
 
     index: int
-    segments: tuple[trellis.Segment, ...]
+    segments: tuple[Segment, ...]
     sources: tuple[Source, ...]
     steps: tuple[np.float32, ...]
     rotations: Rotations
-    params: trellis.TrellisParams
+    params: TrellisParams
     weights: Weights
     flipped: Mapping[str, WholeMatrix]
 
@@ -187,10 +189,10 @@ class StreamJob:
     def of(
         cls,
         index: int,
-        segments: Sequence[trellis.Segment],
+        segments: Sequence[Segment],
         sources: Sequence[Source],
-        side: trellis.Side,
-        params: trellis.TrellisParams,
+        side: Side,
+        params: TrellisParams,
         weights: Weights,
         flipped: Mapping[str, WholeMatrix],
     ) -> StreamJob:
@@ -225,19 +227,19 @@ class StreamJob:
     def run(self, device: torch.device) -> StreamPiece:  # noqa: ARG002 - the search runs on the CPU
         """The stream."""
         matrices = [self._in_steps(segment) for segment in self.segments]
-        stream = trellis.encode_stream(matrices, self.segments, self.sources, self.params, self.rotations)
+        stream = encode_stream(matrices, self.segments, self.sources, self.params, self.rotations)
         lengths = tuple((source.key, n) for source, n in zip(self.sources, stream.lengths, strict=True))
         return StreamPiece(self.index, stream.data, StreamFacts(stream.is_mixed, lengths))
 
-    def _in_steps(self, segment: trellis.Segment) -> Matrix:
+    def _in_steps(self, segment: Segment) -> Matrix:
         """The segment's weights in steps, as they are coded."""
         source, step = self.sources[segment.source], self.steps[segment.source]
         if source.key in self.flipped:
-            return trellis.in_steps(self.flipped[source.key].get().T[segment.start : segment.stop], step)
+            return in_steps(self.flipped[source.key].get().T[segment.start : segment.stop], step)
         rows = self.weights.coded_rows(source.key, segment.start, segment.stop, source.columns)
-        return trellis.in_steps(rows.float().numpy(), step)
+        return in_steps(rows.float().numpy(), step)
 
-    def _n_weights(self, segment: trellis.Segment) -> int:
+    def _n_weights(self, segment: Segment) -> int:
         source = self.sources[segment.source]
         width = source.rows if source.key in self.flipped else source.columns
         return (segment.stop - segment.start) * width
