@@ -260,16 +260,17 @@ def compress(
         )
         _check_source(src)
         _check_output(output, src, force=force)
-        from pqcli.jobs import pipeline
-
         if dry_run:
-            found = pipeline.preview(src, output, recipe)
-            pipeline.check_possible(found, device, force=force)
+            from pqcli.jobs import preview
+
+            found = preview.preview(src, output, recipe)
+            preview.check_possible(found, device, force=force)
             console.plan(found)
             return
-        weights = pipeline.weights_to_compress(src, recipe)
-        with console.progress(weights, f"Compressing {src.name}") as progress:
-            report = pipeline.compress(src, output, recipe, device=device, force=force, progress=progress.advance)
+        from pqcli.jobs import compress
+
+        with console.progress(src.name) as hook:
+            report = compress.compress(src, output, recipe, device=device, force=force, progress=hook)
         console.summary(report)
 
     _run(work, json=json, quiet=quiet)
@@ -336,12 +337,12 @@ def plan(
             codebook_dtype=codebook_dtype,
         )
         _check_source(src)
-        from pqcli.jobs import pipeline
+        from pqcli.jobs import preview
 
         if explain:
-            console.choices(pipeline.explain(src, recipe))
+            console.choices(preview.explain(src, recipe))
         else:
-            console.plan(pipeline.preview(src, None, recipe))
+            console.plan(preview.preview(src, None, recipe))
 
     _run(work, json=json)
 
@@ -369,12 +370,10 @@ def decode(
 
     def work(console: Console) -> None:
         check_container(file)
-        from pqcli.jobs import pipeline
+        from pqcli.jobs import decode
 
-        with console.progress(pipeline.n_weights(file), f"Decoding {file.name}") as progress:
-            target = pipeline.decode(
-                file, output, dtype=dtype.value if dtype else None, force=force, progress=progress.advance
-            )
+        with console.progress(file.name) as hook:
+            target = decode.decode(file, output, dtype=dtype.value if dtype else None, force=force, progress=hook)
         if json:
             console.json({"input": str(file), "output": str(target), "output_bytes": _size(target)})
         else:
@@ -418,16 +417,15 @@ def report(
         if against:
             _check_source(against)
         _check_output(output, file, force=force)
-        from pqcli.jobs import pipeline
+        from pqcli.jobs import report
 
-        weights = pipeline.n_weights(file) if against else 0
-        with console.progress(weights, f"Measuring {file.name}") as progress:
-            found = pipeline.report(file, against, progress=progress.advance)
+        with console.progress(file.name) as hook:
+            found = report.report(file, against, progress=hook)
         if sort:
             found = reporting.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := reporting.check(found, text))]
         if output:
-            pipeline.write_text(output, console.rendered(found, chosen.value), force=force)
+            report.write_text(output, console.rendered(found, chosen.value), force=force)
             console.note(f"wrote {output}")
         else:
             console.report(found, chosen.value)
@@ -447,9 +445,9 @@ def inspect(
 
     def work(console: Console) -> None:
         check_container(file)
-        from pqcli.jobs import pipeline
+        from pqcli.jobs import report
 
-        found = pipeline.inspect(file, tensor)
+        found = report.inspect(file, tensor)
         if json:
             console.json(found)
         else:
@@ -466,11 +464,11 @@ def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet
         check_container(file)
         if against:
             _check_source(against)
-        from pqcli.jobs import pipeline
+        from pqcli.jobs import verify
 
-        with console.progress(pipeline.n_weights(file), f"Verifying {file.name}") as progress:
-            findings = pipeline.verify(file, against, progress=progress.advance)
-        left_out = pipeline.left_out(file) if against else ()
+        with console.progress(file.name) as hook:
+            findings = verify.verify(file, against, progress=hook)
+        left_out = verify.left_out(file) if against else ()
         if left_out:
             console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
         if json:

@@ -17,6 +17,7 @@ Shapes: matrix (rows, columns) float32.
 
 from __future__ import annotations
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.codecs import registry
 from pqcli.core.trellis.sources import Source
 from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record
 
@@ -294,6 +296,12 @@ class Codec(ABC):
     @abstractmethod
     def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> Session:
         """A session with what the tensors share; `first_level` is the first that will be asked for."""
+
+
+def load(name: str) -> Codec:
+    """The codec of that name in the table."""
+    codec: Codec = importlib.import_module(registry.row(name).home).CODEC
+    return codec
 
 
 class StreamCodec(Codec):

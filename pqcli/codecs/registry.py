@@ -5,12 +5,8 @@ Imports no codec and no torch: recipes ask what may be chosen, files what may be
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from pqcli.codecs.base import Codec
+from typing import Final
 
 PLAIN: Final = "pq"
 """Plain PQ: the codec whose tensors have entries of their own in the file."""
@@ -78,9 +74,3 @@ def with_streams() -> tuple[str, ...]:
 def features() -> frozenset[str]:
     """All that a file may need of codecs."""
     return frozenset({PLAIN, *with_streams(), *(feature for row in _ROWS.values() for feature in row.features)})
-
-
-def load(name: str) -> Codec:
-    """The codec of that name."""
-    codec: Codec = importlib.import_module(_ROWS[name].home).CODEC
-    return codec

@@ -15,7 +15,7 @@ import safetensors
 import torch
 
 from pqcli.codecs import registry
-from pqcli.codecs.base import Decoder, StreamCodec, Streams, source_of
+from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
 from pqcli.codecs.rate.measuring import dense
 from pqcli.container.layout import CODED, ENTROPIES, ERRORS, HASHES, KEPT, entries_of, known_features
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, StoredManifest
@@ -181,7 +181,7 @@ class Container:
     def _opened_decoder(self) -> Decoder:
         """The decoder of all streams. Raises ValueError where their shared part is damaged."""
         if self._decoder is None:
-            codec = registry.load(self.manifest.coded["codec"])
+            codec = load(self.manifest.coded["codec"])
             if not isinstance(codec, StreamCodec):
                 raise ValueError(f"streams of {self.manifest.coded['codec']!r}, which has none")
             sources = [source_of(other) for other in self.records if isinstance(other.coding, Coded)]

@@ -22,7 +22,7 @@ from pqcli import checkpoint as checkpoints
 from pqcli.atomic import check_target
 from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import registry
-from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, record_of
+from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
 from pqcli.codecs.kept import KeptJob, alias_piece
 from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse, with_shares
@@ -179,7 +179,7 @@ def compression(
 ) -> Iterator[Compression]:
     """The work of compressing `checkpoint` into `target`; what is not finished leaves nothing behind."""
     row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
-    codec = registry.load(row.name)
+    codec = load(row.name)
     with Writer(target, about(checkpoint, recipe), force, compact=codec.is_compact) as writer:
         weights = Weights(checkpoint)
         run = _runner(device, recipe)

@@ -12,9 +12,11 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from pqcli.cli import readable
-from pqcli.cli.console import Console, safe, speed
+from pqcli.cli.console import Console, safe
+from pqcli.cli.progress import speed
 from pqcli.cli.tables import record_table, report_table
 from pqcli.errors import UsageError
+from pqcli.jobs.events import Event
 from tests.reports.minilm_report import minilm_report, preview, quantized, report_of
 
 EVIL = "[red]a\x1b[31m\u202egnp.exe\nerror: \udc80[/red] :warning: \u200b"
@@ -197,8 +199,8 @@ def test_quiet_silences_all_but_warnings_errors_and_the_asked_for_result(minilm)
     spoken = Spoken(quiet=True)
     spoken.console.summary(minilm)
     spoken.console.note("by the way")
-    with spoken.console.progress(10, "Compressing") as progress:
-        progress.advance(10, "a")
+    with spoken.console.progress("model.pt") as hook:
+        hook(Event("encoding", 10, 10, "a"))
     assert (spoken.out, spoken.err) == ("", "")
     spoken.console.summary(replace(minilm, dropped=("optimizer",)))
     assert "optimizer" in spoken.err
@@ -271,10 +273,11 @@ def test_progress_shows_name_and_rate_on_a_terminal_and_nothing_elsewhere(monkey
     for flags, shown in [({"terminal": True}, True), ({"terminal": True, "json": True}, False), ({}, False)]:
         spoken = Spoken(width=120, **flags)
         monkeypatch.setenv("FORCE_COLOR", "1")  # colour without a terminal is no reason for a bar
-        with spoken.console.progress(1000, "Compressing [b]") as progress:
-            progress.advance(600, "layer.\x1bweight")
+        with spoken.console.progress("model[b].pt") as hook:
+            hook(Event("encoding", 0, 1000))
+            hook(Event("encoding", 600, 1000, "layer.\x1bweight"))
         assert spoken.out == ""
-        assert ("Compressing [b]" in spoken.err and "layer.\\x1bweight" in spoken.err) is shown
+        assert ("encoding model[b].pt" in spoken.err and "layer.\\x1bweight" in spoken.err) is shown
         assert bool(spoken.err) is shown
 
 

@@ -14,7 +14,7 @@ import zstandard
 from safetensors.numpy import load_file
 
 import pqcli
-from pqcli.codecs import coders as codecs
+from pqcli.codecs import base as codecs
 
 f32, f64 = np.float32, np.float64
 RATE = [655360 // (10 * n + 16) for n in range(501)]

@@ -82,7 +82,7 @@ def test_the_papers_sizes_come_out_to_the_byte(
 def test_presets_are_found_in_an_installed_package_and_in_a_source_tree(tmp_path: Path, configs: str) -> None:
     shutil.copytree(Path(recipe.__file__).parents[1], tmp_path / "pqcli", ignore=shutil.ignore_patterns("configs"))
     shutil.copytree(recipe.configs_folder(), tmp_path / configs)
-    code = "from pqcli import recipe; print(recipe.configs_folder(), recipe.load('transformer').name)"
+    code = "from pqcli.recipe import recipe; print(recipe.configs_folder(), recipe.load('transformer').name)"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str((tmp_path / configs).resolve()), "transformer"]
 
