@@ -2,9 +2,9 @@
 
 A weight is seen as a matrix of `rows` x `columns`: a row is everything that makes one output (Linear: `in_features`
 values, Conv: `in_channels / groups * kernel` values, Embedding: one entry). Each row is cut into blocks of
-`block_size` neighbouring values. Where `block_size` does not divide `columns`, the last block of every row is short;
-it is kept apart
-as the *tail*, so that the missing values take part in nothing: not in distances, not in centroids, not in errors.
+`block_size` neighbouring values. Where `block_size` does not divide `columns`, the last block of every row is short.
+Short blocks are kept apart as the *tail*, so that the missing values take part in nothing: not in distances, not in
+centroids, not in errors.
 
 Shapes
     matrix (rows, columns) -> body (rows * full_blocks, block_size), tail (rows, columns % block_size) or (0, ...)

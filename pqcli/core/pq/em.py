@@ -2,21 +2,21 @@
 
     E-step  every vector takes the centroid that scores best,    argmax_j  x . c_j + b_j
     M-step  every centroid becomes the mean of its vectors, or (`Options.relaxation`) goes beyond it, as over-relaxation
-            does for linear systems: the way to the optimum is long and nearly straight
+            does for linear systems: the path to the optimum is long and nearly straight
 
-With b_j = -|c_j|^2 / 2 the best score is the least distance. (`ecpq` adds the price of the bits to b_j.)
+With b_j = -|c_j|^2 / 2 the best score is the least distance. (Entropy-constrained PQ adds the cost of bits to b_j.)
 
 Shapes: vectors (n, d), codebook (k, d), assignments (n,) int32, counts (k,), sums (k, d) float64.
 
 Invariants, held by tests: the objective never rises from one iteration to the next; no cluster is left empty; the
 answer depends on the vectors, the options and the seed only.
 
-Empty clusters. The ancestor (fairseq) splits the most populated cluster by two points a hair (`eps`) to either side of
-its centroid. In the limit of a small hair this cuts the cluster by a plane through its mean, and that is how it is done
-here: exactly, for all empty clusters in one pass, with both halves' means known at once. The cluster of the largest
-squared error is cut first, because a crowd of identical vectors (pruned weights) cannot be cut at all. A cluster
-narrower than `eps` times the data counts as a single point. Where single points are all there is, the clusters that
-are still empty are dropped.
+Empty clusters. The ancestor (fairseq) splits the most populated cluster into two points at a tiny distance (`eps`) to
+either side of its centroid. As that distance goes to zero, the cluster is cut by a plane through its mean, and that is
+how it is done here: exactly, for all empty clusters in one pass, with both halves' means known at once. The cluster of
+the largest squared error is cut first, because a crowd of identical vectors (pruned weights) cannot be cut at all. A
+cluster narrower than `eps` times the data counts as a single point. Where single points are all there is, the clusters
+that are still empty are dropped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MANY_CANDIDATES = 1 << 16
 REFINEMENTS = 2
 """Full iterations over all vectors after training on a sample."""
 RELAXATION = 1.85
-"""How far a centroid goes on its way to the mean of its vectors. 1 is Lloyd's step; up to 2 the objective cannot rise,
+"""How far a centroid moves towards the mean of its vectors. 1 is Lloyd's step; up to 2 the objective cannot rise,
 and this much takes about 12 iterations to the error that Lloyd's steps reach in 20."""
 SETTLING = 2
 """Last iterations, which go to the mean and no further."""
@@ -149,7 +149,7 @@ def lloyd(
         empty = sweep.population == 0
         if bool(empty.any()):
             sweep = _fill_empty(blocks, sweep, options, generator)
-            # the centroid of an empty cluster may have been anywhere: no way to go further on
+            # the centroid of an empty cluster may have been anywhere: nothing to extrapolate
             steps = torch.where(empty, 1.0, step).double()
             codebook = _moved(codebook, sweep, steps[:, None])[sweep.population > 0]
         else:
@@ -160,15 +160,15 @@ def lloyd(
 
 
 def _moved(codebook: Tensor, sweep: _Sweep, step: Tensor | float) -> Tensor:
-    """The M-step: every centroid goes `step` (one for all, or (k, 1)) times the way to the mean of its vectors.
+    """The M-step: every centroid moves by `step` (one for all, or (k, 1)) times what it lacks to its vectors' mean.
 
     With squared errors J(c) of given clusters, J(c + s (mean - c)) - J(mean) = (1 - s)^2 (J(c) - J(mean)): no step from
     0 to 2 makes it worse.
     """
     before = codebook.double()
     mean = sweep.sums / sweep.counts
-    way = torch.nan_to_num_(mean - before, nan=0.0)  # 0 / 0 where a coordinate has no values
-    return before.add_(way.mul_(step)).float()
+    shift = torch.nan_to_num_(mean - before, nan=0.0)  # 0 / 0 where a coordinate has no values
+    return before.add_(shift.mul_(step)).float()
 
 
 # --- start -----------------------------------------------------------------------------------------------------------

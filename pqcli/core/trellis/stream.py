@@ -19,7 +19,14 @@ from pqcli.core.trellis.rotation import Rotations, apply
 from pqcli.core.trellis.search import Block, block, search
 from pqcli.core.trellis.side import Side
 from pqcli.core.trellis.sources import Source
-from pqcli.core.trellis.stream_fields import LEANS, Decoded, code_block, code_lean, code_points, level_code
+from pqcli.core.trellis.stream_fields import (
+    SHRINKAGE_STEPS,
+    Decoded,
+    code_block,
+    code_points,
+    code_shrinkage,
+    level_code,
+)
 from pqcli.core.trellis.streams import Segment, height, period
 
 Matrix = NDArray[np.float32]
@@ -87,7 +94,7 @@ def _written(blocks: Sequence[Block], points: Matrix, params: TrellisParams, *, 
         decoded = Decoded.empty(searched.levels, searched.labels, points, is_mixed=is_mixed)
         previous_class = code_block(coder, code, decoded, searched.period, previous_class, next_state)
         if is_mixed:
-            decoded = code_lean(coder, decoded, _best_lean(decoded, searched.weights, next_state))
+            decoded = code_shrinkage(coder, decoded, _best_shrinkage(decoded, searched.weights, next_state))
         ends.append(int(coder.window[3]))
         difference = decoded.weights(next_state)
         difference -= searched.weights
@@ -101,13 +108,17 @@ def _written(blocks: Sequence[Block], points: Matrix, params: TrellisParams, *, 
 _Piece = tuple[Segment, Decoded]
 
 
-def _best_lean(decoded: Decoded, weights: Matrix, next_state: NDArray[np.int64]) -> int:
-    """How far weights lie from their points towards the guesses: the share that leaves the least squared error."""
+def _best_shrinkage(decoded: Decoded, weights: Matrix, next_state: NDArray[np.int64]) -> int:
+    """The shrinkage towards the guesses that leaves the least squared error."""
     points = decoded.weights(next_state)
-    ways = np.clip(decoded.guesses / np.float32(65536) - points, -1, 1)
-    energy = float(np.sum(np.square(ways, dtype=np.float64)))
+    offsets = np.clip(decoded.guesses / np.float32(65536) - points, -1, 1)
+    energy = float(np.sum(np.square(offsets, dtype=np.float64)))
     return int(
-        np.clip(round(LEANS * float(np.sum((weights - points) * ways, dtype=np.float64)) / max(energy, 1e-9)), 0, LEANS)
+        np.clip(
+            round(SHRINKAGE_STEPS * float(np.sum((weights - points) * offsets, dtype=np.float64)) / max(energy, 1e-9)),
+            0,
+            SHRINKAGE_STEPS,
+        )
     )
 
 
@@ -185,7 +196,7 @@ def _levels_of_stream(
         previous_class = code_block(
             coder, code, decoded, period(source, side.rotations.transposed), previous_class, next_state
         )
-        yield segment, code_lean(coder, decoded) if is_mixed else decoded
+        yield segment, code_shrinkage(coder, decoded) if is_mixed else decoded
     coder.finish()
 
 

@@ -7,7 +7,7 @@ from pqcli.core.trellis.loops import N_CLASSES, N_POINTS
 from pqcli.core.trellis.params import N_STATES, next_states
 from pqcli.core.trellis.search import bits_of, prior_probabilities
 from pqcli.core.trellis.viterbi import Costs, Search, Trellis
-from pqcli.core.trellis.viterbi_loops import N_COSTS, PRICE_UNIT, REACH, RESOLUTION
+from pqcli.core.trellis.viterbi_loops import METRIC_UNIT, N_COSTS, REACH, RESOLUTION
 
 RATE_WEIGHT = 0.3
 POINTS = np.tile(np.arange(N_POINTS, dtype=np.float32), (3, 1))
@@ -75,7 +75,7 @@ def test_the_walk_found_costs_as_little_as_any(n_states, label):
     labels = np.full(60, label)
     levels = searched(weights, labels, n_states)
     found = walk_cost(weights[0], labels, levels[0], n_states)
-    rounding = 60 * (2 / PRICE_UNIT + 1 / RESOLUTION**2)
+    rounding = 60 * (2 / METRIC_UNIT + 1 / RESOLUTION**2)
     assert found <= least_cost(weights[0], labels, n_states) + rounding
 
 
