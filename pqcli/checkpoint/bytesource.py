@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -105,16 +105,23 @@ class ByteSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._descriptor: int | None = None
         with reading(path):
-            self._descriptor: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.n_bytes = os.fstat(self._descriptor).st_size
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(self._descriptor)
+        self.n_bytes = status.st_size
+        self.modified_ns = status.st_mtime_ns
         self._checked: set[Region] = set()
+        self._running: dict[Region, tuple[int, int]] = {}  # of regions read piece by piece: where it stands, CRC so far
 
     def close(self) -> None:
         """Close the file; may be called twice."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def bytes_at(self, start: int, n_bytes: int) -> bytes:
         """Exactly `n_bytes` bytes from `start`; for headers."""
@@ -140,14 +147,33 @@ class ByteSource:
         crc = self._fill(raw.numpy().data, view.region.start + view.offset * item)
         if whole:
             self._compare(view.region, crc)
-        flat = raw.view(getattr(torch, view.dtype))
-        if view.contiguous:
-            dense = flat[: view.numel].view(view.shape)
+        return _dense(raw, view)
+
+    def flat(self, view: Strided, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the tensor in row-major order, of shape (stop - start,), in memory of its own.
+
+        Reads these elements alone where the tensor is contiguous, else the whole tensor. A checksum is verified as
+        `tensor` does it; pieces that follow each other from the region's first byte to its last need no extra pass.
+        """
+        import torch
+
+        if not view.contiguous or (start, stop) == (0, view.numel):
+            return self.tensor(view).reshape(-1)[start:stop].clone()
+        piece = replace(view, shape=(stop - start,), offset=view.offset + start, strides=None)
+        if view.region.crc is None or view.region in self._checked:
+            return self.tensor(piece)
+        item = ITEM_BYTES[view.dtype]
+        begin, end = piece.offset * item, (piece.offset + piece.numel) * item
+        reached, crc = self._running.pop(view.region, (0, 0))
+        if begin != reached:
+            return self.tensor(piece)  # which makes the pass over the whole region
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        crc = self._fill(raw.numpy().data, view.region.start + begin, crc)
+        if end == view.region.n_bytes:
+            self._compare(view.region, crc)
         else:
-            dense = flat.as_strided(view.shape, view.strides or ()).contiguous()
-        if view.conj:
-            dense = dense.conj().resolve_conj()
-        return dense.neg() if view.neg else dense
+            self._running[view.region] = (end, crc)
+        return _dense(raw, piece)
 
     def check_region(self, region: Region) -> None:
         """Read the region once and raise `CheckpointError` where its checksum does not hold."""
@@ -186,6 +212,20 @@ class ByteSource:
                 crc = zlib.crc32(part[:n_read], crc)
                 done += n_read
         return crc
+
+
+def _dense(raw: torch.Tensor, view: Strided) -> torch.Tensor:
+    """The tensor whose span `raw` holds, as bytes."""
+    import torch
+
+    flat = raw.view(getattr(torch, view.dtype))
+    if view.contiguous:
+        dense = flat[: view.numel].view(view.shape)
+    else:
+        dense = flat.as_strided(view.shape, view.strides or ()).contiguous()
+    if view.conj:
+        dense = dense.conj().resolve_conj()
+    return dense.neg() if view.neg else dense
 
 
 @contextlib.contextmanager

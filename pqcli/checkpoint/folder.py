@@ -10,8 +10,9 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pqcli.checkpoint import formats
 from pqcli.checkpoint.bytesource import reading
-from pqcli.checkpoint.sniff import HEAD_BYTES, kind_of
+from pqcli.checkpoint.sniff import HEAD_BYTES
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def _single(folder: Path, names: list[str]) -> str:
 
 def _is_checkpoint(path: Path) -> bool:
     with reading(path), path.open("rb") as file:
-        return kind_of(file.read(HEAD_BYTES), path.stat().st_size) is not None and not path.name.endswith(".json")
+        found = formats.recognised(file.read(HEAD_BYTES), path.stat().st_size)
+    return found is not None and not path.name.endswith(".json")
 
 
 def _read_index(folder: Path, name: str) -> Index:
@@ -145,4 +147,4 @@ def _read_index(folder: Path, name: str) -> Index:
 
 def is_weights_name(name: str) -> bool:
     """Whether a loader could take a file of this name for (a part of) the model's weights."""
-    return name.endswith((".safetensors", ".bin", ".pt", ".pth", *_INDEX_ENDINGS))
+    return name.endswith((*formats.all_suffixes(), *_INDEX_ENDINGS))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pqcli.checkpoint.bytesource import ByteSource, Strided, check_fits
 from pqcli.checkpoint.pt.tree import Dropped, without
+from pqcli.checkpoint.reopening import Stamp, reopened
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -39,7 +41,9 @@ class Checkpoint:
     Fields: `path`; `format`, one of "pt", "safetensors", "folder"; `tensors` in file order, tied ones with `alias_of`
     set; `skeleton`, everything that is not tensor data as plain JSON, for `write`; `dropped`, entries that JSON cannot
     carry; `side_files`, the files of a folder that are not weights and are not carried; `n_bytes`, the size of the
-    weight files on disk.
+    weight files on disk; `stamps`, the files it was read from and when they last changed.
+
+    It can be pickled: unpickling opens the same files again, by their path (see `reopening`).
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Checkpoint:
         parts: tuple[tuple[ByteSource, Layout], ...],
         skeleton: Json,
         side_files: tuple[str, ...] = (),
+        more_stamps: tuple[Stamp, ...] = (),
     ) -> None:
         self.path = path
         self.format = format
@@ -57,7 +62,14 @@ class Checkpoint:
         self.tensors = tuple(info for _, layout in parts for info in layout.tensors)
         self.dropped = tuple(item for _, layout in parts for item in layout.dropped)
         self.n_bytes = sum(source.n_bytes for source, _ in parts)
+        self.stamps = (
+            *(Stamp(str(source.path.absolute()), source.n_bytes, source.modified_ns) for source, _ in parts),
+            *more_stamps,
+        )
         self._parts = parts
+        self._is_model_only = False
+        self._owns_files = True
+        self._closed = False
         self._sources = [source for source, _ in parts]
         self._places = {name: (source, view) for source, layout in parts for name, view in layout.views.items()}
 
@@ -67,11 +79,32 @@ class Checkpoint:
         Costs its own size in memory (a strided view: also the span it touches). Raises `CheckpointError` where the
         file is damaged or has shrunk.
         """
+        with self._place(name) as (source, view):
+            return source.tensor(view)
+
+    def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the tensor in row-major order, of shape (stop - start,); else as `read`.
+
+        Where the tensor lies in the file without gaps only these elements are read. A file with checksums (`.pt`) is
+        still checked: free of cost where pieces follow each other from the first to the last, with one pass over the
+        tensor's storage where a piece begins elsewhere. Raises `CheckpointError` also for a range that is not inside
+        the tensor.
+        """
+        with self._place(name) as (source, view):
+            if not 0 <= start <= stop <= view.numel:
+                raise CheckpointError(f"elements {start:,} to {stop:,} are not among its {view.numel:,}")
+            return source.flat(view, start, stop)
+
+    @contextlib.contextmanager
+    def _place(self, name: str) -> Iterator[tuple[ByteSource, Strided]]:
+        """Where a tensor lies; errors of the block get the tensor's name and the file's."""
         if name not in self._places:
             raise CheckpointError(f"'{self.path}' has no tensor '{name}'")
+        if self._closed:
+            raise CheckpointError(f"tensor '{name}': '{self.path}' is closed already")
         source, view = self._places[name]
         try:
-            return source.tensor(view)
+            yield source, view
         except CheckpointError as error:
             raise CheckpointError(f"tensor '{name}' of '{source.path}': {error}") from error
         except MemoryError as error:
@@ -89,7 +122,7 @@ class Checkpoint:
         """
         parts = tuple((source, _of_model(layout)) for source, layout in self._parts)
         skeleton = dict(self.skeleton)
-        if self.format == "folder":
+        if "shards" in skeleton:
             skeleton["shards"] = [
                 {**shard, **layout.skeleton, "n": len(layout.tensors)}
                 for shard, (_, layout) in zip(skeleton["shards"], parts, strict=True)
@@ -97,6 +130,9 @@ class Checkpoint:
         else:
             skeleton |= parts[0][1].skeleton
         model = Checkpoint(self.path, self.format, parts, skeleton, self.side_files)
+        model.stamps = self.stamps
+        model._is_model_only = True
+        model._owns_files = self._owns_files
         if not model.tensors:
             raise CheckpointError(f"'{self.path}' holds training state only, no tensor of a model")
         model.n_bytes -= _own_bytes(self.tensors) - _own_bytes(model.tensors)
@@ -104,10 +140,21 @@ class Checkpoint:
             skeleton["index"] = {**skeleton["index"], "n_bytes": _own_bytes(model.tensors)}
         return model
 
+    def shared(self) -> Checkpoint:
+        """The same checkpoint over the same open files, which stay open when the result is closed."""
+        twin = Checkpoint.__new__(Checkpoint)
+        vars(twin).update(vars(self), _owns_files=False)
+        return twin
+
+    def __reduce__(self) -> tuple[Callable[..., Checkpoint], tuple[str, tuple[Stamp, ...], bool]]:
+        return reopened, (str(self.path.absolute()), self.stamps, self._is_model_only)
+
     def close(self) -> None:
         """Close the files; may be called twice."""
-        for source in self._sources:
-            source.close()
+        self._closed = True
+        if self._owns_files:
+            for source in self._sources:
+                source.close()
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pqcli.checkpoint import formats
 from pqcli.checkpoint.bytesource import ByteSource
 from pqcli.checkpoint.folder import check_index, find_weights
 from pqcli.checkpoint.opened import Checkpoint, Layout, check_layout
-from pqcli.checkpoint.pt.reader import read_legacy, read_pt
-from pqcli.checkpoint.safetensors_io import read_safetensors
+from pqcli.checkpoint.reopening import Stamp, stamp_of
 from pqcli.checkpoint.sniff import sniff
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pqcli.checkpoint.pt.tree import Json
-
-_READERS = {"zip": read_pt, "legacy": read_legacy, "safetensors": read_safetensors}
-_FORMATS = {"zip": "pt", "legacy": "pt", "safetensors": "safetensors"}
-_SUFFIX = re.compile(r"\.[A-Za-z0-9_]{1,15}")
-_DEFAULT_SUFFIX = {"pt": ".pt", "safetensors": ".safetensors", "folder": ""}
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -31,38 +25,32 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     wrong, where, and what to do. Nothing in a pickle is imported or run (see `pickles`).
     """
     path = Path(path)
-    if sniff(path) == "folder":
+    if sniff(path) == formats.FOLDER:
         return _open_folder(path)
     with ExitStack() as stack:
         format_, source, layout = _open_file(path, stack)
         skeleton = {"source": format_, **layout.skeleton}
-        if path.suffix != _DEFAULT_SUFFIX[format_] and _SUFFIX.fullmatch(path.suffix):
-            skeleton["suffix"] = path.suffix
+        suffix = formats.unusual_suffix(path, format_)
+        if suffix is not None:
+            skeleton["suffix"] = suffix
         stack.pop_all()
     return Checkpoint(path, format_, ((source, layout),), skeleton)
 
 
-def default_suffix(format_: str, skeleton: Json) -> str:
-    """The suffix a file of `format_` gets by default: the source's own where the format is the source's."""
-    suffix = skeleton.get("suffix") if isinstance(skeleton, dict) and skeleton.get("source") == format_ else None
-    # the skeleton may come from a stranger's file: a suffix must not lead anywhere
-    return suffix if isinstance(suffix, str) and _SUFFIX.fullmatch(suffix) else _DEFAULT_SUFFIX[format_]
-
-
 def _open_file(path: Path, stack: ExitStack) -> tuple[str, ByteSource, Layout]:
     kind = sniff(path)
-    if kind == "folder":
+    if kind == formats.FOLDER:
         raise CheckpointError(f"'{path}' is a folder where a file is expected")
     source = ByteSource(path)
     stack.callback(source.close)
     try:
-        layout = _READERS[kind](source)
+        layout = formats.FORMATS[kind].read(source)
     except CheckpointError as error:
         raise CheckpointError(f"'{path}' cannot be read: {error}") from error
     check_layout(layout, source)
     if not layout.tensors:
         raise CheckpointError(f"'{path}' holds no tensors")
-    return _FORMATS[kind], source, layout
+    return kind, source, layout
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -82,8 +70,10 @@ def _open_folder(folder: Path) -> Checkpoint:
             found = {shard: tuple(layout.views) for shard, (_, layout) in zip(files.shards, parts, strict=True)}
             check_index(folder, files.index, found)
         stack.pop_all()
-    skeleton: dict[str, Json] = {"source": "folder", "shards": shards}
+    skeleton: dict[str, Json] = {"source": formats.FOLDER, "shards": shards}
+    stamps: tuple[Stamp, ...] = ()
     if files.index:
         n_bytes = sum(info.n_bytes for _, layout in parts for info in layout.tensors if info.alias_of is None)
+        stamps = (stamp_of(folder / files.index.name),)
         skeleton["index"] = {"file": files.index.name, "metadata": files.index.metadata, "n_bytes": n_bytes}
-    return Checkpoint(folder, "folder", tuple(parts), skeleton, files.side_files)
+    return Checkpoint(folder, formats.FOLDER, tuple(parts), skeleton, files.side_files, stamps)

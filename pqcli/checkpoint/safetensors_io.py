@@ -37,6 +37,8 @@ CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _METADATA = "__metadata__"
+_FOR_TORCH = {"format": "pt"}
+"""The metadata without which transformers refuses a safetensors file."""
 _CONTAINER = "pqcli"
 """The metadata's `format` in what pqcli itself writes."""
 
@@ -89,6 +91,26 @@ def read_safetensors(source: ByteSource) -> Layout:
             f"its header describes {start + end:,} bytes, the file has {source.n_bytes:,}; it is {problem}"
         )
     return Layout(tuple(infos), views, {"metadata": metadata} if metadata is not None else {})
+
+
+def begins(head: bytes, n_bytes: int) -> bool:
+    """Whether a file begins as a safetensors: a plausible length, then a JSON object."""
+    if len(head) <= 9 or head[8:9] != b"{":
+        return False
+    (header_bytes,) = struct.unpack("<Q", head[:8])
+    # a length that exceeds the file is a truncated download as long as the length itself is plausible
+    return bool(header_bytes <= n_bytes or header_bytes < 1 << 32)
+
+
+def prepare(
+    tensors: Sequence[TensorInfo], read: Callable[[str], torch.Tensor], skeleton: dict[str, Any]
+) -> Callable[[BinaryIO], int]:
+    """Writes flat names, and the metadata of the skeleton where there is one; tied tensors become copies."""
+    check_writable(tensors)
+    metadata = skeleton.get("metadata") if skeleton else _FOR_TORCH
+    if metadata is not None and any(not isinstance(value, str) for value in metadata.values()):
+        raise TypeError("metadata that is no text")
+    return lambda file: write_safetensors(file, tensors, read, metadata)
 
 
 def check_writable(tensors: Sequence[TensorInfo]) -> None:

@@ -37,7 +37,7 @@ _MAX_LINE = 1 << 16
 _LEGACY_END = "it ends in the middle of a storage; it is truncated, fetch it again"
 
 
-def read_pt(source: ByteSource) -> Layout:
+def read_zip(source: ByteSource) -> Layout:
     """The layout of a zip `.pt`. Messages are bare facts ("its record ..."): the caller adds the path."""
     with reading(source.path), source.path.open("rb") as file:
         entries = _directory(file)
