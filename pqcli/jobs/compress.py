@@ -276,7 +276,9 @@ class Compression:
 
     def _write(self, jobs: Sequence[Job], stage: str) -> list[StreamPiece]:
         """Run jobs, and write the tensors that are finished by them; the streams are handed back."""
-        streams = []
+        streams: list[StreamPiece] = []
+        if not jobs:
+            return streams
         for piece in self.run(jobs, Stage(self.hook, stage, sum(job.n_weights for job in jobs))):
             if isinstance(piece, StreamPiece):
                 streams.append(piece)
