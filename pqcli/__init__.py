@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from pqcli.core.pq.pq import PQ
     from pqcli.jobs.pipeline import compress, decode, load, preview, report, save, verify
     from pqcli.recipe.recipe import Recipe, Rule
-    from pqcli.reports.reporting import Report
+    from pqcli.reports.figures import Report
 
 _LAZY = {
     "PQ": ("pqcli.core.pq.pq", "PQ"),
     "Container": ("pqcli.container", "Container"),
     "Recipe": ("pqcli.recipe.recipe", "Recipe"),
-    "Report": ("pqcli.reports.reporting", "Report"),
+    "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
     "compress": ("pqcli.jobs.pipeline", "compress"),
     "decode": ("pqcli.jobs.pipeline", "decode"),

@@ -408,12 +408,12 @@ def report(
     chosen = Format.json if json else format_
 
     def work(console: Console) -> None:
-        from pqcli.reports import reporting
+        from pqcli.reports import checks
 
         if sort:
-            reporting.check_sortable(sort)
+            checks.check_sortable(sort)
         for text in fail_above or []:
-            reporting.check_condition(text)
+            checks.check_condition(text)
         check_container(file)
         if against:
             _check_source(against)
@@ -424,8 +424,8 @@ def report(
         with console.progress(weights, f"Measuring {file.name}") as progress:
             found = pipeline.report(file, against, progress=progress.advance)
         if sort:
-            found = reporting.sort(found, sort)
-        failures = [failure for text in fail_above or [] if (failure := reporting.check(found, text))]
+            found = checks.sort(found, sort)
+        failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
         if output:
             pipeline.write_text(output, console.rendered(found, chosen.value), force=force)
             console.note(f"wrote {output}")

@@ -32,7 +32,7 @@ from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import recipe as recipes
 from pqcli.recipe.recipe import Recipe
-from pqcli.reports.reporting import INT4_GROUP, Report, TensorReport
+from pqcli.reports.figures import INT4_GROUP, Report, TensorReport
 from pqcli.tensors.info import TensorInfo
 
 Progress = Callable[[int, str], None]
