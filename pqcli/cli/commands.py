@@ -493,9 +493,9 @@ def presets(json: Json = False) -> None:
     """List the presets that --config takes by name."""
 
     def work(console: Console) -> None:
-        from pqcli.recipe import recipe
+        from pqcli.recipe import loading
 
-        found = {name: recipe.load(name).description for name in recipe.preset_names()}
+        found = {name: loading.load(name).description for name in loading.preset_names()}
         if json:
             console.json(found)
         else:
@@ -519,11 +519,13 @@ def _check_output(output: Path | None, source: Path, *, force: bool) -> None:
 
 def _recipe(config: str | None, **flags: object) -> Recipe:
     """The recipe of `--config` (or the default), with the flags that were given as the last word."""
-    from pqcli.recipe import recipe
+    from pqcli.recipe import flags as recipe_flags
+    from pqcli.recipe import loading
+    from pqcli.recipe.recipe import Recipe
 
-    base = recipe.load(config) if config else recipe.Recipe()
+    base = loading.load(config) if config else Recipe()
     given = {name: value.value if isinstance(value, Enum) else value for name, value in flags.items()}
-    return recipe.override(base, **given)
+    return recipe_flags.override(base, **given)
 
 
 def _number_or_auto(flag: str, text: str | None) -> int | str | None:

@@ -30,7 +30,7 @@ from pqcli.errors import CheckpointError, ContainerError, OutputError, PQError, 
 from pqcli.jobs import executors
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan, PlanEntry
-from pqcli.recipe import recipe as recipes
+from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import INT4_GROUP, Report, TensorReport
 from pqcli.tensors.info import TensorInfo
@@ -216,7 +216,7 @@ def _compress(
         seconds=time.perf_counter() - started,
         tensors=tensors,
         dropped=_dropped(checkpoint),
-        recipe=recipes.to_json(recipe),
+        recipe=documents.to_json(recipe),
         paper_bytes=_paper_bytes(writer.records([info.name for info in checkpoint.tensors])),
     )
 
@@ -240,7 +240,7 @@ def _compress_each(
         reports[done.record.name] = _tensor_report(done.record, error, done.used)
         progress(done.record.info.numel if done.record.alias_of is None else 0, done.record.name)
     order = [entry.info.name for entry in plan.entries]
-    size = writer.finish(order, _source(checkpoint), recipes.to_json(recipe))
+    size = writer.finish(order, _source(checkpoint), documents.to_json(recipe))
     return tuple(reports[name] for name in order), size
 
 
@@ -372,7 +372,7 @@ def _survey(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, writer: Writer) 
     coded = {record.name: record for record in records}
     written = {record.name: record for record in writer.records(order)}
     everything = [coded.get(name) or written[name] for name in order]
-    frame = coding.Frame(_source(checkpoint), recipes.to_json(recipe), everything, len(writer.bundle(order)))
+    frame = coding.Frame(_source(checkpoint), documents.to_json(recipe), everything, len(writer.bundle(order)))
     return coding.Survey(tuple(records), rms), frame
 
 
@@ -393,7 +393,7 @@ def _left_out(checkpoint: Checkpoint) -> list[list[str]]:
 def _preview(checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe) -> Preview:
     plan = plans.make(recipe, checkpoint.tensors)
     records = [_record(entry) for entry in plan.entries]
-    manifest = containers.make_manifest(_source(checkpoint), recipes.to_json(recipe), records)
+    manifest = containers.make_manifest(_source(checkpoint), documents.to_json(recipe), records)
     return Preview(
         source=checkpoint.path,
         output=Path(output) if output else default_output(checkpoint.path),

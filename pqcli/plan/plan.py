@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pqcli.errors import RecipeError
-from pqcli.recipe.recipe import Recipe, Rule, matches
+from pqcli.recipe.patterns import matches
+from pqcli.recipe.recipe import Recipe, Rule
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.kinds import auto_block_size, belongs, kind_of, rows_and_columns
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pqcli.errors import RecipeError
 from pqcli.plan import plan
-from pqcli.recipe import fairseq, recipe, strictyaml
+from pqcli.recipe import documents, fairseq, strictyaml
 from pqcli.recipe.recipe import Recipe, Rule
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.kinds import auto_block_size, belongs, is_kind, kind_of, rows_and_columns
@@ -343,7 +343,7 @@ layers_to_quantize:
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.module."])
 def test_fairseqs_own_yaml_means_what_it_means_there(prefix: str) -> None:
-    wish = recipe.from_json(fairseq.translate(strictyaml.parse(FAIRSEQ_YAML)))
+    wish = documents.from_json(fairseq.translate(strictyaml.parse(FAIRSEQ_YAML)))
     expected = {
         "decoder.embed_tokens.embeddings.0.0.weight": (8, 256),
         "decoder.embed_tokens.embeddings.0.1.weight": (4, 256),
@@ -377,14 +377,14 @@ def test_fairseqs_convolutions_are_chosen_by_kernel_size() -> None:
         tensor(64, 64, 1, 1, name="conv.expand.weight"),
         tensor(64, 64, name="linear.weight"),
     ]
-    entries = plan.make(recipe.from_json(fairseq.translate(data)), tensors).entries
+    entries = plan.make(documents.from_json(fairseq.translate(data)), tensors).entries
     schemes = [entry.scheme and (entry.scheme.block_size, entry.scheme.n_centroids) for entry in entries]
     assert schemes == [(9, 128), (9, 64), (4, 64), None]
     assert "no entry that fits" in entries[3].reason
 
 
 def test_a_fairseq_pattern_that_matches_nothing_is_an_error() -> None:
-    wish = recipe.from_json(fairseq.translate({"layers_to_quantize": ["encoder\\.fc9"]}))
+    wish = documents.from_json(fairseq.translate({"layers_to_quantize": ["encoder\\.fc9"]}))
     with pytest.raises(RecipeError, match=r"encoder.*matches none of the 6 tensors"):
         plan.make(wish, MODEL)
 
