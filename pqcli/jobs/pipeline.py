@@ -29,6 +29,7 @@ from pqcli.core.pq import em, pq
 from pqcli.errors import CheckpointError, ContainerError, OutputError, PQError, UsageError
 from pqcli.jobs import executors
 from pqcli.plan import plan as plans
+from pqcli.plan.paper import paper_bytes
 from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
@@ -780,7 +781,7 @@ def _paper_bytes(records: Sequence[Record]) -> int | None:
     """The papers' size; None where something is coded in a way that they do not count."""
     if any(record.quantized and record.action != "pq" for record in records):
         return None
-    return plans.paper_bytes(
+    return paper_bytes(
         (
             record.name,
             record.info.numel,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from pqcli.recipe.flags import flag_of
 from pqcli.recipe.recipe import Recipe, rule_settings
 from pqcli.recipe.settings import settings_of
 
@@ -17,10 +18,12 @@ def without_effect(recipe: Recipe, asked: Collection[str] = ()) -> tuple[str, ..
     given = {name for name, made in known.items() if getattr(recipe, name) != made.default}
     given |= {name for rule in recipe.rules for name in rule_settings() if getattr(rule, name) is not None}
     given |= set(asked)
-    codec = codec_at_work(recipe)
+    codec = recipe.whole_codec or "pq"
     return tuple(name for name, made in known.items() if name in given and made.codecs and codec not in made.codecs)
 
 
-def codec_at_work(recipe: Recipe) -> str:
-    """The codec that settings are read by: with a budget, codec "pq" becomes "ecpq"."""
-    return recipe.whole_codec or "pq"
+def situation(recipe: Recipe) -> str:
+    """The choice that leaves settings without effect, in the user's words: "with codec trellis"."""
+    if recipe.codec == "pq":
+        return f"with codec pq and {flag_of(recipe.spending[0])}" if recipe.spending else "with codec pq and no budget"
+    return f"with codec {recipe.codec}"

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 from pqcli.errors import RecipeError
 from pqcli.recipe.checks import Check, choice, show
 
 MAIN = "Options"
-BUDGET = "How much to spend (at most one)"
+BUDGET = "How much to spend (one of these, --quality or --target-size)"
 TENSORS = "Which tensors"
 PLAIN = "For experts: plain PQ"
 CODED = "For experts: codecs for whole checkpoints"
@@ -90,16 +90,9 @@ def setting(
     return dataclasses.field(default=default, compare=compare, metadata=metadata)
 
 
-@lru_cache(maxsize=16)
-def settings_of(cls: Any) -> Mapping[str, Setting]:  # Any: mypy takes the class for one of its unhashable instances
+def settings_of(cls: type) -> Mapping[str, Setting]:
     """The settings of a dataclass whose fields are made by `setting`, in its order, by name."""
-    found = {}
-    for item in dataclasses.fields(cls):
-        metadata = dict(item.metadata)
-        if metadata["panel"] is not None:
-            metadata["flag"] = metadata["flag"] or "--" + item.name.replace("_", "-")
-        found[item.name] = Setting(name=item.name, default=item.default, **metadata)
-    return found
+    return _settings_of(cast("Hashable", cls))  # mypy takes the class for one of its instances, which have no hash
 
 
 def options_of(cls: type) -> tuple[Setting, ...]:
@@ -118,6 +111,17 @@ def check_fields(item: Any) -> None:
             object.__setattr__(item, name, made.check(value))
         except RecipeError as error:
             raise RecipeError(f"{name}: {error}") from error
+
+
+@cache
+def _settings_of(cls: Any) -> Mapping[str, Setting]:
+    found = {}
+    for item in dataclasses.fields(cls):
+        metadata = dict(item.metadata)
+        if metadata["panel"] is not None:
+            metadata["flag"] = metadata["flag"] or "--" + item.name.replace("_", "-")
+        found[item.name] = Setting(name=item.name, default=item.default, **metadata)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- from text

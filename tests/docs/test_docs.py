@@ -12,7 +12,8 @@ from typer.main import get_command
 
 import pqcli
 from pqcli import errors
-from pqcli.cli.commands import EXIT_INTERRUPTED, app
+from pqcli.cli.commands import app
+from pqcli.cli.running import EXIT_INTERRUPTED
 from pqcli.codecs.rate.budget import QUALITY_STEPS
 from pqcli.container import layout
 from pqcli.recipe import loading

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pqcli.plan import plan
+from pqcli.plan.paper import paper_bytes
 from pqcli.recipe import loading, strictyaml
 from pqcli.recipe.recipe import Recipe, Rule
 from pqcli.recipe.settings import settings_of
@@ -58,6 +59,19 @@ def test_the_generator_gives_torchvisions_parameter_counts() -> None:
     assert (count(RESNET18), count(RESNET50)) == (11_689_512, 25_557_032)
 
 
+def paper_items(planned: plan.Plan) -> list[tuple[str, int, tuple[int, int, int] | None]]:
+    """The model's tensors of a plan, as `paper_bytes` takes them."""
+    return [
+        (
+            entry.info.name,
+            entry.info.numel,
+            None if entry.scheme is None else (entry.n_vectors, entry.scheme.n_centroids, entry.scheme.block_size),
+        )
+        for entry in planned.entries
+        if entry.action != "alias" and entry.info.role == "model"
+    ]
+
+
 @pytest.mark.parametrize(
     ("preset", "tensors", "expected_bytes"),
     [
@@ -73,7 +87,7 @@ def test_the_papers_sizes_come_out_to_the_byte(
 ) -> None:
     renamed = [TensorInfo(prefix + info.name, info.shape, info.dtype) for info in tensors]
     planned = plan.make(loading.load(preset), renamed)
-    assert plan.paper_bytes(plan.paper_items(planned)) == expected_bytes
+    assert paper_bytes(paper_items(planned)) == expected_bytes
     kept = [entry for entry in planned.entries if entry.action == "keep" and len(entry.info.shape) > 1]
     assert [entry.info.name for entry in kept] == [f"{prefix}conv1.weight"]
     assert f"rule 1 of {preset}: keep" in kept[0].reason
