@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from pqcli.jobs.report import report
     from pqcli.jobs.verify import verify
     from pqcli.recipe.recipe import Recipe, Rule
-    from pqcli.reports.reporting import Report
+    from pqcli.reports.figures import Report
 
 _LAZY = {
     "PQ": ("pqcli.core.pq.pq", "PQ"),
     "Container": ("pqcli.container", "Container"),
     "Recipe": ("pqcli.recipe.recipe", "Recipe"),
-    "Report": ("pqcli.reports.reporting", "Report"),
+    "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
     "compress": ("pqcli.jobs.compress", "compress"),
     "decode": ("pqcli.jobs.decode", "decode"),

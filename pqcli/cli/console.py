@@ -28,7 +28,7 @@ from pqcli.cli import readable
 from pqcli.cli.readable import elide, visible
 from pqcli.cli.tables import N_DROPPED, field_lines, plan_document, plan_table, record_table, report_table
 from pqcli.jobs.events import Hook, ignore
-from pqcli.reports.reporting import Report
+from pqcli.reports.figures import Report
 
 if TYPE_CHECKING:
     from pqcli.jobs.preview import Preview
@@ -115,8 +115,6 @@ class Console:
             for line in readable.kept_reasons(report, N_REASONS):
                 self.note(f"  {line}")
         self._dropped(report.dropped)
-        for warning in report.warnings:
-            self.warn(warning)
         if not report.quantized:
             self.warn("nothing was quantized; `pqcli plan` tells why for each tensor")
         else:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from pqcli.cli import readable
 from pqcli.cli.readable import elide, visible
-from pqcli.reports.reporting import Report
+from pqcli.reports.figures import Report
 
 if TYPE_CHECKING:
     from pqcli.jobs.preview import Preview
@@ -192,7 +192,6 @@ def _notes(report: Report) -> list[Text]:
         for word, line in (("entropy", readable.entropy_line(report)), ("int4", readable.int4_line(report)))
         if line is not None
     ]
-    notes += [f"warning   {visible(warning)}" for warning in report.warnings]
     return [Text(), *(Text(note, style="dim") for note in notes)] if notes else []
 
 

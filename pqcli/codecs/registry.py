@@ -18,7 +18,8 @@ class Row:
 
     `is_choosable`: whether `--codec` takes it. `stored_as`: the name in files, where that is another codec's.
     `with_budget`: the codec that takes over where a recipe says how much to spend. `features`: what its files may need
-    beside its name. `label` and `reported_as`: what reports call its tensors, if not by its name.
+    beside its name. `settings`: those of a recipe that mean something to it, and not to every codec. `label` and
+    `reported_as`: what reports call its tensors, if not by its name.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Row:
     stored_as: str = ""
     with_budget: str = ""
     features: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     label: str = ""
     reported_as: str = ""
 
@@ -44,10 +46,19 @@ def register(row: Row) -> None:
     _ROWS[row.name] = row
 
 
-register(Row(PLAIN, "pqcli.codecs.plain", with_budget="ecpq"))
-register(Row("trellis", "pqcli.codecs.trellis", features=("trellis-mixing",)))
-register(Row("auto", "pqcli.codecs.auto", stored_as="trellis"))
-register(Row("ecpq", "pqcli.codecs.ecpq", is_choosable=False, label="PQ, coded", reported_as=PLAIN))
+register(
+    Row(
+        PLAIN, "pqcli.codecs.plain", with_budget="ecpq",
+        settings=(
+            "block_size", "n_centroids", "n_iter", "codebook_dtype", "clamp", "sample", "restarts", "eps", "max_tentatives",
+        ),
+    )
+)  # fmt: skip
+register(Row("trellis", "pqcli.codecs.trellis", features=("trellis-mixing",), settings=("objective", "effort")))
+register(Row("auto", "pqcli.codecs.auto", stored_as="trellis", settings=("objective", "effort")))
+register(
+    Row("ecpq", "pqcli.codecs.ecpq", is_choosable=False, settings=("objective",), label="PQ, coded", reported_as=PLAIN)
+)
 
 
 def choosable() -> tuple[str, ...]:
@@ -64,6 +75,11 @@ def chosen(name: str, *, has_budget: bool) -> Row:
 def row(name: str) -> Row:
     """The codec that files call so."""
     return _ROWS[name]
+
+
+def special_settings() -> frozenset[str]:
+    """The settings of a recipe that mean something to some codecs only."""
+    return frozenset(name for row in _ROWS.values() for name in row.settings)
 
 
 def with_streams() -> tuple[str, ...]:

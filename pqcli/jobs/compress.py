@@ -35,9 +35,9 @@ from pqcli.jobs.events import Event, Hook, Stage, ignore
 from pqcli.jobs.report import paper_bytes_of, tensor_report
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
-from pqcli.recipe import recipe as recipes
+from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
-from pqcli.reports.reporting import Report, TensorReport
+from pqcli.reports.figures import Report, TensorReport
 from pqcli.tensors.records import Record, StoredError, with_bundle_shares
 
 BASE_MEMORY_BYTES = 400 << 20
@@ -119,7 +119,7 @@ def about(checkpoint: Checkpoint, recipe: Recipe) -> About:
         "skeleton": checkpoint.skeleton,
         "dropped": _left_out(checkpoint),
     }
-    return About(tuple(info.name for info in checkpoint.tensors), source, recipes.to_json(recipe))
+    return About(tuple(info.name for info in checkpoint.tensors), source, documents.to_json(recipe))
 
 
 def dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def compress_opened(
         seconds=time.perf_counter() - started,
         tensors=tensors,
         dropped=dropped(checkpoint),
-        recipe=recipes.to_json(recipe),
+        recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pqcli import checkpoint as checkpoints
+from pqcli.checkpoint import formats
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.errors import UsageError
@@ -38,7 +39,7 @@ def decode(
     with open_container(file) as container:
         source = container.manifest.source
         target = Path(output) if output else _default_output(Path(file), source)
-        format_ = _format_of(target) if output else source["format"]
+        format_ = formats.by_suffix(target) if output else source["format"]
         infos = [_converted(info, dtype) for info in container.infos]
         done = Stage(progress or ignore, "decoding", n_weights(container))
 
@@ -66,19 +67,6 @@ def load(file: str | Path) -> dict[str, torch.Tensor]:
 def _default_output(file: Path, source: Mapping[str, Any]) -> Path:
     name = file.name.removesuffix(SUFFIX) if file.name.endswith(SUFFIX) else file.stem
     return file.with_name(f"{name}.decoded{checkpoints.default_suffix(source['format'], source['skeleton'])}")
-
-
-def _format_of(target: Path) -> str:
-    suffix = target.suffix.lower()
-    if target.is_dir() or not suffix:
-        return "folder"
-    if suffix == ".safetensors":
-        return "safetensors"
-    if suffix in {".pt", ".pth", ".th", ".bin", ".ckpt"}:
-        return "pt"
-    raise UsageError(
-        f"{target}: unknown suffix {suffix!r}; use .safetensors, .pt, .pth, .th, .bin, .ckpt, or none for a folder"
-    )
 
 
 def _converted(info: TensorInfo, dtype: str | None) -> TensorInfo:

@@ -19,8 +19,8 @@ from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics, rtn
 from pqcli.errors import CheckpointError
 from pqcli.jobs.events import Hook, Stage, ignore
-from pqcli.plan import plan as plans
-from pqcli.reports.reporting import INT4_GROUP, Report, TensorReport
+from pqcli.plan.paper import paper_bytes
+from pqcli.reports.figures import INT4_GROUP, Report, TensorReport
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, StoredError, with_bundle_shares
 
@@ -114,7 +114,7 @@ def paper_bytes_of(records: Sequence[Record]) -> int | None:
     """The papers' size; None where something is coded in a way that they do not count."""
     if any(isinstance(record.coding, Coded) for record in records):
         return None
-    return plans.paper_bytes(
+    return paper_bytes(
         (
             record.name,
             record.info.numel,

@@ -166,7 +166,7 @@ def test_a_plan_shows_action_and_reason_of_every_tensor_and_the_total(minilm):
 
 
 def test_with_json_stdout_is_one_document_whatever_is_shown(minilm):
-    report = replace(minilm, tensors=(quantized(EVIL),), warnings=("careful",))
+    report = replace(minilm, tensors=(quantized(EVIL),))
     for show, field in [("report", "compressed_bytes"), ("summary", "ratio")]:
         spoken = Spoken(json=True)
         getattr(spoken.console, show)(report)
@@ -183,7 +183,7 @@ def test_with_json_stdout_is_one_document_whatever_is_shown(minilm):
 
 def test_the_summary_is_one_line_on_stdout_and_the_rest_on_stderr(minilm):
     spoken = Spoken()
-    spoken.console.summary(replace(minilm, dropped=("optimizer (a set)",), warnings=("careful",)))
+    spoken.console.summary(replace(minilm, dropped=("optimizer (a set)",)))
     assert spoken.out == (
         "model.safetensors 90.9 MB -> model.pq.safetensors 3.14 MB  28.9x  1.06 bits/weight  "
         "relative MSE 0.301  in 4.2 s\n"
@@ -191,7 +191,6 @@ def test_the_summary_is_one_line_on_stdout_and_the_rest_on_stderr(minilm):
     assert "kept bit-exact: 65 of 104 tensors" in spoken.err
     assert "warning: not in the compressed file" in spoken.err
     assert "optimizer (a set)" in spoken.err
-    assert "warning: careful" in spoken.err
     assert "pqcli report model.pq.safetensors" in spoken.err
 
 
@@ -217,7 +216,7 @@ def test_compressing_nothing_is_said_aloud():
 def test_hostile_names_are_shown_harmlessly_everywhere():
     report = report_of(
         quantized(EVIL, reason=EVIL, scheme=EVIL, dtype=EVIL), replace(quantized(EVIL), action="keep", reason=EVIL),
-        dropped=(EVIL,), warnings=(EVIL,), output=EVIL, source=EVIL,
+        dropped=(EVIL,), output=EVIL, source=EVIL,
     )  # fmt: skip
     spoken = Spoken()
     console = spoken.console

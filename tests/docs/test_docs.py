@@ -12,10 +12,11 @@ from typer.main import get_command
 
 import pqcli
 from pqcli import errors
-from pqcli.cli.commands import EXIT_INTERRUPTED, app
+from pqcli.cli.commands import app
+from pqcli.cli.running import EXIT_INTERRUPTED
 from pqcli.codecs.rate.budget import QUALITY_STEPS
 from pqcli.container import layout
-from pqcli.recipe import recipe
+from pqcli.recipe import loading
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "pqcli"
@@ -114,7 +115,7 @@ def test_the_readme_explains_every_exit_code():
 
 
 def test_the_readme_names_every_preset():
-    assert {name for cells in rows("preset") for name in words(cells[0])} == set(recipe.preset_names())
+    assert {name for cells in rows("preset") for name in words(cells[0])} == set(loading.preset_names())
 
 
 def test_the_readme_names_everything_public():
@@ -199,7 +200,7 @@ def test_the_recipes_of_the_readme_are_valid(tmp_path):
     for i, text in enumerate(blocks("yaml")):
         path = tmp_path / f"recipe{i}.yaml"
         path.write_text(text, encoding="utf-8")
-        assert recipe.load(str(path)).rules
+        assert loading.load(str(path)).rules
 
 
 # --- FORMAT -----------------------------------------------------------------------------------------------------------
