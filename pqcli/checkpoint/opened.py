@@ -77,6 +77,10 @@ class Checkpoint:
         except MemoryError as error:
             raise CheckpointError(f"tensor '{name}' of '{source.path}' does not fit in memory") from error
 
+    def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """TEMP."""
+        return self.read(name).reshape(-1)[start:stop]
+
     def model_only(self) -> Checkpoint:
         """This checkpoint without training state: tensors whose role is not the model's.
 

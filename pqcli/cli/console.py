@@ -30,10 +30,10 @@ from pqcli.cli.tables import N_DROPPED, field_lines, plan_document, plan_table, 
 from pqcli.reports.reporting import Report
 
 if TYPE_CHECKING:
-    from pqcli.jobs.pipeline import Preview
+    from pqcli.jobs.preview import Preview
 
 if TYPE_CHECKING:
-    from pqcli.codecs.rate.choosing import Choice
+    from pqcli.codecs.auto.choosing import Choice
 
 Format = Literal["table", "json", "csv", "html"]
 

@@ -19,7 +19,7 @@ from pqcli.cli.readable import elide, visible
 from pqcli.reports.reporting import Report
 
 if TYPE_CHECKING:
-    from pqcli.jobs.pipeline import Preview
+    from pqcli.jobs.preview import Preview
     from pqcli.plan.plan import PlanEntry
 
 N_NOTES = 4

@@ -27,7 +27,6 @@ from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.kinds import auto_block_size, belongs, kind_of, rows_and_columns
 
 QUANTIZABLE_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
-Action = Literal["pq", "trellis", "ecpq", "keep", "alias"]
 LEAST_CODED = 64
 """Tensors of fewer weights gain nothing from a codec for whole checkpoints."""
 MANY_PER_CENTROID = 1024
@@ -72,11 +71,14 @@ class Scheme:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One tensor's fate. `rows` and `columns` are its layout; `predicted_bytes` counts its payload alone."""
+    """One tensor's fate: `action` is "keep", "alias", or what files call the codec that takes it.
+
+    `rows` and `columns` are its layout; `predicted_bytes` counts its payload alone.
+    """
 
     info: TensorInfo
     kind: str
-    action: Action
+    action: str
     reason: str
     scheme: Scheme | None
     rows: int
@@ -162,7 +164,7 @@ def _entry(info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: _Numbe
     kind = kind_of(info)
     rows, columns = rows_and_columns(info)
 
-    def entry(action: Action, reason: str, scheme: Scheme | None, n_bytes: int) -> PlanEntry:
+    def entry(action: str, reason: str, scheme: Scheme | None, n_bytes: int) -> PlanEntry:
         return PlanEntry(info, kind, action, reason, scheme, rows, columns, n_bytes)
 
     if info.alias_of is not None:

@@ -26,6 +26,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
+from pqcli.codecs import registry
 from pqcli.errors import RecipeError, UsageError
 from pqcli.tensors.kinds import KINDS, is_kind
 
@@ -90,7 +91,7 @@ class Recipe:
     seed: int = 0
     codebook_dtype: Literal["fp16", "fp32"] = "fp16"
     clamp: Literal["dense", "quarter"] = "dense"
-    codec: Literal["pq", "trellis", "auto"] = "pq"
+    codec: str = registry.PLAIN
     objective: float = 0.25
     effort: int | None = None
     rate_weight: float | None = None
@@ -118,11 +119,10 @@ class Recipe:
             raise RecipeError(f"{' and '.join(self.spending)} exclude each other; give one")
 
     @property
-    def whole_codec(self) -> Literal["trellis", "ecpq"] | None:
-        """The codec that takes all tensors together; None for plain PQ, which takes each by itself."""
-        if self.codec == "pq":
-            return "ecpq" if self.spending else None
-        return "trellis"
+    def whole_codec(self) -> str | None:
+        """What files call the codec that takes all tensors together; None for plain PQ, which takes each by itself."""
+        action = registry.chosen(self.codec, has_budget=bool(self.spending)).action
+        return None if action == registry.PLAIN else action
 
     @property
     def spending(self) -> tuple[str, ...]:
@@ -437,7 +437,7 @@ _RULE_CHECKS: dict[str, _Check] = {
 _RECIPE_CHECKS: dict[str, _Check] = {
     **_SETTING_CHECKS,
     "seed": _whole(0, 2**63 - 1),
-    "codec": _choice("pq", "trellis", "auto"),
+    "codec": lambda value: _choice(*registry.choosable())(value),
     "objective": _objective,
     "effort": _states,
     "rate_weight": _positive,

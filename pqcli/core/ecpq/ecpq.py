@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, TypeVar
@@ -34,6 +33,7 @@ from pqcli.core.ecpq.fit import Vectors, fit_book
 from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, GRID_PER_RATE, Book, Model, is_grid
 from pqcli.core.ecpq.search import CHUNK, Moments, Scales, choose, in_grid_units, moments, scales
 from pqcli.core.entropy import ans, bitfields
+from pqcli.core.lookahead import in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -503,8 +503,7 @@ def _mapped(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
     """`function` of every item, in threads where there is more than one."""
     if len(items) < 2:
         return [function(item) for item in items]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(function, items))
+    return list(in_order(items, function, torch.get_num_threads()))
 
 
 def _scaled(matrix: Tensor, scale: float) -> NDArray[np.float32]:

@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 
@@ -9,18 +10,19 @@ from hypothesis import strategies as st
 from pqcli.core.entropy.rangecoder import RATES, RangeCoder
 from pqcli.core.trellis.loops import BYTES_PER_LEVEL
 from pqcli.core.trellis.mixing_loops import Mixing, code_levels_mixed
+from pqcli.core.trellis.params import N_STATES, TrellisParams
+from pqcli.core.trellis.rotation import Rotation, Rotations, fit_rotations
+from pqcli.core.trellis.side import make_side, parse_side
+from pqcli.core.trellis.sources import Source
+from pqcli.core.trellis.stream import decode_stream, encode_stream
+from pqcli.core.trellis.streams import stream_layout
 from pqcli.core.trellis.trellis import (
-    N_STATES,
     EncodedStreams,
-    Rotation,
-    Rotations,
-    Source,
-    TrellisParams,
     decode,
     encode,
     entropies,
-    fit_rotations,
-    stream_layout,
+    gather_streams,
+    segment_weights,
 )
 
 
@@ -109,6 +111,35 @@ def test_bytes_depend_on_neither_threads_nor_run(stream_weights):
     assert first[0] == second[0]
     for key in weights:
         np.testing.assert_array_equal(first[1][key], second[1][key])
+
+
+def passed_on(*arguments):
+    """As another process would get them."""
+    return pickle.loads(pickle.dumps(arguments))
+
+
+def test_streams_coded_one_by_one_as_another_process_would_make_the_same_bytes():
+    sources, weights = model()
+    params = TrellisParams(0.4, 16, stream_weights=1024)
+    steps = {"conv": 0.1}
+    rotations = fit_rotations(sources, weights.__getitem__, {s.key: steps.get(s.key, 0.4) for s in sources})
+    whole = encode(sources, weights.__getitem__, params, rotations, steps)
+    side = make_side(sources, params, rotations, steps)
+    layout = stream_layout(sources, rotations.transposed, params.stream_weights)
+    coded = []
+    for segments in layout:
+        named = [sources[segment.source] for segment in segments]
+        own = [segment_weights(weights[s.key], t, s, side) for s, t in zip(named, segments, strict=True)]
+        coded += passed_on(encode_stream(*passed_on(own, segments, sources, params, rotations)))
+    assert gather_streams(coded, layout, sources, side) == whole
+    found = dict(decode(whole, sources))
+    known, _ = parse_side(whole.side, sources, len(layout))
+    for i, segments in enumerate(layout):
+        parts = decode_stream(*passed_on(whole.streams[i], i in known.mixed, segments, sources, known))
+        for segment, part in zip(segments, parts, strict=True):
+            key = sources[segment.source].key
+            matrix = found[key].T if key in known.rotations.transposed else found[key]
+            np.testing.assert_array_equal(part, matrix[segment.start : segment.stop])
 
 
 def test_single_tensors_decode_alone_and_alike():

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from pqcli.core.trellis.loops import N_CLASSES, N_POINTS
-from pqcli.core.trellis.trellis import N_STATES, _bits, _prior_probabilities, _trellis
+from pqcli.core.trellis.params import N_STATES, next_states
+from pqcli.core.trellis.search import bits_of, prior_probabilities
 from pqcli.core.trellis.viterbi import Costs, Search, Trellis
 from pqcli.core.trellis.viterbi_loops import N_COSTS, PRICE_UNIT, REACH, RESOLUTION
 
 RATE_WEIGHT = 0.3
 POINTS = np.tile(np.arange(N_POINTS, dtype=np.float32), (3, 1))
-BITS = _bits(_prior_probabilities(N_CLASSES, N_COSTS))
+BITS = bits_of(prior_probabilities(N_CLASSES, N_COSTS))
 SLOPE = np.minimum(2.0 / 2.0 ** ((np.arange(N_CLASSES) + 0.5) / 4 - 6), 4.0).astype(np.float32)
 COSTS = Costs(BITS, SLOPE, POINTS, RATE_WEIGHT)
 SCALE = 24.0
@@ -21,7 +22,7 @@ def searched(weights, labels, n_states, scale=SCALE):
     levels = np.full(weights.shape, 99, np.int32)
     rows, columns = weights.shape
     scales = np.zeros(rows, np.float32), np.full(columns, scale, np.float32)
-    Search(COSTS, _trellis(n_states)).fill(np.float32(weights), *scales, np.uint8(labels), levels)
+    Search(COSTS, next_states(n_states)).fill(np.float32(weights), *scales, np.uint8(labels), levels)
     return levels
 
 
@@ -44,7 +45,7 @@ def allowed(parity, label, largest=9):
 
 def walk_cost(weights, labels, levels, n_states):
     """The cost of the levels of one run; fails where the trellis does not allow one."""
-    table, state, total = _trellis(n_states), 0, 0.0
+    table, state, total = next_states(n_states), 0, 0.0
     for weight, label, level in zip(weights, labels, levels, strict=True):
         parity = state & 1
         assert level in allowed(parity, label), "a level that the state does not open"
@@ -55,7 +56,7 @@ def walk_cost(weights, labels, levels, n_states):
 
 def least_cost(weights, labels, n_states):
     """Viterbi's algorithm, one state and one level at a time."""
-    table, best = _trellis(n_states), {0: 0.0}
+    table, best = next_states(n_states), {0: 0.0}
     for weight, label in zip(weights, labels, strict=True):
         following: dict[int, float] = {}
         for state, so_far in best.items():
@@ -90,7 +91,7 @@ def test_runs_side_by_side_do_not_touch_each_other():
 
 @pytest.mark.parametrize("n_states", N_STATES)
 def test_every_trellis_pairs_states_that_share_their_origins(n_states):
-    trellis = Trellis.of(_trellis(n_states))
+    trellis = Trellis.of(next_states(n_states))
     assert sorted(trellis.moves[:, 2:4].ravel()) == list(range(n_states))
     for state in range(n_states):
         for origin in trellis.backward[state]:
