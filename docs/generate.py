@@ -35,7 +35,7 @@ COMMAND_LINE = get_command(app)
 
 
 def commands() -> str:
-    """A section for every command: what it does, an example, its arguments and options."""
+    """A section for every command: what it does, examples, its arguments and options."""
     return "\n\n".join(_command(name) for name in COMMAND_LINE.commands)
 
 
@@ -45,15 +45,20 @@ def _command(name: str) -> str:
         panels: dict[str, list[str]] = {}
         for parameter in command.params:
             usage, meaning = parameter.get_help_record(context)
-            panels.setdefault(parameter.rich_help_panel or "", []).append(_row(f"`{usage}`", *_default(meaning)))
+            panel = "" if parameter.rich_help_panel in (None, "Options") else parameter.rich_help_panel
+            panels.setdefault(panel, []).append(_row(f"`{usage}`", *_default(meaning)))
     tables = [
         "\n".join(
             [*([f"**{panel}:**", ""] if panel else []), _row("option", "meaning", "default"), "|---|---|---|", *rows]
         )
         for panel, rows in panels.items()
     ]
-    example = command.epilog.removeprefix("Example: ")
-    return "\n\n".join([f"### {name}", _prose(command.help), f"    {example}", *tables])
+    return "\n\n".join([f"### {name}", _prose(command.help), _examples(command.epilog), *tables])
+
+
+def _examples(epilog: str) -> str:
+    """The calls that help shows below the options, a line each."""
+    return "\n".join("    " + line.removeprefix("Example: ") for line in epilog.splitlines() if line.strip())
 
 
 def _default(meaning: str) -> tuple[str, str]:

@@ -74,11 +74,14 @@ def parse(line: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_and_an_example_that_parses(name):
+def test_every_command_has_help_and_examples_that_parse(name):
     command = COMMANDS[name]
     assert command.help
-    assert command.epilog.startswith(f"Example: pqcli {name}")
-    parse(command.epilog.removeprefix("Example: "))
+    examples_of_help = [line for line in command.epilog.splitlines() if line.strip()]
+    assert examples_of_help
+    for example in examples_of_help:
+        assert example.startswith(f"Example: pqcli {name}")
+        parse(example.removeprefix("Example: "))
 
 
 @pytest.mark.parametrize(("name", "parameter"), OF_ONE_COMMAND, ids=lambda value: getattr(value, "name", value))
