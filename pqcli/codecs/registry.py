@@ -50,7 +50,8 @@ register(
     Row(
         PLAIN, "pqcli.codecs.plain", with_budget="ecpq",
         settings=(
-            "block_size", "n_centroids", "n_iter", "codebook_dtype", "clamp", "sample", "restarts", "eps", "max_tentatives",
+            "block_size", "n_centroids", "n_iter", "codebook_dtype", "clamp", "sample", "restarts", "eps",
+            "max_tentatives",
         ),
     )
 )  # fmt: skip
