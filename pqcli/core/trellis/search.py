@@ -10,11 +10,12 @@ Shapes: weights, levels (rows, columns); labels (columns,); row_scale (rows,), c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.core.importance import Importance
 from pqcli.core.trellis.loops import N_CLASSES, N_POINTS, RUN_LENGTH
 from pqcli.core.trellis.params import LABEL_GROUP, TrellisParams, next_states
 from pqcli.core.trellis.viterbi import Costs, Search
@@ -42,9 +43,10 @@ class Block:
     row_scale: Matrix
     column_scale: Matrix
     levels: NDArray[np.int32]
+    importance: Importance | None = None
 
 
-def block(weights: Matrix, period: int) -> Block:
+def block(weights: Matrix, period: int, importance: Importance | None = None) -> Block:
     """Scales by row and by column (shrunk towards their mean, as they are estimates), and the labels they suggest."""
     n_rows, n_columns = weights.shape
     squares = np.square(weights, dtype=np.float64)
@@ -69,6 +71,7 @@ def block(weights: Matrix, period: int) -> Block:
         row_scale.astype(np.float32),
         column_scale.astype(np.float32),
         np.zeros(weights.shape, np.int32),
+        importance,
     )
 
 
@@ -88,7 +91,7 @@ def search(blocks: Sequence[Block], params: TrellisParams) -> Matrix:
         sums = np.zeros((3, N_POINTS, 2))
         for block in some:
             scales = block.row_scale, block.column_scale
-            viterbi.fill(block.weights, *scales, block.labels, block.levels)
+            viterbi.fill(block.weights, *scales, block.labels, block.levels, block.importance)
             gather(block.weights, *scales, block.levels, block.labels, next_state, counts, sums)
         seen = counts.copy()
         seen[1:] += 0.25 * counts[:-1]
@@ -105,9 +108,10 @@ def _sample(block: Block) -> Block:
     height = max(1, RUN_LENGTH // n_columns) * LANES
     rows = np.flatnonzero((np.arange(n_rows) // height) % _TRIAL_SHARE == 0)
     weights = np.ascontiguousarray(block.weights[rows])
+    importance = block.importance and replace(block.importance, rows=block.importance.rows[rows])
     return Block(
         weights, block.period, block.labels, block.row_scale[rows], block.column_scale,
-        np.zeros(weights.shape, np.int32),
+        np.zeros(weights.shape, np.int32), importance,
     )  # fmt: skip
 
 

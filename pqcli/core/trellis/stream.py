@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.core.importance import Importance
 from pqcli.core.trellis import slots
 from pqcli.core.trellis.loops import scale_up, sets
 from pqcli.core.trellis.params import WEIGHTS_PER_BYTE, TrellisParams, next_states
@@ -52,15 +53,33 @@ def encode_stream(
     sources: Sequence[Source],
     params: TrellisParams,
     rotations: Rotations,
+    importances: Sequence[Importance | None] | None = None,
 ) -> EncodedStream:
-    """The stream that holds `weights`, for each segment its rows of the coded matrix in steps; they are overwritten."""
+    """The stream that holds `weights`, for each segment its rows of the coded matrix in steps; they are overwritten.
+
+    `importances` has one for each segment (see `trellis.segment_importance`; None: all weights alike). Only what the
+    encoder chooses depends on it; no decoder needs it. Raises ValueError where a rotation mixes columns of different
+    importance.
+    """
     blocks = []
-    for matrix, segment in zip(weights, segments, strict=True):
+    for matrix, segment, importance in zip(weights, segments, importances or [None] * len(segments), strict=True):
         source = sources[segment.source]
+        _check_importance(importance, matrix, source, rotations)
         if source.key in rotations.use:
             apply(matrix, rotations.items[rotations.use[source.key]], inverse=False)
-        blocks.append(block(matrix, period(source, rotations.transposed)))
+        blocks.append(block(matrix, period(source, rotations.transposed), importance))
     return _smaller(blocks, search(blocks, params), params)
+
+
+def _check_importance(importance: Importance | None, matrix: Matrix, source: Source, rotations: Rotations) -> None:
+    if importance is None:
+        return
+    if importance.shape != matrix.shape:
+        raise ValueError(f"importance of a matrix {importance.shape} for {matrix.shape[0]} x {matrix.shape[1]} weights")
+    if source.key in rotations.use:
+        mixed = importance.columns.reshape(-1, rotations.items[rotations.use[source.key]].size)
+        if not (mixed == mixed[:, :1]).all():
+            raise ValueError(f"{source.key!r} has columns of different importance that its rotation mixes")
 
 
 def _smaller(blocks: Sequence[Block], points: Matrix, params: TrellisParams) -> EncodedStream:

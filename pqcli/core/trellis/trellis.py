@@ -27,6 +27,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.core.importance import Importance
 from pqcli.core.lookahead import in_order
 from pqcli.core.trellis import side as side_information
 from pqcli.core.trellis.params import TrellisParams
@@ -50,6 +51,8 @@ __all__ = [
     "encode",
     "entropies",
     "fit_rotations",
+    "gather_streams",
+    "segment_importance",
     "segment_weights",
 ]
 
@@ -58,6 +61,8 @@ _T = TypeVar("_T")
 
 _MAX_SIZE = float(1 << 29)
 """Largest weight in steps; a level must stay an int32."""
+_MOST_IMPORTANT = np.float32(8.0)
+"""Of a row, or of a column, against their geometric mean: path metrics have 16 bits and saturate."""
 _LEAST_QUOTIENT_STEP = 1e-30
 """Below, a float32 quotient would lose digits."""
 
@@ -93,19 +98,30 @@ def encode(
     rotations: Rotations,
     steps: Mapping[str, float] | None = None,
     n_threads: int = 2,
+    importance: Mapping[str, Importance] | None = None,
 ) -> EncodedStreams:
     """The sources as streams. `read(key)` is called once per source, in order; it gives (rows, columns) float32.
 
     `steps` gives a source a step of its own, rounded to params.step * 2^(i/8). At most `n_threads + 1` streams' weights
     are held beside the tensor just read. The bytes do not depend on `n_threads`. Raises ValueError where a weight is
     too large for its step (2^29 steps).
+
+    With `importance`, by key and of the matrix (rows, columns), squared errors within a source count by it when levels
+    are chosen (between sources, steps decide). Raises ValueError where a rotation mixes columns that differ in it.
     """
     side = make_side(sources, params, rotations, steps)
     layout = stream_layout(sources, rotations.transposed, params.stream_weights)
 
     def work(stream: tuple[tuple[Segment, ...], list[Matrix]]) -> EncodedStream:
         segments, weights = stream
-        return encode_stream(weights, segments, sources, params, rotations)
+        named = [(segment, sources[segment.source]) for segment in segments]
+        importances = [
+            segment_importance(importance[source.key], segment, source, side)
+            if importance and source.key in importance
+            else None
+            for segment, source in named
+        ]
+        return encode_stream(weights, segments, sources, params, rotations, importances)
 
     prepared = _prepared(layout, sources, read, side)
     return gather_streams(in_order(prepared, work, n_threads, ahead=n_threads + 1), layout, sources, side)
@@ -242,6 +258,21 @@ def segment_weights(matrix: Matrix, segment: Segment, source: Source, side: Side
         raise ValueError(f"{matrix.shape[0]} x {matrix.shape[1]} weights read; {source.rows} x {source.columns} said")
     coded = matrix.T if source.key in side.rotations.transposed else matrix
     return in_steps(coded[segment.start : segment.stop], side.step_of(segment.source))
+
+
+def segment_importance(importance: Importance, segment: Segment, source: Source, side: Side) -> Importance | None:
+    """A segment's importance as `encode_stream` takes it: of rows of the coded matrix, relative to the whole source.
+
+    `importance` is that of the source's matrix (rows, columns). None where every weight counts alike; factors beyond
+    1/8 and 8 of their geometric mean count as these. Raises ValueError where the shape is another.
+    """
+    if importance.shape != (source.rows, source.columns):
+        raise ValueError(f"importance of {importance.shape} for {source.rows} x {source.columns} weights")
+    if importance.is_uniform:
+        return None
+    known = (importance.T if source.key in side.rotations.transposed else importance).normalised()
+    rows, columns = (np.clip(factors, 1 / _MOST_IMPORTANT, _MOST_IMPORTANT) for factors in (known.rows, known.columns))
+    return Importance(rows[segment.start : segment.stop], columns)
 
 
 def _prepared(

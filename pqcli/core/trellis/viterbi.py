@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.core.compiled.ir import Code, Compiled, compile_function
+from pqcli.core.importance import Importance
 from pqcli.core.trellis.loops import N_CLASSES, RUN_COLUMNS, RUN_LENGTH
-from pqcli.core.trellis.viterbi_loops import LANES, N_BINS, look_up_branch_metrics, trace_back
+from pqcli.core.trellis.viterbi_loops import LANES, N_BINS, look_up_branch_metrics, trace_back, weigh_branch_metrics
 
 Matrix = NDArray[np.float32]
 
@@ -102,8 +103,14 @@ class Search:
         column_scale: Matrix,
         labels: NDArray[np.uint8],
         levels: NDArray[np.int32],
+        importance: Importance | None = None,
     ) -> None:
-        """Fill in the levels that minimise sum (weight - point)^2 + rate_weight * bits over every run."""
+        """Fill in the levels that minimise sum importance * (weight - point)^2 + rate_weight * bits over every run.
+
+        Without `importance` (of the matrix of weights) that of every weight is 1, and the search is faster.
+        """
+        nothing = np.zeros(0, np.float32)
+        factors = (nothing, nothing) if importance is None else (importance.rows, importance.columns)
         n_rows, n_columns = weights.shape
         moves, backward = self._trellis.moves, self._trellis.backward
         run_rows = max(1, RUN_LENGTH // max(1, n_columns))
@@ -116,14 +123,18 @@ class Search:
                 width = min(RUN_COLUMNS, n_columns - column0)
                 n_steps = min(run_rows, n_rows - row0) * width
                 batch = weights, row_scale, column_scale, labels, row0, column0, width, n_steps, *self._costs
-                look_up_branch_metrics(*batch, self._metric_table, self._level_table, self._is_filled, branch_metrics)
+                if importance is None:
+                    tables = self._metric_table, self._level_table, self._is_filled
+                    look_up_branch_metrics(*batch, *tables, branch_metrics)
+                else:
+                    weigh_branch_metrics(*batch, *factors, branch_metrics)
                 path_metrics[0] = _UNREACHED
                 path_metrics[0, 0] = 0
                 self._walk.call(
                     branch_metrics.ctypes.data, n_steps, moves.ctypes.data, len(moves), len(backward),
                     path_metrics[0].ctypes.data, path_metrics[1].ctypes.data, taken.ctypes.data,
                 )  # fmt: skip
-                trace_back(*batch, self._level_table, path_metrics[n_steps % 2], taken, backward, levels)
+                trace_back(*batch, self._level_table, *factors, path_metrics[n_steps % 2], taken, backward, levels)
 
 
 @functools.cache

@@ -66,17 +66,17 @@ def _best_level(weight, subset, label, cost, slope, reconstruction, rate_weight)
 
 
 @kernel
-def _packed(weight, label, cost, slope, reconstruction, rate_weight):
+def _packed(weight, label, cost, slope, reconstruction, rate_weight, unit):
     """Branch metrics: what each of the four subsets costs more than the cheapest of them, 16 bits each."""
     a = _best_level(weight, 0, label, cost, slope, reconstruction, rate_weight)[0]
     b = _best_level(weight, 1, label, cost, slope, reconstruction, rate_weight)[0]
     c = _best_level(weight, 2, label, cost, slope, reconstruction, rate_weight)[0]
     d = _best_level(weight, 3, label, cost, slope, reconstruction, rate_weight)[0]
     least = min(min(a, b), min(c, d))
-    packed = np.int64(min((a - least) * METRIC_UNIT, _DEAREST))
-    packed |= np.int64(min((b - least) * METRIC_UNIT, _DEAREST)) << 16
-    packed |= np.int64(min((c - least) * METRIC_UNIT, _DEAREST)) << 32
-    packed |= np.int64(min((d - least) * METRIC_UNIT, _DEAREST)) << 48
+    packed = np.int64(min((a - least) * unit, _DEAREST))
+    packed |= np.int64(min((b - least) * unit, _DEAREST)) << 16
+    packed |= np.int64(min((c - least) * unit, _DEAREST)) << 32
+    packed |= np.int64(min((d - least) * unit, _DEAREST)) << 48
     return packed
 
 
@@ -85,7 +85,7 @@ def _fill(row, label, cost, slope, reconstruction, rate_weight, metric_table, le
     """One row of the tables: what weights of one class and label cost, bin by bin."""
     for place in range(N_BINS):
         weight = np.float32((place + 0.5) / RESOLUTION - REACH)
-        metric_table[row, place] = _packed(weight, label, cost, slope, reconstruction, rate_weight)
+        metric_table[row, place] = _packed(weight, label, cost, slope, reconstruction, rate_weight, METRIC_UNIT)
         for subset in range(4):
             level_table[row, place, subset] = _best_level(
                 weight, subset, label, cost, slope, reconstruction, rate_weight
@@ -121,7 +121,7 @@ def look_up_branch_metrics(
                     branch_metrics[step, lane] = metric_table[row, min(place, N_BINS - 1)]
                 else:
                     branch_metrics[step, lane] = _packed(
-                        weight, label, cost[scale], slope[scale], reconstruction, rate_weight
+                        weight, label, cost[scale], slope[scale], reconstruction, rate_weight, METRIC_UNIT
                     )
                 j += 1
                 if j == column0 + width:
@@ -130,11 +130,43 @@ def look_up_branch_metrics(
 
 
 @kernel
+def weigh_branch_metrics(
+    weights, row_scale, column_scale, labels, row0, column0, width, n_steps,
+    cost, slope, reconstruction, rate_weight, row_importance, column_importance, branch_metrics,
+):  # fmt: skip
+    """As `look_up_branch_metrics`, but squared errors count by importance, and nothing is looked up.
+
+    importance * error^2 + rate_weight * bits is importance times the cost at a rate weight of rate_weight / importance.
+    """
+    n_rows = weights.shape[0]
+    run_rows = max(1, RUN_LENGTH // max(1, weights.shape[1]))
+    for step in range(n_steps):
+        j = column0 + step % width
+        label = labels[j]
+        for lane in range(LANES):
+            r = row0 + lane * run_rows + step // width
+            if r >= n_rows:
+                branch_metrics[step, lane] = 0
+                continue
+            scale = class_of(row_scale[r], column_scale[j])
+            factor = row_importance[r] * column_importance[j]
+            branch_metrics[step, lane] = _packed(
+                weights[r, j], label, cost[scale], slope[scale], reconstruction, rate_weight / factor,
+                METRIC_UNIT * factor,
+            )  # fmt: skip
+
+
+@kernel
 def trace_back(
     weights, row_scale, column_scale, labels, row0, column0, width, n_steps,
-    cost, slope, reconstruction, rate_weight, level_table, path_metrics, taken, backward, levels,
+    cost, slope, reconstruction, rate_weight, level_table, row_importance, column_importance, path_metrics, taken,
+    backward, levels,
 ):  # fmt: skip
-    """Write the levels along the best path of every run of a batch, from its end to its start."""
+    """Write the levels along the best path of every run of a batch, from its end to its start.
+
+    With importances (arrays that are not empty) the levels are those of `weigh_branch_metrics`, else of the table.
+    """
+    is_weighed = row_importance.shape[0] > 0
     n_rows = weights.shape[0]
     n_states = path_metrics.shape[0]
     run_rows = max(1, RUN_LENGTH // max(1, weights.shape[1]))
@@ -155,12 +187,15 @@ def trace_back(
             if r < n_rows:
                 weight = weights[r, j]
                 scale = class_of(row_scale[r], column_scale[j])
-                if abs(weight) < REACH:
+                if abs(weight) < REACH and not is_weighed:
                     place = int((weight + np.float32(REACH)) * np.float32(RESOLUTION))
                     levels[r, j] = level_table[2 * scale + label, min(place, N_BINS - 1), origin & 3]
                 else:
+                    own_rate_weight = rate_weight
+                    if is_weighed:
+                        own_rate_weight = rate_weight / (row_importance[r] * column_importance[j])
                     levels[r, j] = _best_level(
-                        weight, origin & 3, label, cost[scale], slope[scale], reconstruction, rate_weight
+                        weight, origin & 3, label, cost[scale], slope[scale], reconstruction, own_rate_weight
                     )[1]
 
 
