@@ -35,6 +35,7 @@ from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record
 if TYPE_CHECKING:
     import torch
 
+    from pqcli.core.importance import Importance
     from pqcli.core.metrics import Error
     from pqcli.plan.plan import PlanEntry
     from pqcli.recipe.recipe import Recipe
@@ -76,6 +77,10 @@ class Weights:
     def coded_rows(self, name: str, start: int, stop: int, columns: int) -> torch.Tensor:
         """Rows `start` to `stop` of it as a matrix of so many columns."""
         return self.checkpoint.read_flat(name, start * columns, stop * columns).view(-1, columns)
+
+    def importance(self, name: str) -> Importance | None:  # noqa: ARG002 - statistics would be asked by name
+        """How much the errors of its rows and columns count; None where all weights count alike, as they do here."""
+        return None
 
     def restored(
         self,

@@ -5,6 +5,8 @@ import pickle
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import numpy as np
+import safetensors.torch
 import torch
 
 import pqcli
@@ -12,6 +14,8 @@ from pqcli import checkpoint
 from pqcli.codecs import registry
 from pqcli.codecs.base import Piece, Weights, load
 from pqcli.core.digests import tensor_hash
+from pqcli.core.importance import Importance
+from pqcli.jobs.compress import compression
 from pqcli.plan import plan
 from pqcli.recipe.recipe import Recipe
 
@@ -93,6 +97,37 @@ def check_report(told, report):
         assert (one.relative_mse is None) == (other.relative_mse is None)
         if one.relative_mse is not None:
             assert math.isclose(one.relative_mse, other.relative_mse, rel_tol=1e-4, abs_tol=1e-9)
+
+
+class Important(Weights):
+    """Weights of which the first half of the columns counts a hundred times as much."""
+
+    def importance(self, name):
+        rows, columns = next(info.shape for info in self.checkpoint.tensors if info.name == name)
+        return Importance.of_columns(np.where(np.arange(columns) < columns // 2, 100.0, 1.0), rows)
+
+
+def check_importance(name, folder, **settings):
+    """What counts more is coded with less error, and the file is read as ever."""
+    weight = gaussian(128, 64)
+    source = folder / "model.safetensors"
+    safetensors.torch.save_file({"fc.weight": weight}, source)
+    recipe = Recipe(codec=name, **settings)
+
+    def errors(kind):
+        target = folder / f"{kind.__name__}.pq.safetensors"
+        with checkpoint.open(source) as opened:
+            wished = plan.make(recipe, opened.tensors)
+            with compression(opened, wished, recipe, CPU, target) as work:
+                work.weights = kind(opened)
+                work.finish(work.coded(work.prepared()))
+        assert pqcli.verify(target, source) == []
+        squares = (pqcli.load(target)["fc.weight"] - weight).square()
+        return float(squares[:, :32].mean()), float(squares[:, 32:].mean())
+
+    usual, important = errors(Weights), errors(Important)
+    assert important[0] < 0.95 * usual[0], (usual, important)
+    assert important[1] > usual[1]
 
 
 def run_pickled(job):

@@ -9,7 +9,7 @@ from pqcli.cli.commands import app
 from pqcli.codecs import registry
 from pqcli.container import layout
 from pqcli.errors import ContainerError, RecipeError
-from tests.codecs.common import check_codec, check_jobs_in_another_process, everything
+from tests.codecs.common import check_codec, check_importance, check_jobs_in_another_process, everything
 
 QUICK = {"effort": 4}
 CODECS = {
@@ -35,6 +35,11 @@ def test_what_every_codec_promises(codec, tmp_path):
 @pytest.mark.parametrize("codec", ["pq", "pq with a budget", "trellis"])
 def test_jobs_run_in_another_process_with_the_same_result(codec, tmp_path):
     check_jobs_in_another_process(codec.split()[0], tmp_path, **CODECS[codec])
+
+
+@pytest.mark.parametrize("codec", ["pq", "trellis"])
+def test_importance_reaches_the_encoder(codec, tmp_path):
+    check_importance(codec, tmp_path, **CODECS[codec])
 
 
 def test_every_row_of_the_table_is_checked_here():

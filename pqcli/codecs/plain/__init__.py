@@ -78,7 +78,15 @@ class PlainJob:
             raise TypeError(f"a plain job for a tensor that is {coding}")
         dtype = getattr(torch, coding.codebook_dtype)
         try:
-            return pq.encode(weight, self.record.matrix_shape, coding.block_size, self.options, dtype, device)
+            return pq.encode(
+                weight,
+                self.record.matrix_shape,
+                coding.block_size,
+                self.options,
+                dtype,
+                device,
+                importance=self.weights.importance(self.record.name),
+            )
         except PQError as error:
             raise type(error)(f"tensor {self.record.name!r}: {error}") from None
 

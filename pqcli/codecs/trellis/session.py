@@ -19,11 +19,12 @@ from pqcli.core.trellis.rotation import Rotations, fit_rotations
 from pqcli.core.trellis.side import Side, make_side, write_side
 from pqcli.core.trellis.stream import encode_stream
 from pqcli.core.trellis.streams import Segment, stream_layout
-from pqcli.core.trellis.trellis import encode, in_steps
+from pqcli.core.trellis.trellis import encode, in_steps, segment_importance
 
 if TYPE_CHECKING:
     import torch
 
+    from pqcli.core.importance import Importance
     from pqcli.core.trellis.sources import Source
     from pqcli.recipe.recipe import Recipe
     from pqcli.tensors.records import Record
@@ -227,7 +228,8 @@ class StreamJob:
     def run(self, device: torch.device) -> StreamPiece:  # noqa: ARG002 - the search runs on the CPU
         """The stream."""
         matrices = [self._in_steps(segment) for segment in self.segments]
-        stream = encode_stream(matrices, self.segments, self.sources, self.params, self.rotations)
+        importances = [self._importance(segment) for segment in self.segments]
+        stream = encode_stream(matrices, self.segments, self.sources, self.params, self.rotations, importances)
         lengths = tuple((source.key, n) for source, n in zip(self.sources, stream.lengths, strict=True))
         return StreamPiece(self.index, stream.data, StreamFacts(stream.is_mixed, lengths))
 
@@ -238,6 +240,13 @@ class StreamJob:
             return in_steps(self.flipped[source.key].get().T[segment.start : segment.stop], step)
         rows = self.weights.coded_rows(source.key, segment.start, segment.stop, source.columns)
         return in_steps(rows.float().numpy(), step)
+
+    def _importance(self, segment: Segment) -> Importance | None:
+        source = self.sources[segment.source]
+        importance = self.weights.importance(source.key)
+        if importance is None:
+            return None
+        return segment_importance(importance, segment, source, is_transposed=source.key in self.flipped)
 
     def _n_weights(self, segment: Segment) -> int:
         source = self.sources[segment.source]

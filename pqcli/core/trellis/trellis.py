@@ -116,7 +116,9 @@ def encode(
         segments, weights = stream
         named = [(segment, sources[segment.source]) for segment in segments]
         importances = [
-            segment_importance(importance[source.key], segment, source, side)
+            segment_importance(
+                importance[source.key], segment, source, is_transposed=source.key in rotations.transposed
+            )
             if importance and source.key in importance
             else None
             for segment, source in named
@@ -260,7 +262,9 @@ def segment_weights(matrix: Matrix, segment: Segment, source: Source, side: Side
     return in_steps(coded[segment.start : segment.stop], side.step_of(segment.source))
 
 
-def segment_importance(importance: Importance, segment: Segment, source: Source, side: Side) -> Importance | None:
+def segment_importance(
+    importance: Importance, segment: Segment, source: Source, *, is_transposed: bool
+) -> Importance | None:
     """A segment's importance as `encode_stream` takes it: of rows of the coded matrix, relative to the whole source.
 
     `importance` is that of the source's matrix (rows, columns). None where every weight counts alike; factors beyond
@@ -270,7 +274,7 @@ def segment_importance(importance: Importance, segment: Segment, source: Source,
         raise ValueError(f"importance of {importance.shape} for {source.rows} x {source.columns} weights")
     if importance.is_uniform:
         return None
-    known = (importance.T if source.key in side.rotations.transposed else importance).normalised()
+    known = (importance.T if is_transposed else importance).normalised()
     rows, columns = (np.clip(factors, 1 / _MOST_IMPORTANT, _MOST_IMPORTANT) for factors in (known.rows, known.columns))
     return Importance(rows[segment.start : segment.stop], columns)
 
