@@ -37,9 +37,9 @@ def test_jobs_run_in_another_process_with_the_same_result(codec, tmp_path):
     check_jobs_in_another_process(codec.split()[0], tmp_path, **CODECS[codec])
 
 
-@pytest.mark.parametrize("codec", ["pq", "trellis"])
-def test_importance_reaches_the_encoder(codec, tmp_path):
-    check_importance(codec, tmp_path, **CODECS[codec])
+@pytest.mark.parametrize(("codec", "settings"), [("pq", {"n_iter": 3}), ("trellis", {**QUICK, "target_bits": 3.0})])
+def test_importance_reaches_the_encoder(codec, settings, tmp_path):
+    check_importance(codec, tmp_path, **settings)
 
 
 def test_every_row_of_the_table_is_checked_here():
