@@ -1,4 +1,4 @@
-"""The commands: parse, call the pipeline, hand the result to the console. They do no work, and print nothing.
+"""The commands: parse, call the job, hand the result to the console. They do no work, and print nothing.
 
 torch and everything that needs it are imported inside the commands, after what can be checked without it: help, and
 errors in arguments, inputs and outputs come at once. Every failure leaves through `running.run`.
@@ -306,7 +306,7 @@ def _check_source(path: Path) -> None:
 
 
 def _check_output(output: Path | None, source: Path, *, force: bool) -> None:
-    """Likewise for a file that will be written; of the source itself the pipeline says more."""
+    """Likewise for a file that will be written; of the source itself the job says more."""
     if output and not (output.exists() and output.samefile(source)):
         check_target(output, force=force)
 

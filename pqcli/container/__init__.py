@@ -20,29 +20,3 @@ Every later ability is a new named feature; a reader refuses a file whose featur
     reader    file -> tensors
     peek      is it one of ours? told without torch
 """
-
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pqcli.container.layout import lay_out
-    from pqcli.container.manifest import Manifest, make_manifest
-    from pqcli.container.peek import SUFFIX
-    from pqcli.container.reader import Container, open_container
-    from pqcli.container.writer import Writer
-
-__all__ = ["SUFFIX", "Container", "Manifest", "Writer", "lay_out", "make_manifest", "open_container"]
-
-_HOMES = ("peek", "manifest", "layout", "writer", "reader")
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name on first use: `peek` must answer before torch is imported."""
-    if name in __all__:
-        for home in _HOMES:
-            module = importlib.import_module(f"{__name__}.{home}")
-            if name in vars(module):
-                return vars(module)[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
