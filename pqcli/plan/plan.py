@@ -8,7 +8,8 @@
   either keeps it.
 
 A tensor is quantized when it is a float64, float32, float16 or bfloat16 weight of two to five dimensions that belongs
-to the model, is wished for, and gets smaller. `n_centroids` is clamped per tensor: to its number of vectors (every
+to the model, is wished for, is no structure (`pqcli.plan.structure`: masks, scales, biases) unless it is asked for by
+its own name, and gets smaller. `n_centroids` is clamped per tensor: to its number of vectors (every
 vector its own centroid), and so that codebook plus assignments stay below the dense size.
 """
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 from pqcli.plan.matching import NumberedRules, applies, holds, refuse_idle_patterns, refuse_idle_rules
 from pqcli.plan.scheme import Scheme, scheme_for
+from pqcli.plan.structure import patterns_for, structure_of
 from pqcli.recipe.patterns import matches
 from pqcli.recipe.recipe import Recipe, Rule
 from pqcli.tensors.info import TensorInfo
@@ -83,10 +85,34 @@ def make(recipe: Recipe, tensors: Sequence[TensorInfo]) -> Plan:
     tied: dict[str, list[str]] = {}
     for info in tensors:
         tied.setdefault(info.alias_of or info.name, []).append(info.name)
-    return Plan(tuple(_entry(info, tied.get(info.name, []), recipe, rules) for info in tensors), recipe)
+    structure = structure_of(tensors)
+    wished = [*recipe.include, *(rule.match for _, rule in rules if rule.action == "pq")]
+    asked_for = patterns_for(wished, tensors, structure)
+
+    def entry(info: TensorInfo) -> PlanEntry:
+        names = tied.get(info.name, [])
+        is_asked_for = any(matches(pattern, name) for pattern in asked_for for name in names)
+        return _entry(info, names, recipe, rules, _Structure(structure.get(info.name, ""), is_asked_for))
+
+    return Plan(tuple(map(entry, tensors)), recipe)
 
 
-def _entry(info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: NumberedRules) -> PlanEntry:
+@dataclass(frozen=True)
+class _Structure:
+    """Why a tensor is structure, if it is, and whether the recipe asks for it all the same."""
+
+    why: str
+    is_asked_for: bool
+
+    @property
+    def note(self) -> list[str]:
+        """What a reason says of structure that is quantized."""
+        return [f"asked for by name, although it looks like structure ({self.why})"] if self.why else []
+
+
+def _entry(
+    info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: NumberedRules, structure: _Structure
+) -> PlanEntry:
     """The entry of one tensor, which answers to all the `names` that share its memory."""
     kind = kind_of(info)
     rows, columns = rows_and_columns(info)
@@ -98,6 +124,8 @@ def _entry(info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: Number
         return entry("alias", f"shares its memory with {info.alias_of!r}", None, 0)
     number, rule = next(((number, rule) for number, rule in rules if applies(rule, info, names)), (0, None))
     unfit = _why_unfit(info) or _why_unwanted(info, names, recipe, rule)
+    if unfit is None and structure.why and not structure.is_asked_for:
+        unfit = structure.why
     because = f" ({rule.why})" if rule is not None and rule.why else ""
     if unfit is None and rule is not None and rule.action == "keep":
         unfit = f"rule {number} of {recipe.name}: keep{because}"
@@ -106,7 +134,7 @@ def _entry(info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: Number
     if recipe.whole_codec is not None:
         if info.numel < LEAST_CODED:
             return entry("keep", f"only {info.numel} weights: kept exactly", None, info.n_bytes)
-        return entry(recipe.whole_codec, kind, None, info.n_bytes)
+        return entry(recipe.whole_codec, "; ".join([kind, *structure.note]), None, info.n_bytes)
     scheme, notes = scheme_for(info, recipe, rule)
     n_vectors = rows * -(-columns // scheme.block_size)
     predicted_bytes = scheme.payload_bytes(n_vectors)
@@ -115,7 +143,7 @@ def _entry(info: TensorInfo, names: Sequence[str], recipe: Recipe, rules: Number
         reason = f"would not get smaller: {needed_bytes:,} B as PQ with its bookkeeping, {info.n_bytes:,} B dense"
         return entry("keep", reason, None, info.n_bytes)
     origin = kind if rule is None else f"{kind}, rule {number} of {recipe.name}{because}"
-    return entry("pq", "; ".join([origin, *notes]), scheme, predicted_bytes)
+    return entry("pq", "; ".join([origin, *structure.note, *notes]), scheme, predicted_bytes)
 
 
 def _why_unfit(info: TensorInfo) -> str | None:
