@@ -274,8 +274,7 @@ def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet
                 "findings": [{"name": finding.name, "problem": finding.problem} for finding in findings],
             })  # fmt: skip
         if findings:
-            lines = [f"tensor {finding.name!r} {finding.problem}" for finding in findings]
-            raise CheckFailedError(f"{file}: {len(findings)} problems\n" + "\n".join(lines))
+            raise CheckFailedError(f"{file}: {len(findings)} problems\n" + "\n".join(map(str, findings)))
         if not json:
             console.note(f"{file}: every tensor decodes to the bytes that were compressed")
 

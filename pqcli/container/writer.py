@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from pqcli.atomic import atomic_writer, output_errors
 from pqcli.codecs.base import Piece, Streams
 from pqcli.codecs.kept import bundle
-from pqcli.container.layout import CODED, ENTROPIES, ERRORS, HASHES, KEPT, SHORT_HASH_BYTES, Layout, lay_out
-from pqcli.container.manifest import KEPT_CODED, Manifest, make_manifest, manifest_bytes
-from pqcli.container.peek import MANIFEST
+from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES, Checksum
+from pqcli.container.header import MANIFEST
+from pqcli.container.layout import CODED, KEPT, SHORT_HASH_BYTES, Layout, lay_out
+from pqcli.container.manifest import KEPT_CODED, CodedStreams, Manifest, make_manifest, manifest_bytes
 from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.records import Coded, Record, StoredError
 
@@ -113,21 +114,27 @@ class Writer:
             self._put(ENTROPIES, [_entropy_densities(pieces)])
         with atomic_writer(self.target, force=self.force) as out:
             out.write(layout.header)
+            checksum = Checksum(layout.header)
             for entry in layout.entries:
+                if entry.key == CHECKSUM:  # the last one
+                    out.write(checksum.digest())
+                    continue
                 start, length = self._spooled[entry.key]
                 if length != entry.n_bytes:
                     raise ValueError(f"entry {entry.key!r} has {length} bytes where its records say {entry.n_bytes}")
                 self._spool.seek(start)
-                _copy(self._spool, out, length)
+                for piece in _pieces_of(self._spool, length):
+                    checksum.add(entry.key, piece)
+                    out.write(piece)
         return layout.n_bytes
 
     def _manifest(self, codec: str, streams: Streams | None, coded: Sequence[Record] = ()) -> Manifest:
         known = {name: piece.record for name, piece in self._pieces.items()} | {record.name: record for record in coded}
         records = [known[name] for name in self.about.order if name in known]
         features = [KEPT_CODED] if self.compact else []
-        about: dict[str, Any] = {}
+        about = None
         if streams is not None:
-            about = {"codec": codec, "shared": len(streams.shared), "streams": [len(data) for data in streams.streams]}
+            about = CodedStreams(codec, len(streams.shared), tuple(len(data) for data in streams.streams))
             features += streams.features
         return make_manifest(self.about.source, self.about.recipe, records, about, features)
 
@@ -155,8 +162,11 @@ def _entropy_densities(pieces: Sequence[Piece]) -> bytes:
     return np.array([bits / max(numel, 1) for bits, numel in coded], "<f2").tobytes()
 
 
-def _copy(source: IO[bytes], target: IO[bytes], n_bytes: int) -> None:
+def _pieces_of(file: IO[bytes], n_bytes: int) -> Iterator[bytes]:
+    """The next `n_bytes` of a file, a bounded piece at a time."""
     while n_bytes:
-        piece = source.read(min(n_bytes, _COPY_BYTES))
-        target.write(piece)
+        piece = file.read(min(n_bytes, _COPY_BYTES))
+        if not piece:
+            raise OSError(f"{n_bytes} bytes that were spooled are gone")
+        yield piece
         n_bytes -= len(piece)
