@@ -1,65 +1,46 @@
-"""`Container`: file -> records and tensors, one at a time. Everything in a file is checked before it is believed."""
+"""`Container`: file -> records and tensors, one at a time. What a file says of itself was checked at the door."""
 
 from __future__ import annotations
 
-import json
-import math
-import zlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Self, overload
 
-import safetensors
 import torch
 
-from pqcli.codecs.coders import CODECS, Coded, Decoder, decoder
-from pqcli.container.layout import (
-    CODED,
-    ENTROPIES,
-    ERRORS,
-    FEATURES,
-    HASHES,
-    KEPT,
-    KEPT_CODED,
-    VERSION,
-    entropies_entry,
-    shared_entries,
-    tensor_entries,
-)
-from pqcli.container.peek import MANIFEST, SUFFIX, check_container
-from pqcli.container.records import ACTIONS, HASH_BYTES, Manifest, Record, StoredError, is_bundled, tensor_hash
+from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
+from pqcli.codecs.rate.measuring import dense
+from pqcli.container import checksum
+from pqcli.container.checksum import CHECKSUM
+from pqcli.container.door import admit
+from pqcli.container.entries import open_entries
+from pqcli.container.layout import CODED, KEPT
+from pqcli.container.limits import Limits
+from pqcli.container.manifest import KEPT_CODED, CodedStreams
+from pqcli.core.digests import tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.core.pq import packing, pq
 from pqcli.errors import ContainerError
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
-
-MAX_MANIFEST_BYTES = 1 << 28
-QUANTIZED_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record, StoredError
 
 
 class Container:
     """An open container: its manifest, and one decoded tensor at a time. Use as a context manager."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: Limits | None = None) -> None:
         self.path = path
-        check_container(path)
+        self._entries = open_entries(path, limits or Limits())
         try:
-            self._file = safetensors.safe_open(str(path), framework="pt", backend="pread")
-        except safetensors.SafetensorError as error:
-            raise ContainerError(
-                f"{path}: not a {SUFFIX} file, or a damaged one; `pqcli compress` makes one of a checkpoint"
-            ) from error
-        except OSError as error:
-            raise ContainerError(f"{path}: cannot be read: {error.strerror or error}") from error
-        self._keys = set(self._file.keys())  # type: ignore[no-untyped-call]
-        self.manifest = self._read_manifest()
-        self._by_name = {record.name: i for i, record in enumerate(self.records)}
-        self._check_records()
-        self._check_entries()
+            self._said = admit(self._entries, limits or Limits())
+        except BaseException:
+            self._entries.close()
+            raise
+        self.manifest = self._said.manifest
         self._decoder: Decoder | None = None
-        self._kept_bundle: dict[str, torch.Tensor] | None = None
+        self._bundle: dict[str, torch.Tensor] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -67,7 +48,7 @@ class Container:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._entries.close()
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -80,37 +61,37 @@ class Container:
         return tuple(record.info for record in self.records)
 
     @property
-    def kept_bytes(self) -> int:
+    def bundle_bytes(self) -> int:
         """Length of `pqcli.kept`."""
-        return self._shape(KEPT)[0]
+        return self._entries.place(KEPT).n_bytes
 
     def record(self, name: str) -> Record:
         """The record of a tensor. Raises ContainerError for a name that is not there."""
-        if name not in self._by_name:
+        if name not in self._said.index:
             raise ContainerError(
                 f"{self.path}: no tensor {name!r}; `pqcli inspect` lists the {len(self.records)} there are"
             )
-        return self.records[self._by_name[name]]
+        return self.records[self._said.index[name]]
 
     def error(self, name: str) -> StoredError | None:
         """The error that compression measured; None for a tensor that is not quantized."""
-        return self._errors.get(self.record(name).name)
+        return self._said.errors.get(self.record(name).name)
 
     def pq_tensor(self, name: str) -> pq.PQTensor:
         """Codebook and assignments of a tensor that plain PQ quantized, unpacked."""
         record = self.record(name)
-        if record.action != "pq":
+        if not isinstance(record.coding, Plain):
             raise ContainerError(f"{self.path}: tensor {name!r} has no codebook, its action is {record.action!r}")
-        codebook = self._get(f"pq/{name}/codebook")
-        packed = self._get(f"pq/{name}/assignments").numpy()
+        codebook = self._entries.tensor(f"pq/{name}/codebook")
+        packed = self._entries.tensor(f"pq/{name}/assignments").numpy()
         try:
             assignments = packing.unpack(packed, record.n_vectors, packing.n_bits(len(codebook)))
         except ValueError as error:
-            raise self._damaged(f"assignments of {name!r}: {error}") from None
+            raise self._entries.damaged(f"assignments of {name!r}: {error}") from None
         if assignments.size and int(assignments.max()) >= len(codebook):
-            raise self._damaged(f"tensor {name!r} refers to centroid {assignments.max()} of {len(codebook)}")
-        dtype = getattr(torch, record.dtype)
-        return pq.PQTensor(record.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
+            raise self._entries.damaged(f"tensor {name!r} refers to centroid {assignments.max()} of {len(codebook)}")
+        dtype = getattr(torch, record.info.dtype)
+        return pq.PQTensor(record.info.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
 
     def entropy(self, name: str) -> float:
         """Bits that the symbols of a whole-checkpoint codec would take at their order-0 entropy, a table a tensor.
@@ -118,12 +99,12 @@ class Container:
         Small files and those of older writers do not tell; then all tensors are decoded to find out.
         """
         record = self.record(name)
-        if name in self._entropies:
-            return self._entropies[name] * record.info.numel
+        if name in self._said.entropies:
+            return self._said.entropies[name] * record.info.numel
         try:
             return self._opened_decoder().entropy(name)
         except (ValueError, OverflowError) as error:
-            raise self._damaged(f"tensor {name!r}: {error}") from None
+            raise self._entries.damaged(f"tensor {name!r}: {error}") from None
 
     def decode(self, name: str, *, check: bool = True) -> torch.Tensor:
         """The dense tensor, in its original dtype and in its own memory.
@@ -131,173 +112,105 @@ class Container:
         Raises ContainerError if its bytes are not those that compression saw (`check=False` skips this).
         """
         record = self.record(name)
-        if record.alias_of is not None:
-            return self.decode(record.alias_of, check=check)
-        if record.action == "keep":
-            tensor = self._kept(record)
-        elif record.action == "pq":
-            tensor = pq.decode(self.pq_tensor(name))
-        else:
-            tensor = self._coded(record)
+        if isinstance(record.coding, Alias):
+            return self.decode(record.coding.of, check=check)
+        tensor = _DECODERS[type(record.coding)](self, record)
         if check and not self.is_intact(name, tensor):
-            raise self._damaged(f"tensor {name!r} decodes to other bytes than were compressed")
+            raise self._entries.damaged(f"tensor {name!r} decodes to other bytes than were compressed")
         return tensor
 
     def is_intact(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether `tensor` has the bytes that `name` had when it was compressed."""
-        return tensor_hash(tensor).startswith(self._hashes[self._by_name[name]])
+        return tensor_hash(tensor).startswith(self._said.hashes[self._said.index[name]])
+
+    def is_whole(self) -> bool:
+        """Whether all payloads are those that were written, by the file's checksum; reads the whole file.
+
+        True where a file of an older pqcli has no checksum. That of the other bytes was checked on opening.
+        """
+        if checksum.FEATURE not in self.manifest.features:
+            return True
+        stored = self._entries.read(CHECKSUM, checksum.PART_BYTES)
+        return self._entries.checksum_of_rest(CHECKSUM) == stored
+
+    def check_figures(self) -> None:
+        """Raise ContainerError where figures about a tensor would be made of payloads that are not those written.
+
+        Assignments are counted for figures, and streams where the file has no entropies; else nothing is read here.
+        """
+        are_read = any(
+            isinstance(record.coding, Plain | Coded) and record.name not in self._said.entropies
+            for record in self.records
+        )
+        if are_read and not self.is_whole():
+            raise self._entries.damaged("its payloads are not those that were written (checksum); see `pqcli verify`")
 
     # --- tensors ------------------------------------------------------------------------------------------------------
 
+    def _plain(self, record: Record) -> torch.Tensor:
+        return pq.decode(self.pq_tensor(record.name))
+
     def _kept(self, record: Record) -> torch.Tensor:
-        if is_bundled(record):
-            if self._kept_bundle is None:
-                self._kept_bundle = self._unbundled()
-            return self._kept_bundle[record.name].clone()
-        data = self._get(f"keep/{record.name}")
+        if record.is_bundled:
+            if self._bundle is None:
+                self._bundle = self._unbundled()
+            return self._bundle[record.name].clone()
+        data = self._entries.tensor(f"keep/{record.name}")
         if KEPT_CODED in self.manifest.features:
             data = self._inflated(data, [record])[0]
-        return data.view(getattr(torch, record.dtype)).reshape(record.shape)
+        return data.view(getattr(torch, record.info.dtype)).reshape(record.info.shape)
 
     def _unbundled(self) -> dict[str, torch.Tensor]:
         """All tensors of `pqcli.kept`; they are small."""
-        records = [record for record in self.records if is_bundled(record)]
-        data = self._get(KEPT)
+        records = [record for record in self.records if record.is_bundled]
+        data = self._entries.tensor(KEPT)
         if KEPT_CODED in self.manifest.features:
             pieces = self._inflated(data, records)
         else:
             pieces = [piece.clone() for piece in data.split([record.info.n_bytes for record in records])]  # type: ignore[no-untyped-call]
         return {
-            record.name: piece.view(getattr(torch, record.dtype)).reshape(record.shape)
+            record.name: piece.view(getattr(torch, record.info.dtype)).reshape(record.info.shape)
             for record, piece in zip(records, pieces, strict=True)
         }
 
     def _inflated(self, data: torch.Tensor, records: Sequence[Record]) -> list[torch.Tensor]:
         """The bytes of kept tensors that were coded without loss."""
-        specs = [(ITEM_BYTES[record.dtype], record.info.numel) for record in records]
+        specs = [(ITEM_BYTES[record.info.dtype], record.info.numel) for record in records]
         try:
             pieces = lossless.decompress(data.numpy().tobytes(), specs)
             return [torch.from_numpy(p) if p.size else torch.empty(0, dtype=torch.uint8) for p in pieces]
         except ValueError as error:
-            raise self._damaged(f"kept tensor {records[0].name!r}: {error}") from None
+            raise self._entries.damaged(f"kept tensor {records[0].name!r}: {error}") from None
 
     def _coded(self, record: Record) -> torch.Tensor:
-        """A tensor of a whole-checkpoint codec."""
         try:
-            matrix = torch.from_numpy(self._opened_decoder().matrix(record.name))
+            matrix = self._opened_decoder().matrix(record.name)
         except (ValueError, OverflowError) as error:
-            raise self._damaged(f"tensor {record.name!r}: {error}") from None
-        dtype = getattr(torch, record.dtype)
-        return pq.saturated(matrix.reshape(record.shape), dtype)
+            raise self._entries.damaged(f"tensor {record.name!r}: {error}") from None
+        return dense(matrix, record)
 
     def _opened_decoder(self) -> Decoder:
-        """The decoder of all coded tensors. Raises ValueError where their shared part is damaged."""
+        """The decoder of all streams. Raises ValueError where their shared part is damaged."""
         if self._decoder is None:
-            codec = self.manifest.coded["codec"]
-            sources = [other.source for other in self.records if other.action == codec]
-            self._decoder = decoder(codec, self._coded_bytes(), sources)
+            coded = self.manifest.coded
+            codec = load(coded.codec) if coded else None
+            if coded is None or not isinstance(codec, StreamCodec):
+                raise ValueError("a tensor of streams, of which there are none")
+            sources = [source_of(other) for other in self.records if isinstance(other.coding, Coded)]
+            self._decoder = codec.decoder(self._streams(coded), sources)
         return self._decoder
 
-    def _coded_bytes(self) -> Coded:
-        """The coded bytes: what all tensors share now, a stream when it is asked for."""
-        lengths = [self.manifest.coded["shared"], *self.manifest.coded["streams"]]
-        ends = list(accumulate(lengths, initial=0))
-        data = self._file.get_slice(CODED)  # type: ignore[no-untyped-call]
+    def _streams(self, coded: CodedStreams) -> Streams:
+        """What all tensors share now, a stream when it is asked for."""
+        ends = list(accumulate((coded.shared, *coded.streams), initial=0))
 
         def fetch(start: int, stop: int) -> bytes:
-            found: bytes = data[start:stop].numpy().tobytes()
-            return found
+            return bytes(self._entries.read(CODED, start, stop))
 
-        return Coded(fetch(0, ends[1]), _Streams(ends[1:], fetch))
-
-    # --- structure ----------------------------------------------------------------------------------------------------
-
-    def _damaged(self, what: str) -> ContainerError:
-        return ContainerError(f"{self.path}: {what}; the file is damaged")
-
-    def _shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(key).get_shape())  # type: ignore[no-untyped-call]
-
-    def _get(self, key: str) -> torch.Tensor:
-        if key not in self._keys:
-            raise ContainerError(f"{self.path}: has no entry {key!r}; it is damaged or not a pqcli container")
-        try:
-            tensor: torch.Tensor = self._file.get_tensor(key)  # type: ignore[no-untyped-call]
-        except (OSError, safetensors.SafetensorError, RuntimeError, ValueError) as error:
-            raise self._damaged(f"entry {key!r} cannot be read ({error})") from error
-        return tensor
-
-    def _read_manifest(self) -> Manifest:
-        import pydantic
-
-        raw = self._get(MANIFEST)
-        try:
-            inflate = zlib.decompressobj()
-            text = inflate.decompress(raw.numpy().tobytes(), MAX_MANIFEST_BYTES)
-            plain = json.loads(text)
-            unknown = sorted(set(plain["features"]) - FEATURES)
-            version = plain["version"]
-        except (zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self._damaged(f"the manifest cannot be read ({error})") from error
-        if version != VERSION or unknown:
-            what = f"features {', '.join(map(str, unknown))}" if unknown else f"format version {version}"
-            raise ContainerError(f"{self.path}: needs {what}, which this pqcli does not know; install a newer pqcli")
-        try:
-            return pydantic.TypeAdapter(Manifest).validate_json(text)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise self._damaged(f"manifest entry {place}: {first['msg']}") from None
-
-    def _check_records(self) -> None:
-        """Check what can be checked without reading payloads, so that decoding meets no surprise."""
-        if len(self._by_name) != len(self.records):
-            raise self._damaged("the manifest names a tensor twice")
-        for record in self.records:
-            if not (_makes_sense(record) and self._alias_leads_somewhere(record)):
-                raise self._damaged(f"the record of {record.name!r} makes no sense")
-        coded = self.manifest.coded
-        actions = {record.action for record in self.records} & set(CODECS)
-        if actions != ({coded.get("codec")} if coded else set()):
-            raise self._damaged("the manifest does not describe its coded tensors")
-        if coded and not _are_lengths([coded.get("shared"), *_list(coded.get("streams"))]):
-            raise self._damaged("the manifest does not describe its streams")
-
-    def _alias_leads_somewhere(self, record: Record) -> bool:
-        if record.alias_of is None:
-            return record.action != "alias"
-        target = self._by_name.get(record.alias_of)
-        if target is None or record.action != "alias":
-            return False
-        other = self.records[target]
-        return other.action != "alias" and (other.shape, other.dtype) == (record.shape, record.dtype)
-
-    def _check_entries(self) -> None:
-        """Check that every entry is there with the shape that the manifest gives it; read hashes and errors."""
-        shapes = {key: self._shape(key) for key in (KEPT, HASHES) if key in self._keys}
-        kept, hashes = shapes.get(KEPT, ()), shapes.get(HASHES, ())
-        if len(kept) != 1 or len(hashes) != 2 or not 1 <= hashes[1] <= HASH_BYTES:
-            raise self._damaged("kept tensors or hashes are missing")
-        kept_bytes = kept[0] if KEPT_CODED in self.manifest.features else None
-        expected = [*tensor_entries(self.manifest), *shared_entries(self.manifest, kept_bytes, hashes[1])]
-        if ENTROPIES in self._keys:
-            expected.append(entropies_entry(self.manifest))
-        for entry in expected:
-            if entry.key != MANIFEST and (entry.key not in self._keys or self._shape(entry.key) != entry.shape):
-                raise self._damaged(f"entry {entry.key!r} is missing or has the wrong shape")
-        self._hashes = [bytes(row) for row in self._get(HASHES).numpy()]
-        quantized = [record.name for record in self.records if record.quantized]
-        self._errors = {
-            name: StoredError(*row) for name, row in zip(quantized, self._get(ERRORS).tolist(), strict=True)
-        }
-        coded = [record.name for record in self.records if record.action in CODECS]
-        bits = self._get(ENTROPIES).tolist() if ENTROPIES in self._keys else []
-        if not all(math.isfinite(value) and value >= 0 for value in bits):
-            raise self._damaged("an entropy is no number of bits")
-        self._entropies: dict[str, float] = dict(zip(coded, bits, strict=True)) if bits else {}
+        return Streams(fetch(0, ends[1]), _Fetched(ends[1:], fetch))
 
 
-class _Streams(Sequence[bytes]):
+class _Fetched(Sequence[bytes]):
     """The streams of a container, each fetched when it is asked for."""
 
     def __init__(self, ends: Sequence[int], fetch: Callable[[int, int], bytes]) -> None:
@@ -318,34 +231,17 @@ class _Streams(Sequence[bytes]):
         return self._fetch(self._ends[index], self._ends[index + 1])
 
 
-def _makes_sense(record: Record) -> bool:
-    """Whether a record can be true: known action and dtype, a matrix of the tensor's size, blocks that fit it."""
-    if record.action not in ACTIONS or record.dtype not in ITEM_BYTES or min(record.shape, default=0) < 0:
-        return False
-    if record.coded_bytes is not None and record.coded_bytes < 0:
-        return False
-    if not record.quantized:
-        return True
-    if record.dtype not in QUANTIZED_DTYPES or not record.shape or (record.rows or 0) < 0:
-        return False
-    rows, columns = record.matrix_shape
-    if rows * columns != record.info.numel or record.kernel < 1 or columns % record.kernel:
-        return False
-    if record.action != "pq":
-        return True
-    block_size, n_centroids = record.block_size or 0, record.n_centroids or 0
-    fits = 1 <= block_size <= columns and 1 <= n_centroids <= 1 << packing.MAX_BITS
-    return fits and record.codebook_dtype in {"float16", "float32"}
+_DECODERS: dict[type[Coding], Callable[[Container, Record], torch.Tensor]] = {
+    Plain: Container._plain,  # noqa: SLF001 - the table of this module
+    Kept: Container._kept,  # noqa: SLF001
+    Coded: Container._coded,  # noqa: SLF001
+}
+"""How each kind of tensor is decoded; an alias is decoded as what it is another name of."""
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [None]
+def open_container(path: str | Path, *, limits: Limits | None = None) -> Container:
+    """The container at `path`. Raises ContainerError if it is missing, damaged, or from a newer pqcli.
 
-
-def _are_lengths(values: list[Any]) -> bool:
-    return all(isinstance(value, int) and value >= 0 for value in values)
-
-
-def open_container(path: str | Path) -> Container:
-    """The container at `path`. Raises ContainerError if it is missing, damaged, or from a newer pqcli."""
-    return Container(Path(path))
+    A file that claims to hold more than `limits` allow is refused.
+    """
+    return Container(Path(path), limits)

@@ -15,9 +15,7 @@ operations, and never by LAPACK, whose answer differs from machine to machine.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -25,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from pqcli.core.lookahead import in_order
 from pqcli.core.trellis.sources import Source
 
 Matrix = NDArray[np.float32]
@@ -80,6 +79,12 @@ class Rotations:
     use: Mapping[str, int] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
 
+    def only(self, keys: Collection[str]) -> Rotations:
+        """The rotations of these sources alone."""
+        used = sorted({self.use[key] for key in keys if key in self.use})
+        use = {key: used.index(self.use[key]) for key in keys if key in self.use}
+        return Rotations(tuple(self.items[i] for i in used), use, self.transposed.intersection(keys))
+
 
 def fit_rotations(sources: Sequence[Source], read: Reader, steps: Mapping[str, float], n_threads: int = 2) -> Rotations:
     """The rotations that pay for themselves when source `key` is quantized with step `steps[key]`.
@@ -99,7 +104,7 @@ def fit_rotations(sources: Sequence[Source], read: Reader, steps: Mapping[str, f
         vectors = (read(source.key) / step).reshape(-1, source.kernel)
         return _Pooled(_gram(vectors), len(vectors))
 
-    for source, found in _in_order([source for source in sources if _can_rotate(source)], look_at, n_threads):
+    for source, found in _looked_at([source for source in sources if _can_rotate(source)], look_at, n_threads):
         if isinstance(found, _Own):
             use[source.key] = len(items)
             items.append(found.rotation)
@@ -137,7 +142,7 @@ def _can_rotate(source: Source) -> bool:
     return source.n_weights > 0 and source.kernel <= _MAX_POOLED_SIZE
 
 
-def _in_order(
+def _looked_at(
     sources: Sequence[Source], work: Callable[[Source], Found], n_threads: int
 ) -> Iterator[tuple[Source, Found]]:
     """(source, work(source)) in order: large ones one at a time, small ones side by side.
@@ -145,19 +150,11 @@ def _in_order(
     A call of LAPACK gets one thread: its own threads wait for each other at every turn, which takes ten times as long
     as soon as something else runs on one of the cores.
     """
-    pending: deque[tuple[Source, Future[Found]]] = deque()
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n_threads) as pool:
-        for source in sources:
-            is_large = source.n_weights > _LARGE
-            while pending and (is_large or len(pending) > n_threads):
-                done, future = pending.popleft()
-                yield done, future.result()
-            if is_large:
-                yield source, work(source)
-            else:
-                pending.append((source, pool.submit(work, source)))
-        for done, future in pending:
-            yield done, future.result()
+    with threadpool_limits(1, user_api="blas"):
+        found = in_order(
+            sources, work, n_threads, ahead=n_threads + 1, cost=lambda source: int(source.n_weights > _LARGE)
+        )
+        yield from zip(sources, found, strict=True)
 
 
 def apply(weights: Matrix, rotation: Rotation, *, inverse: bool) -> None:
