@@ -135,8 +135,8 @@ def sizes_in(folder: Path) -> dict[str, int]:
                     sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
             if len(sizes) > _MAX_FILES:
                 raise CheckpointError(
-                    f"'{folder}' and its folders hold more than {_MAX_FILES:,} files, too many to be a checkpoint; name "
-                    "the weights themselves"
+                    f"'{folder}' and its folders hold more than {_MAX_FILES:,} files, too many to be a checkpoint; "
+                    "name the weights themselves"
                 )
     return dict(sorted(sizes.items(), key=lambda item: ("/" in item[0], item[0])))
 
