@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs import registry
+from pqcli.codecs import registry, zeros
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, manifest_bytes
 from pqcli.container.peek import MANIFEST
 from pqcli.core.digests import HASH_BYTES
@@ -37,7 +37,7 @@ SAFETENSORS_DTYPES: Final = {
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    return registry.features() | {KEPT_CODED}
+    return registry.features() | {KEPT_CODED, zeros.FEATURE}
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ def entries_of(manifest: Manifest, bundle_bytes: int | None, hash_bytes: int, *,
     if bundle_bytes is None:
         bundle_bytes = sum(record.info.n_bytes for record in records if record.is_bundled)
     entries = [entry for record in records for entry in _own_entries(record, manifest.features)]
+    entries += [
+        Entry(zeros.key(record.name), "uint8", (record.zero_bytes,))
+        for record in records
+        if record.zero_bytes is not None
+    ]
     entries += [
         Entry(KEPT, "uint8", (bundle_bytes,)),
         Entry(HASHES, "uint8", (len(records), hash_bytes)),

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Final
 
+from pqcli.codecs import zeros
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record
 
@@ -63,6 +64,7 @@ class StoredRecord:
     codebook_dtype: str = "float16"
     kernel: int = 1
     coded_bytes: int | None = None
+    zero_bytes: int | None = None
 
     @staticmethod
     def of(record: Record) -> StoredRecord:
@@ -80,13 +82,13 @@ class StoredRecord:
             given = {"coded_bytes": coding.n_bytes}
         return StoredRecord(
             info.name, info.shape, info.dtype, coding.action, record.reason, record.kind, info.role, info.alias_of,
-            **given,
+            zero_bytes=record.zero_bytes, **given,
         )  # fmt: skip
 
     def record(self) -> Record:
         """The record. Raises ValueError where the action lacks what it needs."""
         info = TensorInfo(self.name, self.shape, self.dtype, self.alias_of, self.role)
-        return Record(info, self._coding(), self.reason, self.kind)
+        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes)
 
     def _coding(self) -> Coding:
         if (self.action == "alias") != (self.alias_of is not None):
@@ -135,6 +137,8 @@ def make_manifest(
 ) -> Manifest:
     """The manifest of a file with these records, naming the features that they need, and `features` beside."""
     needed = {record.action for record in records if record.quantized} | set(features)
+    if any(record.zero_bytes is not None for record in records):
+        needed.add(zeros.FEATURE)
     return Manifest(VERSION, tuple(sorted(needed)), source, recipe, tuple(records), coded or {})
 
 

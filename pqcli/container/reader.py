@@ -14,7 +14,7 @@ from typing import Any, Self, overload
 import safetensors
 import torch
 
-from pqcli.codecs import registry
+from pqcli.codecs import registry, zeros
 from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
 from pqcli.codecs.rate.measuring import dense
 from pqcli.container.layout import CODED, ENTROPIES, ERRORS, HASHES, KEPT, entries_of, known_features
@@ -126,6 +126,8 @@ class Container:
         if isinstance(record.coding, Alias):
             return self.decode(record.coding.of, check=check)
         tensor = _DECODERS[type(record.coding)](self, record)
+        if record.zero_bytes is not None:
+            tensor = self._with_zeros(tensor, record)
         if check and not self.is_intact(name, tensor):
             raise self._damaged(f"tensor {name!r} decodes to other bytes than were compressed")
         return tensor
@@ -138,6 +140,12 @@ class Container:
 
     def _plain(self, record: Record) -> torch.Tensor:
         return pq.decode(self.pq_tensor(record.name))
+
+    def _with_zeros(self, tensor: torch.Tensor, record: Record) -> torch.Tensor:
+        try:
+            return zeros.restored(tensor, record, self._get(zeros.key(record.name)).numpy().tobytes())
+        except ValueError as error:
+            raise self._damaged(f"zeros of {record.name!r}: {error}") from None
 
     def _kept(self, record: Record) -> torch.Tensor:
         if record.is_bundled:
@@ -316,8 +324,8 @@ def _makes_sense(record: Record) -> bool:
     if isinstance(coding, Kept | Coded) and coding.n_bytes is not None and coding.n_bytes < 0:
         return False
     if not isinstance(coding, Plain | Coded):
-        return True
-    if info.dtype not in QUANTIZED_DTYPES or not info.shape or (coding.rows or 0) < 0:
+        return record.zero_bytes is None
+    if info.dtype not in QUANTIZED_DTYPES or not info.shape or min(coding.rows or 0, record.zero_bytes or 0) < 0:
         return False
     rows, columns = record.matrix_shape
     if rows * columns != info.numel:
