@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs import registry
+from pqcli.codecs import registry, zeros
 from pqcli.container import checksum
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.entries import Entries
@@ -143,6 +143,8 @@ def _problem(record: Record, manifest: Manifest) -> str:
         return f"unknown dtype {info.dtype!r:.40}"
     if info.role not in _ROLES:
         return f"unknown role {info.role!r:.40}"
+    if record.zero_bytes is not None and (not record.quantized or zeros.FEATURE not in manifest.features):
+        return "zeros told of what is not quantized, or in a file without that feature"
     if isinstance(coding, Alias):
         return ""
     if isinstance(coding, Kept):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs import registry
+from pqcli.codecs import registry, zeros
 from pqcli.container import checksum
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
@@ -31,7 +31,7 @@ _ENTRY_BYTES: Final = 80
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    return registry.features() | {KEPT_CODED, checksum.FEATURE}
+    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE}
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ def entries_of(manifest: Manifest, bundle_bytes: int | None, hash_bytes: int, *,
     if bundle_bytes is None:
         bundle_bytes = sum(record.info.n_bytes for record in records if record.is_bundled)
     entries = [entry for record in records for entry in _own_entries(record, manifest.features)]
+    entries += [
+        Entry(zeros.key(record.name), "uint8", (record.zero_bytes,))
+        for record in records
+        if record.zero_bytes is not None
+    ]
     entries += [
         Entry(KEPT, "uint8", (bundle_bytes,)),
         Entry(HASHES, "uint8", (len(records), hash_bytes)),

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from pqcli.codecs import zeros
 from pqcli.container import checksum
 from pqcli.container.header import LARGEST, is_shape, is_size
 from pqcli.tensors.info import TensorInfo
@@ -106,6 +107,7 @@ class StoredRecord:
     codebook_dtype: str = "float16"
     kernel: int = 1
     coded_bytes: int | None = None
+    zero_bytes: int | None = None
 
     @staticmethod
     def of(record: Record) -> StoredRecord:
@@ -123,16 +125,16 @@ class StoredRecord:
             given = {"coded_bytes": coding.n_bytes}
         return StoredRecord(
             info.name, info.shape, info.dtype, coding.action, record.reason, record.kind, info.role, info.alias_of,
-            **given,
+            zero_bytes=record.zero_bytes, **given,
         )  # fmt: skip
 
     def record(self) -> Record:
         """The record. Raises ValueError where the action lacks what it needs, or a number cannot be."""
-        numbers = (self.rows, self.block_size, self.n_centroids, self.kernel, self.coded_bytes)
+        numbers = (self.rows, self.block_size, self.n_centroids, self.kernel, self.coded_bytes, self.zero_bytes)
         if not is_shape(self.shape) or not all(number is None or is_size(number) for number in numbers):
             raise ValueError("a size that no tensor has")
         info = TensorInfo(self.name, self.shape, self.dtype, self.alias_of, self.role)
-        return Record(info, self._coding(), self.reason, self.kind)
+        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes)
 
     def _coding(self) -> Coding:
         if (self.action == "alias") != (self.alias_of is not None):
@@ -184,6 +186,8 @@ def make_manifest(
     `source` has the fields of `Source`.
     """
     needed = {record.action for record in records if record.quantized} | {checksum.FEATURE, *features}
+    if any(record.zero_bytes is not None for record in records):
+        needed.add(zeros.FEATURE)
     return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded)
 
 

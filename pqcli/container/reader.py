@@ -10,6 +10,7 @@ from typing import Self, overload
 
 import torch
 
+from pqcli.codecs import zeros
 from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
 from pqcli.codecs.rate.measuring import dense
 from pqcli.container import checksum
@@ -115,6 +116,8 @@ class Container:
         if isinstance(record.coding, Alias):
             return self.decode(record.coding.of, check=check)
         tensor = _DECODERS[type(record.coding)](self, record)
+        if record.zero_bytes is not None:
+            tensor = self._with_zeros(tensor, record)
         if check and not self.is_intact(name, tensor):
             raise self._entries.damaged(f"tensor {name!r} decodes to other bytes than were compressed")
         return tensor
@@ -149,6 +152,12 @@ class Container:
 
     def _plain(self, record: Record) -> torch.Tensor:
         return pq.decode(self.pq_tensor(record.name))
+
+    def _with_zeros(self, tensor: torch.Tensor, record: Record) -> torch.Tensor:
+        try:
+            return zeros.restored(tensor, record, bytes(self._entries.read(zeros.key(record.name))))
+        except ValueError as error:
+            raise self._entries.damaged(f"zeros of {record.name!r}: {error}") from None
 
     def _kept(self, record: Record) -> torch.Tensor:
         if record.is_bundled:

@@ -25,7 +25,8 @@ from pqcli.codecs import registry
 from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
 from pqcli.codecs.kept import KeptJob, alias_piece
 from pqcli.codecs.rate.level import Frame, first_level, reach
-from pqcli.codecs.rate.measuring import measured_pieces, relative_mse, with_shares
+from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
+from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.container.peek import SUFFIX
 from pqcli.container.writer import About, Writer
 from pqcli.errors import CheckpointError, OutputError
@@ -214,7 +215,8 @@ class Compression:
             entries, self.weights, Stage(self.hook, "reading", sum(entry.info.numel for entry in entries))
         )
         kept = [record for record in [*records, *survey.rejected] if record.action == "keep"]
-        self._write([KeptJob(record, self.weights, self.codec.is_compact) for record in kept], "keeping")
+        keeping = [KeptJob(record, self.weights, self.codec.is_compact) for record in kept]
+        self._write([*keeping, *survey.exact], "keeping")
         return survey
 
     def coded(self, survey: Survey) -> Streams | None:
@@ -232,8 +234,7 @@ class Compression:
         streams = reach(session, self.recipe, self._frame(), encode, self._measure(survey), self._drafted)
         if streams is not None and isinstance(self.codec, StreamCodec):
             measuring = self._stage("measuring", survey.records)
-            shared_out = with_shares(survey.records, streams)
-            for piece in measured_pieces(self.codec, streams, shared_out, self.weights, measuring):
+            for piece in measured_pieces(self.codec, streams, survey, self.weights, measuring):
                 self.writer.add(piece)
         return streams
 
@@ -270,7 +271,7 @@ class Compression:
         def measure(streams: Streams) -> float:
             if not isinstance(self.codec, StreamCodec):
                 raise TypeError(f"{self.codec_name} has no streams to measure")
-            return relative_mse(self.codec, streams, survey.records, self.weights)
+            return relative_mse(self.codec, streams, survey, self.weights)
 
         return measure
 
@@ -283,8 +284,16 @@ class Compression:
             if isinstance(piece, StreamPiece):
                 streams.append(piece)
             else:
+                self._check_finite(piece.record)
                 self.writer.add(piece)
         return streams
+
+    def _check_finite(self, record: Record) -> None:
+        """Raise CheckpointError for a tensor that is kept because it is not finite, where the recipe wants that."""
+        if self.recipe.on_nonfinite == "error" and record.reason == NOT_FINITE:
+            raise CheckpointError(
+                f"tensor {record.name!r} {record.reason.partition(':')[0]}; --on-nonfinite keep stores it bit for bit"
+            )
 
     def _stage(self, stage: str, records: Sequence[Record]) -> Stage:
         return Stage(self.hook, stage, sum(record.info.numel for record in records))

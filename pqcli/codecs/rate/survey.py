@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from pqcli.codecs import values, zeros
 from pqcli.codecs.base import Survey, Tell, Weights, record_of
 from pqcli.core import metrics
 from pqcli.core.pq import pq
@@ -28,18 +29,24 @@ GAUSSIAN_ROOT: Final = 0.822179
 
 def survey_weights(entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:
     """The survey of the planned tensors; those whose values no codec with streams can take are rejected."""
-    taken, spreads, rejected = [], {}, []
+    taken, spreads, rejected, exact, zeros_of = [], {}, [], [], {}
     for entry in entries:
         name = entry.info.name
-        weight = weights.coded(name)
+        weight, record = weights.coded(name), record_of(entry)
         reason, found = _judged(weight)
+        job = None if reason else values.job_of(record, weight, weights, is_compact=True)
         if reason:
-            rejected.append(record_of(entry).kept(reason))
+            rejected.append(record.kept(reason))
+        elif job is not None:
+            exact.append(job)
         else:
             taken.append(entry)
             spreads[name] = found
+            held = zeros.held(record, weight)
+            if held is not None:
+                zeros_of[name] = held
         tell(entry.info.numel, name)
-    return Survey(tuple(taken), spreads, tuple(rejected))
+    return Survey(tuple(taken), spreads, tuple(rejected), tuple(exact), zeros_of)
 
 
 def _judged(weight: torch.Tensor) -> tuple[str, float]:
