@@ -11,8 +11,8 @@ from typer.main import get_command
 import pqcli
 from docs import generate
 from pqcli import errors
+from pqcli.cli import interrupts
 from pqcli.cli.commands import app
-from pqcli.cli.running import EXIT_INTERRUPTED
 from pqcli.codecs.rate.budget import QUALITY_STEPS
 from pqcli.container import layout
 from pqcli.recipe import loading, recipe
@@ -190,7 +190,7 @@ def test_every_call_that_the_documents_show_parses():
 
 
 def test_every_exit_code_is_explained():
-    codes = {0, EXIT_INTERRUPTED} | {
+    codes = {0, *map(interrupts.exit_code, interrupts.SIGNALS)} | {
         kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PQError)
     }
     assert {int(cells[0]) for cells in rows(CLI, "code")} == codes
