@@ -134,7 +134,7 @@ def slow_work(tmp_path_factory) -> Path:
 CODECS = {
     "plain": ["--block-size", "8", "--n-centroids", "8192", "--n-iter", "1000"],
     "trellis": ["--codec", "trellis", "--effort", "2048", "--target-bits", "3"],
-    "ecpq": ["--codec", "ecpq", "--target-bits", "2"],
+    "ecpq": ["--target-bits", "2"],
 }
 SOON = 5
 """Seconds: the work ends within one, and a machine that tests share is late."""
