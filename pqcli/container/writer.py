@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -95,10 +95,13 @@ class Writer:
         """The layout of the file if it were finished with these streams; `coded` are records not added yet."""
         return lay_out(self._manifest(codec, streams, coded), len(self.bundle))
 
-    def finish(self, codec: str = "", streams: Streams | None = None) -> int:
+    def finish(
+        self, codec: str = "", streams: Streams | None = None, check: Callable[[Path], None] | None = None
+    ) -> int:
         """Write the file; returns its size in bytes. `codec` names what made the streams.
 
-        Raises OutputError where it cannot be written.
+        With a `check`, the file is read again, and must pass it, before it is put in place (`pqcli.atomic`). Raises
+        OutputError where it cannot be written.
         """
         if streams is not None:
             self._put(CODED, [streams.shared, *streams.streams])
@@ -112,7 +115,7 @@ class Writer:
         self._put(MANIFEST, [manifest_bytes(manifest)])
         if any(entry.key == ENTROPIES for entry in layout.entries):
             self._put(ENTROPIES, [_entropy_densities(pieces)])
-        with atomic_writer(self.target, force=self.force) as out:
+        with atomic_writer(self.target, force=self.force, check=check) as out:
             out.write(layout.header)
             checksum = Checksum(layout.header)
             for entry in layout.entries:

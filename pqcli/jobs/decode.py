@@ -9,6 +9,7 @@ import torch
 
 from pqcli import checkpoint as checkpoints
 from pqcli.checkpoint import formats
+from pqcli.claim import check_space, claimed
 from pqcli.container.manifest import Source
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
@@ -26,12 +27,14 @@ def decode(
     *,
     dtype: str | None = None,
     force: bool = False,
+    verify: bool = True,
     progress: Hook | None = None,
 ) -> Path:
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes, kept tensors bit-identical.
 
     `output` says the format by its suffix (.safetensors, .pt and its kin, none for a folder); by default it is
-    `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. Returns the path written.
+    `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. With `verify`, what was
+    written is read again before it is put in place. Returns the path written.
     """
     if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
         raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
@@ -49,7 +52,9 @@ def decode(
             done(tensor.numel(), name)
             return tensor
 
-        checkpoints.write(target, infos, read, source.skeleton, format=format_, force=force)
+        with claimed(target):
+            check_space(target, sum(info.n_bytes for info in infos if info.alias_of is None))
+            checkpoints.write(target, infos, read, source.skeleton, format=format_, force=force, verify=verify)
         return target
 
 
