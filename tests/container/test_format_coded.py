@@ -15,7 +15,7 @@ import zstandard
 from safetensors.numpy import load_file
 
 import pqcli
-from pqcli.codecs import base as codecs
+from pqcli.codecs.trellis import session
 
 f32, f64 = np.float32, np.float64
 RATE = [655360 // (10 * n + 16) for n in range(501)]
@@ -603,7 +603,7 @@ ALWAYS, NEVER = -1.0, 1.0
     ("quality", "effort", "gain"), [("small", 8, NEVER), ("small", 8, ALWAYS), ("near-lossless", 256, ALWAYS)]
 )
 def test_a_reader_written_from_the_specification_gets_the_same_tensors(tmp_path, monkeypatch, quality, effort, gain):
-    monkeypatch.setattr(codecs, "MIXING_GAINS", ((math.inf, gain),))
+    monkeypatch.setattr(session, "MIXING_GAINS", ((math.inf, gain),))
     generator = torch.Generator().manual_seed(0)
 
     def gaussian(*shape):
