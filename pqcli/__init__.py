@@ -19,8 +19,8 @@ from pqcli.errors import PQError
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
-    from pqcli.container import Container
-    from pqcli.container import open_container as open  # noqa: A004 - `pqcli.open(file)` reads best
+    from pqcli.container.reader import Container
+    from pqcli.container.reader import open_container as open  # noqa: A004 - `pqcli.open(file)` reads best
     from pqcli.core.pq.pq import PQ
     from pqcli.jobs.compress import compress, save
     from pqcli.jobs.decode import decode, load
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "PQ": ("pqcli.core.pq.pq", "PQ"),
-    "Container": ("pqcli.container", "Container"),
+    "Container": ("pqcli.container.reader", "Container"),
     "Recipe": ("pqcli.recipe.recipe", "Recipe"),
     "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
     "compress": ("pqcli.jobs.compress", "compress"),
     "decode": ("pqcli.jobs.decode", "decode"),
     "load": ("pqcli.jobs.decode", "load"),
-    "open": ("pqcli.container", "open_container"),
+    "open": ("pqcli.container.reader", "open_container"),
     "preview": ("pqcli.jobs.preview", "preview"),
     "report": ("pqcli.jobs.report", "report"),
     "save": ("pqcli.jobs.compress", "save"),

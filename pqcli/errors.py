@@ -37,6 +37,10 @@ class ContainerError(PQError):
     """A `.pq.safetensors` file that is damaged, or written by a newer pqcli."""
 
 
+class DamagedError(ContainerError):
+    """A `.pq.safetensors` file that cannot be what pqcli wrote: damaged, or made by someone else."""
+
+
 class OutputError(PQError):
     """An output that exists already, or cannot be written."""
 

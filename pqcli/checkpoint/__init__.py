@@ -20,6 +20,7 @@ tensors, `write` gives the same checkpoint back.
 
 from pqcli.atomic import atomic_writer
 from pqcli.checkpoint.formats import by_suffix, default_suffix
+from pqcli.checkpoint.limits import Limits
 from pqcli.checkpoint.opened import LEFT_OUT, Checkpoint
 from pqcli.checkpoint.opening import open_checkpoint as open  # noqa: A004 - read as checkpoint.open
 from pqcli.checkpoint.pt.tree import Dropped, Json
@@ -31,6 +32,7 @@ __all__ = [
     "Checkpoint",
     "Dropped",
     "Json",
+    "Limits",
     "atomic_writer",
     "by_suffix",
     "default_suffix",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pqcli.checkpoint.bytesource import ByteSource, Strided, check_fits
-from pqcli.checkpoint.pt.tree import Dropped, without
-from pqcli.checkpoint.reopening import Stamp, reopened
+from pqcli.checkpoint.overlaps import overlapping
+from pqcli.checkpoint.pt.rebuilding import without
+from pqcli.checkpoint.pt.tree import Dropped
+from pqcli.checkpoint.reopening import reopened
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -19,10 +21,39 @@ if TYPE_CHECKING:
     import torch
 
     from pqcli.checkpoint.pt.tree import Json
+    from pqcli.checkpoint.stamps import Stamp
     from pqcli.tensors.info import TensorInfo
 
 LEFT_OUT = "training state, left out as asked"
 """How the reason for a dropped entry begins where `Checkpoint.model_only` dropped it."""
+
+
+class View(Protocol):
+    """Where a tensor lies: understood by the source that it belongs to."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+
+
+class Source(Protocol):
+    """What tensors are read from: a `ByteSource`, or several that belong together."""
+
+    path: Path
+    n_bytes: int
+
+    @property
+    def stamps(self) -> tuple[Stamp, ...]:
+        """The files, as they were when they were opened."""
+
+    def tensor(self, view: Any) -> torch.Tensor:
+        """The tensor, contiguous, in memory of its own."""
+
+    def flat(self, view: Any, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the tensor in row-major order."""
+
+    def close(self) -> None:
+        """Close the files; may be called twice."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +61,20 @@ class Layout:
     """What a file's header tells: its tensors in file order, where each one lies, and everything else as JSON."""
 
     tensors: tuple[TensorInfo, ...]
-    views: Mapping[str, Strided]
+    views: Mapping[str, View]
     skeleton: Json
     dropped: tuple[Dropped, ...] = ()
+
+    def with_overlaps(self) -> Layout:
+        """The same, with `overlaps` of its tensors set."""
+        owners = {info.name for info in self.tensors if info.alias_of is None}
+        groups = overlapping(
+            {name: view for name, view in self.views.items() if name in owners and isinstance(view, Strided)}
+        )
+        if not groups and not any(info.overlaps for info in self.tensors):
+            return self
+        tensors = tuple(replace(info, overlaps=groups.get(info.alias_of or info.name)) for info in self.tensors)
+        return replace(self, tensors=tensors)
 
 
 class Checkpoint:
@@ -40,8 +82,9 @@ class Checkpoint:
 
     Fields: `path`; `format`, one of "pt", "safetensors", "folder"; `tensors` in file order, tied ones with `alias_of`
     set; `skeleton`, everything that is not tensor data as plain JSON, for `write`; `dropped`, entries that JSON cannot
-    carry; `side_files`, the files of a folder that are not weights and are not carried; `n_bytes`, the size of the
-    weight files on disk; `stamps`, the files it was read from and when they last changed.
+    carry; `side_files`, the files of a folder that are not weights and are not carried, those in its folders among
+    them, and `side_bytes`, their size together; `n_bytes`, the size of the weight files on disk; `stamps`, the files
+    it was read from and when they last changed.
 
     It can be pickled: unpickling opens the same files again, by their path (see `reopening`).
     """
@@ -50,20 +93,20 @@ class Checkpoint:
         self,
         path: Path,
         format: str,  # noqa: A002 - the word of the interface
-        parts: tuple[tuple[ByteSource, Layout], ...],
+        parts: tuple[tuple[Source, Layout], ...],
         skeleton: Json,
-        side_files: tuple[str, ...] = (),
+        side_sizes: Mapping[str, int] | None = None,
         more_stamps: tuple[Stamp, ...] = (),
     ) -> None:
         self.path = path
         self.format = format
         self.skeleton = skeleton
-        self.side_files = side_files
+        self.side_sizes = dict(side_sizes or {})
         self.tensors = tuple(info for _, layout in parts for info in layout.tensors)
         self.dropped = tuple(item for _, layout in parts for item in layout.dropped)
         self.n_bytes = sum(source.n_bytes for source, _ in parts)
         self.stamps = (
-            *(Stamp(str(source.path.absolute()), source.n_bytes, source.modified_ns) for source, _ in parts),
+            *(stamp for source, _ in parts for stamp in source.stamps),
             *more_stamps,
         )
         self._parts = parts
@@ -72,6 +115,16 @@ class Checkpoint:
         self._closed = False
         self._sources = [source for source, _ in parts]
         self._places = {name: (source, view) for source, layout in parts for name, view in layout.views.items()}
+
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """Paths, relative to the folder, of the files that are not carried; their sizes are in `side_sizes`."""
+        return tuple(self.side_sizes)
+
+    @property
+    def side_bytes(self) -> int:
+        """What the side files have together."""
+        return sum(self.side_sizes.values())
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, contiguous, on the CPU, in memory of its own, with the dtype of the file.
@@ -96,7 +149,7 @@ class Checkpoint:
             return source.flat(view, start, stop)
 
     @contextlib.contextmanager
-    def _place(self, name: str) -> Iterator[tuple[ByteSource, Strided]]:
+    def _place(self, name: str) -> Iterator[tuple[Source, View]]:
         """Where a tensor lies; errors of the block get the tensor's name and the file's."""
         if name not in self._places:
             raise CheckpointError(f"'{self.path}' has no tensor '{name}'")
@@ -125,7 +178,7 @@ class Checkpoint:
             ]
         else:
             skeleton |= parts[0][1].skeleton
-        model = Checkpoint(self.path, self.format, parts, skeleton, self.side_files)
+        model = Checkpoint(self.path, self.format, parts, skeleton, self.side_sizes)
         model.stamps = self.stamps
         model._is_model_only = True
         model._owns_files = self._owns_files
@@ -183,7 +236,8 @@ def _of_model(layout: Layout) -> Layout:
     skeleton = layout.skeleton
     if "tree" in skeleton:
         skeleton = {**skeleton, "tree": without(skeleton["tree"], layout.tensors, set(gone))}
-    return Layout(tuple(tensors), views, skeleton, (*layout.dropped, *_told(gone.values())))
+    left = Layout(tuple(tensors), views, skeleton, (*layout.dropped, *_told(gone.values())))
+    return left.with_overlaps()
 
 
 def _told(tensors: Iterable[TensorInfo]) -> list[Dropped]:
@@ -204,6 +258,7 @@ def check_layout(layout: Layout, source: ByteSource) -> None:
     """Raise `CheckpointError`, naming the tensor, unless every tensor lies inside the file."""
     for name, view in layout.views.items():
         try:
-            check_fits(view, source.n_bytes)
+            if isinstance(view, Strided):
+                check_fits(view, source.n_bytes)
         except CheckpointError as error:
             raise CheckpointError(f"tensor '{name}' of '{source.path}': {error}") from error

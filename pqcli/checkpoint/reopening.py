@@ -8,26 +8,17 @@ it, and keeps the last few inputs open.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pqcli.checkpoint.bytesource import reading
+from pqcli.checkpoint.stamps import Stamp
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pqcli.checkpoint.opened import Checkpoint
 
 _KEPT_OPEN = 8
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """A file as it was when it was opened; `path` is absolute."""
-
-    path: str
-    n_bytes: int
-    modified_ns: int
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
+
+    from pqcli.checkpoint.limits import Budget
 
 DTYPE_OF_CODE = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
@@ -58,7 +61,7 @@ def read_safetensors(source: ByteSource) -> Layout:
         raise CheckpointError(
             f"its header claims {header_bytes:,} bytes, it has {source.n_bytes:,}; it is truncated, fetch it again"
         )
-    header = _parse(source.bytes_at(8, header_bytes))
+    header = _parse(source.bytes_at(8, header_bytes), source.budget)
     metadata = header.pop(_METADATA, None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
@@ -166,17 +169,16 @@ def write_safetensors(
     return start + position
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes, budget: Budget) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise CheckpointError(f"its header has the name {_quoted(twice)} twice; the file is damaged")
         return table
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        header = budget.json(text, object_pairs_hook=unique)
         json.dumps(header, ensure_ascii=False).encode("utf-8")  # lone surrogates, which no other file can hold
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its header is no JSON ({str(error)[:100]}); the file is damaged") from error

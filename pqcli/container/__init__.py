@@ -12,37 +12,19 @@ what it all means:
 What compression measures (hashes, errors) is kept out of the manifest, so that the size of a plain PQ file is known
 before any weight is read: planning, budgets and the writer ask the same layout.
 
+A checksum over every byte of the file stands last (`pqcli.checksum`).
+
 Every later ability is a new named feature; a reader refuses a file whose features it does not know.
 
     manifest  what a file says of itself, and how that looks as JSON
     layout    manifest -> entries, header and size of the safetensors file
+    checksum  what covers every byte
     writer    finished tensors -> file
+
+    limits    what a file may claim
+    header    which entries there are, checked
+    entries   their bytes
+    door      file -> all that it says of itself, checked once
     reader    file -> tensors
     peek      is it one of ours? told without torch
 """
-
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pqcli.container.layout import lay_out
-    from pqcli.container.manifest import Manifest, make_manifest
-    from pqcli.container.peek import SUFFIX
-    from pqcli.container.reader import Container, open_container
-    from pqcli.container.writer import Writer
-
-__all__ = ["SUFFIX", "Container", "Manifest", "Writer", "lay_out", "make_manifest", "open_container"]
-
-_HOMES = ("peek", "manifest", "layout", "writer", "reader")
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name on first use: `peek` must answer before torch is imported."""
-    if name in __all__:
-        for home in _HOMES:
-            module = importlib.import_module(f"{__name__}.{home}")
-            if name in vars(module):
-                return vars(module)[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -139,6 +139,8 @@ class EcpqDecoder(Decoder):
     """Random access: every tensor has a stream of its own."""
 
     def __init__(self, streams: Streams, sources: Sequence[Source]) -> None:
+        if len(streams.streams) != len(sources):
+            raise ValueError(f"{len(streams.streams)} streams for {len(sources)} tensors")
         self._model = ecpq.Model.from_bytes(streams.shared)
         self._streams = streams.streams
         self._sources = {source.key: (i, source) for i, source in enumerate(sources)}

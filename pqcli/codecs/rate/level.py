@@ -89,6 +89,7 @@ def reach(
             measured = relative_mse(streams)
         return Trial(level, measured, streams)
 
+    drafted(0, MOST_DRAFTS)
     try:
         return search(goal, draft, attempt, start, survey.unit).result
     except BudgetError as error:
