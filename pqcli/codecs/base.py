@@ -216,7 +216,7 @@ class Survey:
 
     `rejected` are the records of those that their values rule out, kept now, with the reason; `exact` the jobs of
     those of few distinct values. `zeros` tells, by name, the exact zeros of those that have some
-    (`pqcli.codecs.zeros`).
+    (`pqcli.codecs.zeros`), `weak_rows` the root mean square of a weak row.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -224,6 +224,7 @@ class Survey:
     rejected: tuple[Record, ...] = ()
     exact: tuple[Job, ...] = ()
     zeros: Mapping[str, bytes] = field(default_factory=dict)
+    weak_rows: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def records(self) -> tuple[Record, ...]:

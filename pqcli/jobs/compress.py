@@ -27,9 +27,10 @@ from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
 from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
 from pqcli.codecs.kept import KeptJob, alias_piece
-from pqcli.codecs.rate.budget import Goal
+from pqcli.codecs.rate.budget import Goal, error_bound
 from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
+from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.container.layout import CODED, lay_out
 from pqcli.container.manifest import make_manifest
@@ -185,6 +186,7 @@ def compress_opened(
         dropped=dropped(checkpoint),
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
+        warnings=work.warnings,
     )
 
 
@@ -224,6 +226,7 @@ class Compression:
     writer: Writer
     run: Run
     hook: Hook
+    warnings: tuple[str, ...] = ()
 
     def prepared(self) -> Survey:
         """Read what the codec wants to know, write what is kept; the survey of what is to be coded."""
@@ -255,8 +258,11 @@ class Compression:
         streams = reach(session, self.recipe, self._frame(), encode, self._measure(survey), self._drafted)
         if streams is not None and isinstance(self.codec, StreamCodec):
             measuring = self._stage("measuring", survey.records)
-            for piece in measured_pieces(self.codec, streams, survey, self.weights, measuring):
+            bound = error_bound(self.recipe)
+            watch = None if bound is None else Watch(bound)
+            for piece in measured_pieces(self.codec, streams, survey, self.weights, measuring, watch):
                 self.writer.add(piece)
+            self.warnings = () if watch is None else watch.warnings()
         return streams
 
     def expected_bytes(self) -> int:

@@ -26,6 +26,7 @@ from pqcli.codecs.base import (
     Weights,
     as_matrix,
 )
+from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
 from pqcli.codecs.rate.survey import survey_weights
 from pqcli.core.digests import seed_of
@@ -165,7 +166,7 @@ class EcpqCodec(StreamCodec):
 
     def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> EcpqSession:  # noqa: ARG002
         """A session; its models follow from the levels."""
-        return EcpqSession(survey, weights, recipe.seed, steps_of(survey, recipe.objective))
+        return EcpqSession(survey, weights, recipe.seed, steps_of(survey, recipe.objective, error_bound(recipe)))
 
     def decoder(self, streams: Streams, sources: Sequence[Source], *, counting: bool = False) -> EcpqDecoder:  # noqa: ARG002
         """Decodes a tensor when it is asked for; it counts when it is asked to."""

@@ -9,6 +9,7 @@ import torch
 
 from pqcli.codecs import zeros
 from pqcli.codecs.base import Decoder, Piece, StreamCodec, Streams, Survey, Tell, Use, Weights, source_of
+from pqcli.codecs.rate.protection import Watch
 from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
 from pqcli.core.pq import pq
@@ -16,14 +17,17 @@ from pqcli.tensors.records import Coded, Record
 
 
 def measured_pieces(
-    codec: StreamCodec, streams: Streams, survey: Survey, weights: Weights, tell: Tell
+    codec: StreamCodec, streams: Streams, survey: Survey, weights: Weights, tell: Tell, watch: Watch | None = None
 ) -> Iterator[Piece]:
-    """Every coded tensor, decoded and compared, in order."""
+    """Every coded tensor, decoded and compared, in order; `watch` sees them too."""
     records = with_shares(survey.records, streams)
     decoder = codec.decoder(streams, [source_of(record) for record in records], counting=True)
     for record in records:
         decoded = weights.restored(record.name, _decoded(decoder, record, survey))
-        error = metrics.compare(weights.original(record.name), decoded)
+        original = weights.original(record.name)
+        error = metrics.compare(original, decoded)
+        if watch is not None:
+            watch.see(record, original, decoded)
         use = Use(None, None, decoder.entropy(record.name))
         held = survey.zeros.get(record.name)
         entries = () if held is None else ((zeros.key(record.name), held),)

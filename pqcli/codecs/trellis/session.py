@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from pqcli.codecs.base import Draft, Matrix, Session, StreamPiece, Streams, Survey, Tell, Weights, as_matrix, source_of
+from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
 from pqcli.core.threads import n_threads
 from pqcli.core.trellis.params import TrellisParams
@@ -64,7 +65,7 @@ class TrellisSession(Session):
         """A session whose rotations pay at `first_level`."""
         records = {record.name: record for record in survey.records}
         sources = tuple(map(source_of, survey.records))
-        steps = steps_of(survey, recipe.objective)
+        steps = steps_of(survey, recipe.objective, error_bound(recipe))
 
         def read(key: str) -> Matrix:
             tell(records[key].info.numel, key)
