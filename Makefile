@@ -25,6 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Compress a real sentence encoder (91 MB), decode it, verify it, print the report
 	$(PYTHON) tests/benchmarks/demo.py $(DEMO)
 
+# some faults are injected by strace (apt-get install strace); without it those tests are skipped
 test: $(STAMP) ## Run all tests
 	$(PYTHON) -m pytest -n 2
 
