@@ -40,6 +40,8 @@ Read = Callable[[str], Matrix]
 CODECS: Final = ("trellis", "ecpq")
 MIXING: Final = "trellis-mixing"
 """The feature of files of which a stream is coded by mixing."""
+ROWS: Final = "trellis-rows"
+"""The feature of files of which rows have steps of their own."""
 RATE_WEIGHT: Final = 0.3
 """What a bit may cost, in squared steps: close to the slope of the rate-distortion curve at all rates of interest."""
 STATES_BELOW: Final = ((4e6, 2048), (64e6, 1024), (math.inf, 256))
@@ -149,7 +151,8 @@ class TrellisCoder(Coder):
     def encode(self, level: float) -> Coded:
         """All tensors at this level; rotations are fitted for the first level asked for, and kept."""
         encoded = self._encoded(self.sources, self.read, level, self._n_states)
-        return Coded(encoded.side, encoded.streams, encoded.coded_bytes, (MIXING,) if encoded.mixes else ())
+        features = [name for name, used in ((MIXING, encoded.mixes), (ROWS, encoded.has_rows)) if used]
+        return Coded(encoded.side, encoded.streams, encoded.coded_bytes, tuple(features))
 
     def draft(self, level: float) -> Draft:
         """From some rows of every large tensor, with few states; the rows are read once and kept in memory."""

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from pqcli.codecs.coders import CODECS, MIXING
+from pqcli.codecs.coders import CODECS, MIXING, ROWS
 from pqcli.container.peek import MANIFEST
 from pqcli.container.records import HASH_BYTES, Manifest, Record, is_bundled
 from pqcli.tensors.info import ITEM_BYTES
 
 VERSION: Final = 1
 KEPT_CODED: Final = "kept-coded"
-FEATURES: Final = frozenset({"pq", KEPT_CODED, MIXING, *CODECS})
+FEATURES: Final = frozenset({"pq", KEPT_CODED, MIXING, ROWS, *CODECS})
 HASHES, ERRORS, ENTROPIES, KEPT, CODED = (
     "pqcli.hashes", "pqcli.errors", "pqcli.entropies", "pqcli.kept", "pqcli.coded",
 )  # fmt: skip

@@ -35,7 +35,7 @@ _SHRINK = 4.0
 """A row's scale is estimated with the mean of all rows as so many more weights."""
 _PURE_ABOVE = 0.75
 """The odd set is pure in a row where rms / step exceeds this."""
-_LEAST_MOMENT = 1e-6
+LEAST_MOMENT = 1e-6
 """Second moments below this share of their mean are taken for this: inputs that a sample happens not to use."""
 _WIDE = 4096
 """Moments of more inputs are factored in float32."""
@@ -154,7 +154,7 @@ def triangle(moments: Matrix, order: NDArray[np.int64], shrinkage: float) -> tup
     nothing. Raises numpy.linalg.LinAlgError where the moments are none (not finite, or far from semidefinite).
     """
     diagonal = np.maximum(np.diag(moments).astype(np.float64), 0.0)
-    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * _LEAST_MOMENT))
+    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * LEAST_MOMENT))
     backwards = order[::-1]
     exact: type[np.floating[Any]] = np.float64 if len(order) <= _WIDE else np.float32
     kept = ((1 - shrinkage) / scale[backwards]).astype(exact)
