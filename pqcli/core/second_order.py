@@ -1,18 +1,17 @@
 """Statistics of inputs become steps and feedback: which errors a network feels, in one unit for all of its layers.
 
 What is minimised over all tensors is damage + price * bits. A layer with weights W, second moments H of its inputs and
-gradient number g (mean squared gradient at one of its outputs) does damage g tr(E H E') where its weights are off by E.
-An embedding whose row v is looked up a share f_v of the times does g sum over v of f_v |e_v|^2. At one price every
-weight is to have the same damage, so with H = F D F' (`trellis.feedback`)
+gradient number g (mean squared gradient at one of its outputs) does damage N g tr(E H E') in N samples where weights are
+off by E; an embedding whose row v was looked up n_v times does g sum over v of n_v |e_v|^2. At one price every weight is
+to have the same damage, so with H = F D F' (`trellis.feedback`)
 
-    step of input j of a layer ~ (g d_j)^(-1/2),     step of row v of an embedding ~ (g f_v)^(-1/2)
+    step of input j of a layer ~ (N g d_j)^(-1/2),     step of row v of an embedding ~ (g n_v)^(-1/2)
 
 and one number, the level, moves all of them together. Statistics are samples and perhaps of other data than the network
 will meet, so moments are believed in part only: they are shrunk towards their diagonal, by as much as serves one half
 of the samples when the other half is what the encoder knew.
 
-Shapes: moments (columns, columns) float32, the mean of x x' over samples; frequencies (rows,), the mean number of times
-a sample looks a row up.
+Shapes: moments (columns, columns) float32, the mean of x x' over samples; importance (rows,).
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ SHRINKAGES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Shares of what is off the diagonal of moments that may not be believed."""
 DEFAULT_SHRINKAGE = 0.05
 """The share where there are no two halves to find out."""
-FEWEST_SAMPLES = 0.5
+FEWEST_LOOKUPS = 0.5
 """An embedding's row that was never seen is taken to have been seen so many times."""
-MOST_ROW_STEP, LEAST_ROW_STEP = 1.6, 0.25
+MOST_ROW_STEP, LEAST_ROW_STEP = 2.0, 0.125
 """Bounds of a row's step relative to the typical row: frequencies of rare words are guesses."""
 _ROW_GRAIN = 2
 _MAX_TRIED_INPUTS = 1024
@@ -45,23 +44,49 @@ _MAX_TRIED_INPUTS = 1024
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of the inputs of a layer: second moments, or those of two halves of the samples.
+    """What is known of the inputs of a layer: second moments of `n_samples` inputs.
 
-    `gradient` is the mean squared gradient at one output, None where only the forward pass was watched.
+    `gradient` is the mean squared gradient at one output, None where only the forward pass was watched. How far the
+    moments can be believed is found from those of two `halves` of the samples, or else is told by `noise`, the share of
+    the squared correlations that is sampling error.
     """
 
     matrix: Matrix
+    n_samples: float = 1.0
     gradient: float | None = None
     halves: tuple[Matrix, Matrix] | None = None
+    noise: float | None = None
+
+    def shrinkage(self) -> float:
+        """The share of what is off the diagonal that is not believed."""
+        if self.halves:
+            return best_shrinkage(self.halves)
+        return DEFAULT_SHRINKAGE if self.noise is None else min(max(self.noise, SHRINKAGES[0]), SHRINKAGES[-1])
 
 
 @dataclass(frozen=True)
-class Frequencies:
-    """What is known of the rows of an embedding: how often a sample looks each up, and the number of samples."""
+class RowImportance:
+    """What is known of an embedding: the damage that a squared error of 1 in a weight does, by row."""
 
     rows: NDArray[np.float64]
-    n_samples: float
-    gradient: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        lookups: NDArray[np.float64],
+        lookup_gradient: float,
+        head: Moments | None = None,
+        row_gradient: NDArray[np.float64] | None = None,
+    ) -> RowImportance:
+        """From how often each row was looked up (a row that never was counts as half a time), and the gradient there.
+
+        Where the embedding is the output layer too (tied), `head` are the moments of that layer's inputs, and
+        `row_gradient` (rows,) the mean squared gradients at its outputs.
+        """
+        rows = (lookups + FEWEST_LOOKUPS) * lookup_gradient
+        if head is not None and row_gradient is not None:
+            rows = rows + head.n_samples * row_gradient * float(np.mean(np.diag(head.matrix)))
+        return cls(rows)
 
 
 @dataclass(frozen=True)
@@ -94,7 +119,7 @@ class SecondOrder:
 
 def prepare(
     tensors: Mapping[str, Weights],
-    known: Mapping[str, Moments | Frequencies],
+    known: Mapping[str, Moments | RowImportance],
     output_energy: Mapping[str, float] | None = None,
 ) -> SecondOrder:
     """Steps and feedback for all tensors, from what is known of the inputs of some.
@@ -108,15 +133,15 @@ def prepare(
     shrinkage: dict[str, float] = {}
     judged: dict[int, float] = {}  # layers share moments
     for key, about in known.items():
-        gradient = about.gradient if about.gradient is not None else 1 / max((output_energy or {}).get(key, 1.0), 1e-30)
-        if isinstance(about, Moments):
-            if id(about.matrix) not in judged:
-                judged[id(about.matrix)] = best_shrinkage(about.halves) if about.halves else DEFAULT_SHRINKAGE
-            shrinkage[key] = judged[id(about.matrix)]
-            rows[key], typical = _of_inputs(about.matrix, shrinkage[key])
-        else:
-            rows[key], typical = _of_rows(about)
-        exact[key] = typical / math.sqrt(max(gradient, 1e-30))
+        if isinstance(about, RowImportance):
+            rows[key], exact[key] = _of_rows(about)
+            continue
+        if id(about.matrix) not in judged:
+            judged[id(about.matrix)] = about.shrinkage()
+        shrinkage[key] = judged[id(about.matrix)]
+        rows[key], typical = _of_inputs(about.matrix, shrinkage[key])
+        felt = about.gradient if about.gradient is not None else 1 / max((output_energy or {}).get(key, 1.0), 1e-30)
+        exact[key] = typical / math.sqrt(max(felt * about.n_samples, 1e-30))
     unit = _typical({key: exact[key] / tensors[key].plain_step for key in exact}, tensors)
     steps = {key: exact[key] / unit if key in exact else about.plain_step for key, about in tensors.items()}
     return SecondOrder(steps, rows, shrinkage)
@@ -138,9 +163,9 @@ def _of_inputs(moments: Matrix, shrinkage: float) -> tuple[Feedback, float]:
     return Feedback(steps / typical, 0, order, moments, shrinkage), typical
 
 
-def _of_rows(about: Frequencies) -> tuple[RowSteps, float]:
+def _of_rows(about: RowImportance) -> tuple[RowSteps, float]:
     """Steps of an embedding's rows relative to the typical one, and the typical one."""
-    steps = (about.rows + FEWEST_SAMPLES / about.n_samples) ** -0.5
+    steps = np.maximum(about.rows, 1e-30) ** -0.5
     typical = float(np.exp(np.mean(np.log(steps))))
     return RowSteps(np.clip(steps / typical, LEAST_ROW_STEP, MOST_ROW_STEP), _ROW_GRAIN), typical
 

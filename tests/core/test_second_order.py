@@ -5,8 +5,8 @@ import pytest
 
 from pqcli.core.second_order import (
     SHRINKAGES,
-    Frequencies,
     Moments,
+    RowImportance,
     Weights,
     best_shrinkage,
     excess_damage,
@@ -44,7 +44,7 @@ def test_the_excess_damage_of_the_truth_is_the_rate_distortion_limit():
 
 def test_steps_fall_with_the_root_of_gradients_and_of_moments():
     h = sampled(5000)
-    known = {"a": Moments(h, 1.0), "b": Moments(4 * h, 1.0), "c": Moments(h, 16.0)}
+    known = {"a": Moments(h, 8.0, 1.0), "b": Moments(4 * h, 8.0, 1.0), "c": Moments(h, 32.0, 4.0)}
     found = prepare({key: Weights(100, 1.0) for key in known}, known)
     assert found.steps["a"] / found.steps["b"] == pytest.approx(2, rel=1e-3)
     assert found.steps["a"] / found.steps["c"] == pytest.approx(4, rel=1e-3)
@@ -60,24 +60,35 @@ def test_without_gradients_outputs_are_right_to_the_same_relative_error():
 
 def test_tensors_of_which_nothing_is_known_keep_their_step():
     tensors = {"known": Weights(100, 2.0), "unknown": Weights(50, 0.7)}
-    found = prepare(tensors, {"known": Moments(1000 * sampled(100), 1.0)})
+    found = prepare(tensors, {"known": Moments(1000 * sampled(100), 100.0, 1.0)})
     assert found.steps["unknown"] == 0.7
     assert found.steps["known"] == pytest.approx(2.0)
     assert set(found.rows) == {"known"}
 
 
 def test_frequent_rows_get_finer_steps_within_bounds():
-    frequencies = np.array([0.0, 1e-5, 1e-3, 0.5])
-    found = prepare({"e": Weights(40, 1.0)}, {"e": Frequencies(frequencies, 1e5, 1.0)}).rows["e"]
+    known = {"e": RowImportance.of(np.array([0.0, 1, 100, 1e7]), 1.0)}
+    found = prepare({"e": Weights(40, 1.0)}, known).rows["e"]
     assert isinstance(found, RowSteps)
     assert not isinstance(found, Feedback)
     assert (np.diff(found.steps) <= 0).all()
-    assert found.steps.max() / found.steps.min() < 10
+    assert found.steps.max() / found.steps.min() == 16
 
 
 def test_an_embedding_is_weighed_against_a_layer_by_its_gradient():
-    known = {"layer": Moments(sampled(5000), 1.0), "e": Frequencies(np.full(10, 0.1), 1e6, 1.0)}
-    known_more = {**known, "e": Frequencies(np.full(10, 0.1), 1e6, 100.0)}
+    known = {"layer": Moments(sampled(5000), 1.0, 1.0), "e": RowImportance.of(np.full(10, 3.0), 1.0)}
+    known_more = {**known, "e": RowImportance.of(np.full(10, 3.0), 100.0)}
     tensors = {"layer": Weights(100, 1.0), "e": Weights(100, 1.0)}
     ratios = [prepare(tensors, about).steps for about in (known, known_more)]
     assert (ratios[0]["e"] / ratios[0]["layer"]) / (ratios[1]["e"] / ratios[1]["layer"]) == pytest.approx(10)
+
+
+def test_rows_of_a_tied_embedding_count_as_outputs_too():
+    head = Moments(2 * np.eye(6, dtype=np.float32), n_samples=50.0)
+    found = RowImportance.of(np.array([10.0, 0.0]), 3.0, head, np.array([0.0, 0.1]))
+    np.testing.assert_allclose(found.rows, [10.5 * 3, 0.5 * 3 + 50 * 0.1 * 2])
+
+
+def test_noise_tells_how_far_to_believe_where_halves_are_missing():
+    assert Moments(sampled(100), noise=0.07).shrinkage() == 0.07
+    assert Moments(sampled(100), noise=0.9).shrinkage() == max(SHRINKAGES)
