@@ -2,7 +2,7 @@
 
 What is minimised over all tensors is damage + price * bits. A layer with weights W, second moments H of its inputs and
 gradient number g (mean squared gradient at one of its outputs) does damage N g tr(E H E') in N samples where weights are
-off by E; an embedding whose row v was looked up n_v times does g sum over v of n_v |e_v|^2. At one price every weight is
+off by E; an embedding whose row v was looked up n_v times does g sum over v of n_v |e_v|^2. At one price all weights are
 to have the same damage, so with H = F D F' (`trellis.feedback`)
 
     step of input j of a layer ~ (N g d_j)^(-1/2),     step of row v of an embedding ~ (g n_v)^(-1/2)
@@ -33,8 +33,8 @@ SHRINKAGES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Shares of what is off the diagonal of moments that may not be believed."""
 DEFAULT_SHRINKAGE = 0.05
 """The share where there are no two halves to find out."""
-FEWEST_LOOKUPS = 0.5
-"""An embedding's row that was never seen is taken to have been seen so many times."""
+FEWEST_LOOKUPS = (0.05, 0.5)
+"""An embedding's row that was never seen counts as seen so many times, as the number of those seen once suggests."""
 MOST_ROW_STEP, LEAST_ROW_STEP = 2.0, 0.125
 """Bounds of a row's step relative to the typical row: frequencies of rare words are guesses."""
 _ROW_GRAIN = 2
@@ -78,15 +78,22 @@ class RowImportance:
         head: Moments | None = None,
         row_gradient: NDArray[np.float64] | None = None,
     ) -> RowImportance:
-        """From how often each row was looked up (a row that never was counts as half a time), and the gradient there.
+        """From how often each row was looked up, and the mean squared gradient there.
 
         Where the embedding is the output layer too (tied), `head` are the moments of that layer's inputs, and
         `row_gradient` (rows,) the mean squared gradients at its outputs.
         """
-        rows = (lookups + FEWEST_LOOKUPS) * lookup_gradient
+        rows = (lookups + _unseen_lookups(lookups)) * lookup_gradient
         if head is not None and row_gradient is not None:
             rows = rows + head.n_samples * row_gradient * float(np.mean(np.diag(head.matrix)))
         return cls(rows)
+
+
+def _unseen_lookups(lookups: NDArray[np.float64]) -> float:
+    """How often a row that was never looked up would be in as many lookups again (Good and Turing), within bounds."""
+    once = int(np.count_nonzero((lookups > 0) & (lookups <= 1)))
+    never = int(np.count_nonzero(lookups == 0))
+    return min(max(once / max(never, 1), FEWEST_LOOKUPS[0]), FEWEST_LOOKUPS[1])
 
 
 @dataclass(frozen=True)
