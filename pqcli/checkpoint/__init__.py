@@ -8,20 +8,35 @@
 The `skeleton` is all that is not tensor data, as JSON: nesting, epoch counters, metadata, shards. With it and the
 tensors, `write` gives the same checkpoint back.
 
+    formats          the table of formats: a module and a row each
     sniff            which kind of file is it?
     bytesource       where a tensor's bytes lie, and fetching them with pread
     pickles, tree    a pickle read as data; its nesting as JSON and back
     naming           what the tensors are called, where the model is
-    pt_reader, pt_writer, safetensors_io, folder     the formats
-    opened, opening, writing                         the verbs
+    pt/torch_save, safetensors_io                    the formats
+    folder                                           files that belong together
+    opened, opening, writing, reopening              the verbs; a checkpoint in another process
 """
 
 from pqcli.atomic import atomic_writer
+from pqcli.checkpoint.formats import by_suffix, default_suffix
+from pqcli.checkpoint.limits import Limits
 from pqcli.checkpoint.opened import LEFT_OUT, Checkpoint
-from pqcli.checkpoint.opening import default_suffix
 from pqcli.checkpoint.opening import open_checkpoint as open  # noqa: A004 - read as checkpoint.open
 from pqcli.checkpoint.pt.tree import Dropped, Json
 from pqcli.checkpoint.sniff import sniff
 from pqcli.checkpoint.writing import write
 
-__all__ = ["LEFT_OUT", "Checkpoint", "Dropped", "Json", "atomic_writer", "default_suffix", "open", "sniff", "write"]
+__all__ = [
+    "LEFT_OUT",
+    "Checkpoint",
+    "Dropped",
+    "Json",
+    "Limits",
+    "atomic_writer",
+    "by_suffix",
+    "default_suffix",
+    "open",
+    "sniff",
+    "write",
+]

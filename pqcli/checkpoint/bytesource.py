@@ -8,12 +8,15 @@ record, a safetensors payload, a storage of an old pickle) and, inside it, a `St
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pqcli.checkpoint.limits import Budget, Limits
+from pqcli.checkpoint.stamps import Stamp
 from pqcli.errors import CheckpointError
 from pqcli.tensors.info import ITEM_BYTES
 
@@ -30,11 +33,15 @@ _MAX_GROWTH = 64 << 20
 
 @dataclass(frozen=True)
 class Region:
-    """A run of bytes of a file. `crc` is the CRC-32 the archive promises, or None where it promises none."""
+    """A run of bytes of a file. `crc` is the CRC-32 the archive promises, or None where it promises none.
+
+    Of an array that stands in the header itself, encoded, `data` are the decoded bytes; `start` is then 0.
+    """
 
     start: int
     n_bytes: int
     crc: int | None = None
+    data: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -101,20 +108,28 @@ def check_fits(view: Strided, file_bytes: int) -> None:
 
 
 class ByteSource:
-    """One open file, read by position. `path` is what messages name."""
+    """One open file, read by position. `path` is what messages name; `budget` is what understanding it may cost."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: Limits | None = None) -> None:
         self.path = path
+        self.budget = Budget(limits or Limits())
+        self._descriptor: int | None = None
         with reading(path):
-            self._descriptor: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.n_bytes = os.fstat(self._descriptor).st_size
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(self._descriptor)
+        self.n_bytes = status.st_size
+        self.stamps = (Stamp(str(path.absolute()), status.st_size, status.st_mtime_ns),)
         self._checked: set[Region] = set()
+        self._running: dict[Region, tuple[int, int]] = {}  # of regions read piece by piece: where it stands, CRC so far
 
     def close(self) -> None:
         """Close the file; may be called twice."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def bytes_at(self, start: int, n_bytes: int) -> bytes:
         """Exactly `n_bytes` bytes from `start`; for headers."""
@@ -137,17 +152,36 @@ class ByteSource:
         whole = len(raw) == view.region.n_bytes
         if not whole:
             self.check_region(view.region)
-        crc = self._fill(raw.numpy().data, view.region.start + view.offset * item)
+        crc = self._fetch(raw.numpy().data, view.region, view.offset * item)
         if whole:
             self._compare(view.region, crc)
-        flat = raw.view(getattr(torch, view.dtype))
-        if view.contiguous:
-            dense = flat[: view.numel].view(view.shape)
+        return _dense(raw, view)
+
+    def flat(self, view: Strided, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the tensor in row-major order, of shape (stop - start,), in memory of its own.
+
+        Reads these elements alone where the tensor is contiguous, else the whole tensor. A checksum is verified as
+        `tensor` does it; pieces that follow each other from the region's first byte to its last need no extra pass.
+        """
+        import torch
+
+        if not view.contiguous or (start, stop) == (0, view.numel):
+            return self.tensor(view).reshape(-1)[start:stop].clone()
+        piece = replace(view, shape=(stop - start,), offset=view.offset + start, strides=None)
+        if view.region.crc is None or view.region in self._checked:
+            return self.tensor(piece)
+        item = ITEM_BYTES[view.dtype]
+        begin, end = piece.offset * item, (piece.offset + piece.numel) * item
+        reached, crc = self._running.pop(view.region, (0, 0))
+        if begin != reached:
+            return self.tensor(piece)  # which makes the pass over the whole region
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        crc = self._fetch(raw.numpy().data, view.region, begin, crc)
+        if end == view.region.n_bytes:
+            self._compare(view.region, crc)
         else:
-            dense = flat.as_strided(view.shape, view.strides or ()).contiguous()
-        if view.conj:
-            dense = dense.conj().resolve_conj()
-        return dense.neg() if view.neg else dense
+            self._running[view.region] = (end, crc)
+        return _dense(raw, piece)
 
     def check_region(self, region: Region) -> None:
         """Read the region once and raise `CheckpointError` where its checksum does not hold."""
@@ -157,7 +191,7 @@ class ByteSource:
         crc, done = 0, 0
         while done < region.n_bytes:
             part = buffer[: region.n_bytes - done]
-            crc = self._fill(part, region.start + done, crc)
+            crc = self._fetch(part, region, done, crc)
             done += len(part)
         self._compare(region, crc)
 
@@ -168,6 +202,13 @@ class ByteSource:
                 f"{region.crc:08x}); the file is damaged, fetch it again"
             )
         self._checked.add(region)
+
+    def _fetch(self, buffer: memoryview, region: Region, start: int, crc: int = 0) -> int:
+        """Fill the buffer from position `start` of the region; returns the running CRC-32."""
+        if region.data is None:
+            return self._fill(buffer, region.start + start, crc)
+        buffer[:] = region.data[start : start + len(buffer)]
+        return crc
 
     def _fill(self, buffer: memoryview, start: int, crc: int = 0) -> int:
         """Fill the buffer from position `start`; returns the running CRC-32."""
@@ -186,6 +227,80 @@ class ByteSource:
                 crc = zlib.crc32(part[:n_read], crc)
                 done += n_read
         return crc
+
+
+def _dense(raw: torch.Tensor, view: Strided) -> torch.Tensor:
+    """The tensor whose span `raw` holds, as bytes."""
+    import torch
+
+    flat = raw.view(getattr(torch, view.dtype))
+    if view.contiguous:
+        dense = flat[: view.numel].view(view.shape)
+    else:
+        dense = flat.as_strided(view.shape, view.strides or ()).contiguous()
+    if view.conj:
+        dense = dense.conj().resolve_conj()
+    return dense.neg() if view.neg else dense
+
+
+class Window:
+    """A part of a file as if it were a file of its own: what understands a header can read it there."""
+
+    def __init__(self, source: ByteSource, start: int, n_bytes: int) -> None:
+        if start + n_bytes > source.n_bytes:
+            raise CheckpointError(
+                f"'{source.path}' has {source.n_bytes:,} bytes where {start + n_bytes:,} are needed; it is truncated"
+            )
+        self.path = source.path
+        self.budget = source.budget
+        self.n_bytes = n_bytes
+        self._source = source
+        self._start = start
+
+    def bytes_at(self, start: int, n_bytes: int) -> bytes:
+        """Exactly `n_bytes` bytes from `start` of the window."""
+        if start + n_bytes > self.n_bytes:
+            raise CheckpointError(f"an archive inside '{self.path}' ends too early; the file is damaged")
+        return self._source.bytes_at(self._start + start, n_bytes)
+
+    def check_region(self, region: Region) -> None:
+        """As `ByteSource.check_region`; the region counts from the window's start."""
+        self._source.check_region(replace(region, start=region.start + self._start))
+
+
+class AsFile(io.RawIOBase):
+    """A source as the seekable binary file that some readers want."""
+
+    def __init__(self, source: ByteSource | Window) -> None:
+        self._source = source
+        self._position = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As of any file; a position before the start is an OSError."""
+        base = (0, self._position, self._source.n_bytes)[whence]
+        if base + offset < 0:
+            raise OSError("a position before the start of the file")
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        """The position."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as there are bytes left."""
+        n_bytes = max(0, min(len(buffer), self._source.n_bytes - self._position))
+        buffer[:n_bytes] = self._source.bytes_at(self._position, n_bytes)
+        self._position += n_bytes
+        return n_bytes
 
 
 @contextlib.contextmanager

@@ -7,30 +7,78 @@ stranger: only bare file names inside the folder are accepted, on reading and on
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from pqcli.checkpoint import formats
 from pqcli.checkpoint.bytesource import reading
-from pqcli.checkpoint.sniff import HEAD_BYTES, kind_of
+from pqcli.checkpoint.limits import Budget, Limits
+from pqcli.checkpoint.sniff import HEAD_BYTES
 from pqcli.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+SINGLE_NAMES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+)
+"""What weights in one file are called: by transformers, PEFT, diffusers."""
+
+_TRAINING_FILE = re.compile(
+    r"training_args\.bin|(optimizer|scheduler|scaler|rng_state|random_states|trainer_state)(_\d+)*\.(pt|pth|bin|pkl|json)"
+)
+"""What a trainer leaves beside the weights in the format of weights."""
+
+_OTHER_WEIGHTS = (
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".hdf5",
+    ".keras",
+    ".msgpack",
+    ".onnx",
+    ".npz",
+    ".nemo",
+    ".tflite",
+    ".distcp",
+)
+"""Endings of weights that pqcli does not read: where one of them is, a lone other file may not be all that is meant."""
+
+_KNOWN_FOLDERS = (
+    (
+        re.compile(r"zero_to_fp32\.py|(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt"),
+        "a DeepSpeed checkpoint, whose weights are in parts; python {folder}/zero_to_fp32.py {folder} out joins them",
+    ),
+    (
+        re.compile(r"mp_rank_\d+_model_states\.pt|layer_\d+-model_\d+-model_states\.pt"),
+        "a DeepSpeed or Megatron checkpoint; name one of its files, or convert it to a Hugging Face folder first",
+    ),
+    (
+        re.compile(r"(model|optim|optimizer)_world_size_\d+_rank_\d+\.pt"),
+        "an FSDP checkpoint, one file per process; load it with FSDP and save a StateDictType.FULL_STATE_DICT",
+    ),
+)
+"""Folders of training frameworks, told by a file in them."""
 _INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
 _MAX_INDEX = 256 << 20
 _SHOWN = 5
+_MAX_SUBFOLDERS = 200
+_MAX_SIDE_FILES = 20_000
 
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """Which files of a folder hold the weights, in order, and which are something else."""
+    """Which files of a folder hold the weights, in order, and which are something else, with their sizes."""
 
     shards: tuple[str, ...]
     index: Index | None
-    side_files: tuple[str, ...]
+    side_sizes: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -42,13 +90,20 @@ class Index:
     weight_map: dict[str, str]
 
 
-def find_weights(folder: Path) -> FolderFiles:
-    """The weight files of a folder: an index, else the usual single names, else the only checkpoint there is."""
+def names_in(folder: Path) -> list[str]:
+    """The files of a folder, hidden ones left out, in order."""
     with reading(folder):
-        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_file())
+        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".") and entry.is_file())
+
+
+def find_weights(folder: Path, names: list[str], limits: Limits) -> FolderFiles:
+    """The weight files of a folder: an index, else the usual single names, else the only checkpoint there is.
+
+    `names` are those of `names_in`. Raises `CheckpointError` where it is not clear which files are meant.
+    """
     index_name = _index_name(names)
     if index_name is not None:
-        index = _read_index(folder, index_name)
+        index = _read_index(folder, index_name, limits)
         shards = tuple(sorted(set(index.weight_map.values())))
         missing = [shard for shard in shards if shard not in names]
         if missing:
@@ -60,8 +115,25 @@ def find_weights(folder: Path) -> FolderFiles:
     else:
         index = None
         shards = (_single(folder, names),)
-    side_files = tuple(name for name in names if name not in shards and name != index_name)
-    return FolderFiles(shards, index, side_files)
+    carried = {*shards, index_name}
+    sizes = {name: n_bytes for name, n_bytes in sizes_in(folder).items() if name not in carried}
+    return FolderFiles(shards, index, sizes)
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """The sizes of the files of a folder and of its folders, by their paths in it.
+
+    Hidden ones are left out, and folders are not followed through links.
+    """
+    sizes: dict[str, int] = {}
+    with reading(folder):
+        for place, folders, files in os.walk(folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                path = Path(place, name)
+                if not name.startswith(".") and path.is_file() and len(sizes) < _MAX_SIDE_FILES:
+                    sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return dict(sorted(sizes.items(), key=lambda item: ("/" in item[0], item[0])))
 
 
 def bare_name(name: object) -> bool:
@@ -99,37 +171,77 @@ def _single(folder: Path, names: list[str]) -> str:
     for name in SINGLE_NAMES:
         if name in names:
             return name
-    found = [name for name in names if _is_checkpoint(folder / name)]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    explain_folder(folder, names)
+    found = [name for name in names if not _TRAINING_FILE.fullmatch(name) and _is_checkpoint(folder / name)]
+    if len(found) > 1:
         shown = ", ".join(found[:_SHOWN]) + (" ..." if len(found) > _SHOWN else "")
         raise CheckpointError(
             f"'{folder}' holds {len(found)} checkpoints and no index ({shown}); name one of the files"
         )
+    others = [name for name in names if name.lower().endswith(_OTHER_WEIGHTS)]
+    if found and others:
+        raise CheckpointError(
+            f"'{folder}' holds {found[0]} and {others[0]}, which pqcli does not read; name {found[0]} itself if that "
+            "is what you mean"
+        )
+    if found:
+        return found[0]
+    _explain_subfolders(folder)
     raise CheckpointError(
         f"'{folder}' is a folder without weights: no model.safetensors, no pytorch_model.bin, no index, "
         "and no other checkpoint file in it"
     )
 
 
+def explain_folder(folder: Path, names: list[str]) -> None:
+    """Raise, saying what the folder is and how its weights are made one file, where a known tool wrote it."""
+    for pattern, message in _KNOWN_FOLDERS:
+        found = next((name for name in names if pattern.fullmatch(name)), None)
+        if found is not None:
+            raise CheckpointError(f"'{folder}' is {message.format(folder=folder)} (it holds {found})")
+
+
+def _explain_subfolders(folder: Path) -> None:
+    """Raise, naming them, where the weights lie in folders of the folder."""
+    with reading(folder):
+        below = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        holding = [name for name in below[:_MAX_SUBFOLDERS] if _holds_weights(folder / name)]
+    if not holding:
+        return
+    what = "a diffusers pipeline" if (folder / "model_index.json").is_file() else "a folder without weights of its own"
+    shown = ", ".join(f"{name}/" for name in holding[:_SHOWN]) + (" ..." if len(holding) > _SHOWN else "")
+    raise CheckpointError(
+        f"'{folder}' is {what}; its weights lie in {shown}: name one of these folders, such as '{folder / holding[0]}'"
+    )
+
+
+def _holds_weights(folder: Path) -> bool:
+    names = names_in(folder)
+    if _index_name(names) is not None or any(name.endswith(".distcp") for name in names):
+        return True
+    return any(not _TRAINING_FILE.fullmatch(name) and _is_checkpoint(folder / name) for name in names)
+
+
 def _is_checkpoint(path: Path) -> bool:
     with reading(path), path.open("rb") as file:
-        return kind_of(file.read(HEAD_BYTES), path.stat().st_size) is not None and not path.name.endswith(".json")
+        found = formats.recognised(file.read(HEAD_BYTES), path.stat().st_size)
+    return found is not None and not path.name.endswith(".json")
 
 
-def _read_index(folder: Path, name: str) -> Index:
+def _read_index(folder: Path, name: str, limits: Limits) -> Index:
     path = folder / name
     with reading(path):
         if path.stat().st_size > _MAX_INDEX:
             raise CheckpointError(f"'{path}' has {path.stat().st_size:,} bytes; that is no shard index")
         text = path.read_bytes()
     try:
-        index = json.loads(text)
+        index = Budget(limits).json(text)
         weight_map = index["weight_map"]
         places = list(weight_map.items())
         metadata = index.get("metadata")
         json.dumps(index, ensure_ascii=False).encode("utf-8")  # lone surrogates, which no other file can hold
+    except CheckpointError as error:
+        raise CheckpointError(f"'{path}': {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is no shard index ({type(error).__name__}: {str(error)[:100]})") from error
     if not places:
@@ -145,4 +257,4 @@ def _read_index(folder: Path, name: str) -> Index:
 
 def is_weights_name(name: str) -> bool:
     """Whether a loader could take a file of this name for (a part of) the model's weights."""
-    return name.endswith((".safetensors", ".bin", ".pt", ".pth", *_INDEX_ENDINGS))
+    return name.endswith((*formats.all_suffixes(), *_INDEX_ENDINGS))

@@ -2,77 +2,76 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pqcli.checkpoint import formats
 from pqcli.checkpoint.bytesource import ByteSource
-from pqcli.checkpoint.folder import check_index, find_weights
+from pqcli.checkpoint.dcp import ENDING, is_distributed, open_distributed
+from pqcli.checkpoint.folder import check_index, find_weights, names_in, sizes_in
+from pqcli.checkpoint.limits import Limits
 from pqcli.checkpoint.opened import Checkpoint, Layout, check_layout
-from pqcli.checkpoint.pt.reader import read_legacy, read_pt
-from pqcli.checkpoint.safetensors_io import read_safetensors
+from pqcli.checkpoint.reopening import stamp_of
 from pqcli.checkpoint.sniff import sniff
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pqcli.checkpoint.pt.tree import Json
-
-_READERS = {"zip": read_pt, "legacy": read_legacy, "safetensors": read_safetensors}
-_FORMATS = {"zip": "pt", "legacy": "pt", "safetensors": "safetensors"}
-_SUFFIX = re.compile(r"\.[A-Za-z0-9_]{1,15}")
-_DEFAULT_SUFFIX = {"pt": ".pt", "safetensors": ".safetensors", "folder": ""}
+    from pqcli.checkpoint.stamps import Stamp
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, limits: Limits | None = None) -> Checkpoint:
     """A `Checkpoint` over a `.pt` (zip or legacy), a `.safetensors` or a folder; only headers are read.
 
     What the file is, its first bytes tell, not its name. Raises `CheckpointError`, with one message that says what is
-    wrong, where, and what to do. Nothing in a pickle is imported or run (see `pickles`).
+    wrong, where, and what to do. Nothing in a pickle is imported or run (see `pickles`), and what understanding the
+    headers may cost is limited.
     """
     path = Path(path)
-    if sniff(path) == "folder":
-        return _open_folder(path)
+    limits = limits or Limits()
+    if sniff(path) == formats.FOLDER:
+        return _open_folder(path, limits)
     with ExitStack() as stack:
-        format_, source, layout = _open_file(path, stack)
+        format_, source, layout = _open_file(path, stack, limits)
         skeleton = {"source": format_, **layout.skeleton}
-        if path.suffix != _DEFAULT_SUFFIX[format_] and _SUFFIX.fullmatch(path.suffix):
-            skeleton["suffix"] = path.suffix
+        suffix = formats.unusual_suffix(path, format_)
+        if suffix is not None:
+            skeleton["suffix"] = suffix
         stack.pop_all()
     return Checkpoint(path, format_, ((source, layout),), skeleton)
 
 
-def default_suffix(format_: str, skeleton: Json) -> str:
-    """The suffix a file of `format_` gets by default: the source's own where the format is the source's."""
-    suffix = skeleton.get("suffix") if isinstance(skeleton, dict) and skeleton.get("source") == format_ else None
-    # the skeleton may come from a stranger's file: a suffix must not lead anywhere
-    return suffix if isinstance(suffix, str) and _SUFFIX.fullmatch(suffix) else _DEFAULT_SUFFIX[format_]
-
-
-def _open_file(path: Path, stack: ExitStack) -> tuple[str, ByteSource, Layout]:
+def _open_file(path: Path, stack: ExitStack, limits: Limits) -> tuple[str, ByteSource, Layout]:
     kind = sniff(path)
-    if kind == "folder":
+    if kind == formats.FOLDER:
         raise CheckpointError(f"'{path}' is a folder where a file is expected")
-    source = ByteSource(path)
+    source = ByteSource(path, limits)
     stack.callback(source.close)
     try:
-        layout = _READERS[kind](source)
+        layout = formats.FORMATS[kind].read(source)
     except CheckpointError as error:
         raise CheckpointError(f"'{path}' cannot be read: {error}") from error
     check_layout(layout, source)
+    layout = layout.with_overlaps()
     if not layout.tensors:
         raise CheckpointError(f"'{path}' holds no tensors")
-    return _FORMATS[kind], source, layout
+    return kind, source, layout
 
 
-def _open_folder(folder: Path) -> Checkpoint:
-    files = find_weights(folder)
+def _open_folder(folder: Path, limits: Limits) -> Checkpoint:
+    names = names_in(folder)
+    if is_distributed(names):
+        own = {name for name in names if name.endswith(ENDING)}
+        sizes = {name: n_bytes for name, n_bytes in sizes_in(folder).items() if name not in own}
+        return open_distributed(folder, names, sizes, limits)
+    files = find_weights(folder, names, limits)
     parts: list[tuple[ByteSource, Layout]] = []
     shards: list[Json] = []
     owner: dict[str, str] = {}
     with ExitStack() as stack:
         for shard in files.shards:
-            format_, source, layout = _open_file(folder / shard, stack)
+            format_, source, layout = _open_file(folder / shard, stack, limits)
             for info in layout.tensors:
                 if owner.setdefault(info.name, shard) != shard:
                     raise CheckpointError(f"'{folder}': tensor '{info.name}' is in both {owner[info.name]} and {shard}")
@@ -82,8 +81,10 @@ def _open_folder(folder: Path) -> Checkpoint:
             found = {shard: tuple(layout.views) for shard, (_, layout) in zip(files.shards, parts, strict=True)}
             check_index(folder, files.index, found)
         stack.pop_all()
-    skeleton: dict[str, Json] = {"source": "folder", "shards": shards}
+    skeleton: dict[str, Json] = {"source": formats.FOLDER, "shards": shards}
+    stamps: tuple[Stamp, ...] = ()
     if files.index:
         n_bytes = sum(info.n_bytes for _, layout in parts for info in layout.tensors if info.alias_of is None)
+        stamps = (stamp_of(folder / files.index.name),)
         skeleton["index"] = {"file": files.index.name, "metadata": files.index.metadata, "n_bytes": n_bytes}
-    return Checkpoint(folder, "folder", tuple(parts), skeleton, files.side_files)
+    return Checkpoint(folder, formats.FOLDER, tuple(parts), skeleton, files.side_sizes, stamps)

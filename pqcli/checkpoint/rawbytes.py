@@ -22,12 +22,7 @@ def write_bytes(file: BinaryIO, tensor: torch.Tensor, info: TensorInfo) -> int:
     """
     import torch
 
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if tuple(tensor.shape) != info.shape or dtype != info.dtype:
-        raise OutputError(
-            f"tensor '{info.name}' was announced as {info.dtype} {list(info.shape)} and came as "
-            f"{dtype} {list(tensor.shape)}"
-        )
+    check_announced(tensor, info)
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     crc = 0
     if dense.numel():
@@ -37,3 +32,13 @@ def write_bytes(file: BinaryIO, tensor: torch.Tensor, info: TensorInfo) -> int:
             file.write(part)
             crc = zlib.crc32(part, crc)
     return crc
+
+
+def check_announced(tensor: torch.Tensor, info: TensorInfo) -> None:
+    """Raise `OutputError` unless the tensor has the shape and the dtype of `info`."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tuple(tensor.shape) != info.shape or dtype != info.dtype:
+        raise OutputError(
+            f"tensor '{info.name}' was announced as {info.dtype} {list(info.shape)} and came as "
+            f"{dtype} {list(tensor.shape)}"
+        )

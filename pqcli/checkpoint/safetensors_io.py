@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from pqcli.checkpoint.limits import Budget
+
 DTYPE_OF_CODE = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
@@ -37,6 +40,8 @@ CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _METADATA = "__metadata__"
+_FOR_TORCH = {"format": "pt"}
+"""The metadata without which transformers refuses a safetensors file."""
 _CONTAINER = "pqcli"
 """The metadata's `format` in what pqcli itself writes."""
 
@@ -56,7 +61,7 @@ def read_safetensors(source: ByteSource) -> Layout:
         raise CheckpointError(
             f"its header claims {header_bytes:,} bytes, it has {source.n_bytes:,}; it is truncated, fetch it again"
         )
-    header = _parse(source.bytes_at(8, header_bytes))
+    header = _parse(source.bytes_at(8, header_bytes), source.budget)
     metadata = header.pop(_METADATA, None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
@@ -89,6 +94,26 @@ def read_safetensors(source: ByteSource) -> Layout:
             f"its header describes {start + end:,} bytes, the file has {source.n_bytes:,}; it is {problem}"
         )
     return Layout(tuple(infos), views, {"metadata": metadata} if metadata is not None else {})
+
+
+def begins(head: bytes, n_bytes: int) -> bool:
+    """Whether a file begins as a safetensors: a plausible length, then a JSON object."""
+    if len(head) <= 9 or head[8:9] != b"{":
+        return False
+    (header_bytes,) = struct.unpack("<Q", head[:8])
+    # a length that exceeds the file is a truncated download as long as the length itself is plausible
+    return bool(header_bytes <= n_bytes or header_bytes < 1 << 32)
+
+
+def prepare(
+    tensors: Sequence[TensorInfo], read: Callable[[str], torch.Tensor], skeleton: dict[str, Any]
+) -> Callable[[BinaryIO], int]:
+    """Writes flat names, and the metadata of the skeleton where there is one; tied tensors become copies."""
+    check_writable(tensors)
+    metadata = skeleton.get("metadata") if skeleton else _FOR_TORCH
+    if metadata is not None and any(not isinstance(value, str) for value in metadata.values()):
+        raise TypeError("metadata that is no text")
+    return lambda file: write_safetensors(file, tensors, read, metadata)
 
 
 def check_writable(tensors: Sequence[TensorInfo]) -> None:
@@ -144,17 +169,16 @@ def write_safetensors(
     return start + position
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes, budget: Budget) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise CheckpointError(f"its header has the name {_quoted(twice)} twice; the file is damaged")
         return table
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        header = budget.json(text, object_pairs_hook=unique)
         json.dumps(header, ensure_ascii=False).encode("utf-8")  # lone surrogates, which no other file can hold
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its header is no JSON ({str(error)[:100]}); the file is damaged") from error

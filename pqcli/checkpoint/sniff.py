@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import re
 import stat
-import struct
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from pqcli.checkpoint import formats
 from pqcli.checkpoint.bytesource import reading
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-Kind = Literal["zip", "legacy", "safetensors", "folder"]
-
 HEAD_BYTES = 4096
-_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How every torch.save file before 1.6 begins: a pickle (after its protocol bytes) of one magic number."""
 
 _EXPORT = "export the weights with its own library first (for instance with transformers' save_pretrained)"
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
@@ -42,38 +38,27 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def sniff(path: Path) -> Kind:
-    """The kind of checkpoint at `path`; raises `CheckpointError` saying what it is instead."""
+def sniff(path: Path) -> str:
+    """The name of the format of the file at `path`, "folder" for a folder.
+
+    Raises `CheckpointError` where it is neither, saying what it is instead.
+    """
     with reading(path):
         try:
             mode = path.stat().st_mode
         except ValueError as error:
             raise CheckpointError("a file name cannot contain a null byte") from error
         if stat.S_ISDIR(mode):
-            return "folder"
+            return formats.FOLDER
         if not stat.S_ISREG(mode):
             raise CheckpointError(f"'{path}' is a device, pipe or socket; name an ordinary file or a folder")
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
         n_bytes = path.stat().st_size
-    kind = kind_of(head, n_bytes)
-    if kind is None:
+    found = formats.recognised(head, n_bytes)
+    if found is None:
         raise CheckpointError(f"'{path}' is {_foreign(head, n_bytes)}")
-    return kind
-
-
-def kind_of(head: bytes, n_bytes: int) -> Literal["zip", "legacy", "safetensors"] | None:
-    """The kind of checkpoint that begins with `head`, or None."""
-    if head.startswith(b"PK\x03\x04"):
-        return "zip"
-    if head[:1] == b"\x80" and _LEGACY_MAGIC in head[2:24]:  # protocol 4 puts a frame before it
-        return "legacy"
-    if len(head) > 9 and head[8:9] == b"{":
-        (header_bytes,) = struct.unpack("<Q", head[:8])
-        # A length that exceeds the file is a truncated download as long as the length itself is plausible
-        if header_bytes <= n_bytes or header_bytes < 1 << 32:
-            return "safetensors"
-    return None
+    return found.name
 
 
 def _foreign(head: bytes, n_bytes: int) -> str:
@@ -103,7 +88,8 @@ def _foreign(head: bytes, n_bytes: int) -> str:
         return f"a TensorFlow Lite model; {_EXPORT}"
     if not head.strip(b"\x00"):
         return f"full of zeros ({n_bytes:,} bytes); the download did not finish"
-    return "not a checkpoint that pqcli knows (.pt/.pth/.bin/.th of torch.save, .safetensors, or a Hugging Face folder)"
+    known = ", ".join(row.title for row in formats.FORMATS.values())
+    return f"not a checkpoint that pqcli knows ({known}, or a Hugging Face folder)"
 
 
 def _text_kind(text: bytes) -> str | None:

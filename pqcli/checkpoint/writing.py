@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pqcli.atomic import atomic_writer, check_target, final_path, output_errors, sync_folder
+from pqcli.checkpoint import formats
 from pqcli.checkpoint.folder import bare_name, is_weights_name
-from pqcli.checkpoint.pt.tree import TensorSlot, rebuild
-from pqcli.checkpoint.pt.writer import write_pt
-from pqcli.checkpoint.safetensors_io import check_writable, write_safetensors
 from pqcli.errors import ContainerError, OutputError
 
 if TYPE_CHECKING:
@@ -32,9 +30,6 @@ if TYPE_CHECKING:
     from pqcli.tensors.info import TensorInfo
 
     Read = Callable[[str], torch.Tensor]
-
-_FOR_TORCH = {"format": "pt"}
-"""The metadata without which transformers refuses a safetensors file."""
 
 
 def write(
@@ -58,7 +53,7 @@ def write(
     Raises `OutputError` where the target or the format will not take it, `ContainerError` where the skeleton does not
     fit the tensors.
     """
-    if format == "folder":
+    if format == formats.FOLDER:
         return _write_folder(target, _folder_jobs(tensors, read, skeleton), force=force)
     check_target(target, force=force)
     job = _file_job(target.name, format, tensors, read, _own_skeleton(skeleton, format))
@@ -82,20 +77,9 @@ def _own_skeleton(skeleton: Json, format_: str) -> dict[str, Json]:
 
 def _file_job(name: str, format_: str, tensors: Sequence[TensorInfo], read: Read, skeleton: dict[str, Json]) -> _Job:
     _check_aliases(tensors)
-    if format_ == "safetensors":
-        check_writable(tensors)
-        metadata = skeleton.get("metadata") if skeleton else _FOR_TORCH
-        with _trusting_nothing():
-            if metadata is not None and any(not isinstance(value, str) for value in metadata.values()):
-                raise TypeError("metadata that is no text")
-        return _Job(name, lambda file: write_safetensors(file, tensors, read, metadata))
-    if format_ != "pt":
-        raise OutputError(f"unknown output format '{format_}'; use pt, safetensors or folder")
-    value: Any = {info.name: TensorSlot(info) for info in tensors}
-    if "tree" in skeleton:
-        with _trusting_nothing():
-            value = rebuild(skeleton["tree"], tensors)
-    return _Job(name, lambda file: write_pt(file, value, tensors, read))
+    row = formats.named(format_)
+    with _trusting_nothing():
+        return _Job(name, row.prepare(tensors, read, skeleton))
 
 
 def _check_aliases(tensors: Sequence[TensorInfo]) -> None:
@@ -125,7 +109,7 @@ def _trusting_nothing() -> Any:
 
 def _folder_jobs(tensors: Sequence[TensorInfo], read: Read, skeleton: Json) -> list[_Job]:
     """The files of the folder, the index last."""
-    own = _own_skeleton(skeleton, "folder")
+    own = _own_skeleton(skeleton, formats.FOLDER)
     if not own:
         return [_file_job("model.safetensors", "safetensors", tensors, read, {})]
     jobs: list[_Job] = []

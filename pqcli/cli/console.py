@@ -27,19 +27,16 @@ from rich.text import Text
 from pqcli.cli import readable
 from pqcli.cli.readable import elide, visible
 from pqcli.cli.tables import N_DROPPED, field_lines, plan_document, plan_table, record_table, report_table
-from pqcli.reports.reporting import Report
+from pqcli.jobs.events import Hook, ignore
+from pqcli.reports.figures import Report
 
 if TYPE_CHECKING:
-    from pqcli.jobs.pipeline import Preview
+    from pqcli.jobs.preview import Preview
 
 if TYPE_CHECKING:
-    from pqcli.codecs.rate.choosing import Choice
+    from pqcli.codecs.auto.choosing import Choice
 
 Format = Literal["table", "json", "csv", "html"]
-
-
-LEAST_NAME = 12
-"""Cells below which a progress bar does not show the tensor's name."""
 
 
 def safe(text: str) -> str:
@@ -118,8 +115,6 @@ class Console:
             for line in readable.kept_reasons(report, N_REASONS):
                 self.note(f"  {line}")
         self._dropped(report.dropped)
-        for warning in report.warnings:
-            self.warn(warning)
         if not report.quantized:
             self.warn("nothing was quantized; `pqcli plan` tells why for each tensor")
         else:
@@ -175,49 +170,18 @@ class Console:
         self._say("error: ", str(error) or type(error).__name__, "bold red")
 
     @contextmanager
-    def progress(self, total_work: int, label: str) -> Iterator[Progress]:
-        """Show how much of `total_work` (weights) is done, the rate and the time left, while the body runs.
+    def progress(self, label: str) -> Iterator[Hook]:
+        """A hook that shows, while the body runs, the stage, how much of it is done, the rate and the time left.
 
-        Shows nothing without a terminal, when quiet, or when JSON is asked for; `advance` works all the same.
+        Shows nothing without a terminal, when quiet, or when JSON is asked for; the hook may be called all the same.
         """
-        if self._quiet or self._json or total_work <= 0 or not (self._stderr.isatty() and self._err.is_interactive):
-            yield Progress()
+        if self._quiet or self._json or not (self._stderr.isatty() and self._err.is_interactive):
+            yield ignore
             return
-        from rich.progress import BarColumn, ProgressColumn, TextColumn
-        from rich.progress import Progress as RichProgress
+        from pqcli.cli.progress import bar
 
-        clock = self._clock
-        started = clock()
-        label = elide(visible(label), self._err.width // 3)
-        bar_width = 10 if self._err.width < 100 else 20
-        room = self._err.width - len(label) - bar_width - len(" 100%  999 M weights/s, 59:59 left  ")
-
-        class Speed(ProgressColumn):
-            """Work by second and the time left."""
-
-            def render(self, task: Any) -> Text:
-                spent = clock() - started
-                text = speed(task.completed, task.total, task.fields["latest"] - started, spent)
-                return Text(text, style="cyan", no_wrap=True)
-
-        bar = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=bar_width),
-            TextColumn("{task.percentage:>3.0f}%", markup=False),
-            Speed(),
-            TextColumn("{task.fields[current]}", style="dim", markup=False),
-            console=self._err,
-            transient=True,
-            redirect_stdout=False,  # results are printed after the bar has gone
-        )
-
-        def advance(work: int, name: str) -> None:
-            current = elide(visible(name), room) if room >= LEAST_NAME else ""
-            bar.update(task, advance=work, latest=clock(), current=current)
-
-        with bar:
-            task = bar.add_task(label, total=total_work, latest=started, current="")
-            yield Progress(advance)
+        with bar(self._err, elide(visible(label), self._err.width // 3), self._clock) as hook:
+            yield hook
 
     # --- how ------------------------------------------------------------------------------------------------------
 
@@ -248,32 +212,6 @@ class _Terminal(RichConsole):
     def on_broken_pipe(self) -> None:
         """Called by rich while a BrokenPipeError is handled."""
         raise
-
-
-class Progress:
-    """What the worker of a long task tells: that some work is done, and on what. Safe to call from any thread."""
-
-    def __init__(self, show: Callable[[int, str], None] | None = None) -> None:
-        self._show = show
-
-    def advance(self, work: int, name: str) -> None:
-        """`work` more units are done, the last of them on `name`."""
-        if self._show is not None:
-            self._show(work, name)
-
-
-def speed(done: float, total: float, latest: float, now: float) -> str:
-    """`5.2 M weights/s, 12 s left`, from the work done until `latest` of the `now` seconds that have passed.
-
-    Empty until something is done. Between two reports of progress the time left counts down; when the next one is
-    overdue, because one tensor holds a large share of the work, no time is promised.
-    """
-    if not done or latest <= 0:
-        return ""
-    rate = done / latest
-    left = (total - done) / rate - (now - latest)
-    promise = f"{readable.duration(left)} left" if left > 0 else "finishing" if done >= total else "? left"
-    return f"{readable.count(rate)} weights/s, {promise}"
 
 
 def _print(console: RichConsole, text: Text) -> None:

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 
 from pqcli.cli import readable
 from pqcli.cli.readable import elide, visible
-from pqcli.reports.reporting import DB_PER_BIT, Report, TensorReport
+from pqcli.reports.figures import DB_PER_BIT, Report, TensorReport
 from pqcli.version import __version__
 
 WIDTH, HEIGHT = 400.0, 250.0

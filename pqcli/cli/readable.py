@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
 
-from pqcli.reports.reporting import INT4_GROUP, Report
+from pqcli.reports.figures import INT4_GROUP, Report
 
 UNKNOWN = "-"
 

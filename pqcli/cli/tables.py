@@ -16,10 +16,10 @@ from rich.text import Text
 
 from pqcli.cli import readable
 from pqcli.cli.readable import elide, visible
-from pqcli.reports.reporting import Report
+from pqcli.reports.figures import Report
 
 if TYPE_CHECKING:
-    from pqcli.jobs.pipeline import Preview
+    from pqcli.jobs.preview import Preview
     from pqcli.plan.plan import PlanEntry
 
 N_NOTES = 4
@@ -192,7 +192,6 @@ def _notes(report: Report) -> list[Text]:
         for word, line in (("entropy", readable.entropy_line(report)), ("int4", readable.int4_line(report)))
         if line is not None
     ]
-    notes += [f"warning   {visible(warning)}" for warning in report.warnings]
     return [Text(), *(Text(note, style="dim") for note in notes)] if notes else []
 
 

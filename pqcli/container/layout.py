@@ -1,22 +1,25 @@
-"""Records -> entries and header of the safetensors file. Writer and prediction share it, so they cannot disagree."""
+"""The layout: which entries the safetensors file of a manifest has, where they lie, and how large it is.
+
+Planning, budgets and writing all ask here, so they cannot disagree.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
-import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs.coders import CODECS, MIXING, ROWS
+from pqcli.codecs import registry
+from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, manifest_bytes
 from pqcli.container.peek import MANIFEST
-from pqcli.container.records import HASH_BYTES, Manifest, Record, is_bundled
+from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.info import ITEM_BYTES
+from pqcli.tensors.records import Coded, Kept, Plain, Record
 
-VERSION: Final = 1
-KEPT_CODED: Final = "kept-coded"
-FEATURES: Final = frozenset({"pq", KEPT_CODED, MIXING, ROWS, *CODECS})
+SHORT_HASH_BYTES: Final = 4
+"""Bytes of a hash in files made to be small: one corrupted tensor in four billion goes unnoticed."""
 HASHES, ERRORS, ENTROPIES, KEPT, CODED = (
     "pqcli.hashes", "pqcli.errors", "pqcli.entropies", "pqcli.kept", "pqcli.coded",
 )  # fmt: skip
@@ -30,6 +33,11 @@ SAFETENSORS_DTYPES: Final = {
     "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
     "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
+
+
+def known_features() -> frozenset[str]:
+    """What a file may need that this version knows."""
+    return registry.features() | {KEPT_CODED}
 
 
 @dataclass(frozen=True)
@@ -49,76 +57,78 @@ class Entry:
         return size
 
 
-def tensor_entries(manifest: Manifest) -> list[Entry]:
-    """The entries that single tensors have for themselves."""
-    entries = []
-    for record in manifest.tensors:
-        info = record.info
-        if record.action == "pq":
-            codebook = Entry(
-                f"pq/{record.name}/codebook", record.codebook_dtype, (record.n_centroids or 0, record.block_size or 0)
-            )
-            packed = record.payload_bytes - codebook.n_bytes
-            entries += [codebook, Entry(f"pq/{record.name}/assignments", "uint8", (packed,))]
-        elif record.action == "keep" and not is_bundled(record):
-            if KEPT_CODED in manifest.features:
-                entries.append(Entry(f"keep/{record.name}", "uint8", (record.payload_bytes,)))
-            elif info.dtype in SAFETENSORS_DTYPES:
-                entries.append(Entry(f"keep/{record.name}", info.dtype, info.shape))
-            else:
-                entries.append(Entry(f"keep/{record.name}", "uint8", (info.n_bytes,)))
-    return entries
+@dataclass(frozen=True)
+class Layout:
+    """A file's header, as it is written, and its entries in the order of their data."""
+
+    header: bytes
+    entries: tuple[Entry, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(entry.n_bytes for entry in self.entries)
 
 
-def shared_entries(manifest: Manifest, kept_bytes: int | None = None, hash_bytes: int = HASH_BYTES) -> list[Entry]:
-    """The entries that all tensors share. `kept_bytes` is the length of `pqcli.kept` where it is coded."""
+def lay_out(manifest: Manifest, bundle_bytes: int | None = None) -> Layout:
+    """The layout of the file that is written for this manifest.
+
+    `bundle_bytes` is the length of `pqcli.kept`; None where small kept tensors are not coded, and it is their sum.
+    """
+    hash_bytes = SHORT_HASH_BYTES if KEPT_CODED in manifest.features else HASH_BYTES
+    entries = entries_of(manifest, bundle_bytes, hash_bytes, has_entropies=worth_entropies(manifest))
+    ordered = sorted(entries, key=lambda entry: (-ITEM_BYTES[entry.dtype], entry.key))  # the widest first: all aligned
+    return Layout(_header(ordered, manifest.features), tuple(ordered))
+
+
+def entries_of(manifest: Manifest, bundle_bytes: int | None, hash_bytes: int, *, has_entropies: bool) -> list[Entry]:
+    """The entries of a file with hashes of this length, in no particular order."""
     records = manifest.tensors
-    if kept_bytes is None:
-        kept_bytes = sum(record.info.n_bytes for record in records if is_bundled(record))
-    n_quantized = sum(record.quantized for record in records)
-    entries = [
-        Entry(KEPT, "uint8", (kept_bytes,)),
+    if bundle_bytes is None:
+        bundle_bytes = sum(record.info.n_bytes for record in records if record.is_bundled)
+    entries = [entry for record in records for entry in _own_entries(record, manifest.features)]
+    entries += [
+        Entry(KEPT, "uint8", (bundle_bytes,)),
         Entry(HASHES, "uint8", (len(records), hash_bytes)),
-        Entry(ERRORS, "float32", (n_quantized, 4)),
+        Entry(ERRORS, "float32", (sum(record.quantized for record in records), 4)),
         Entry(MANIFEST, "uint8", (len(manifest_bytes(manifest)),)),
     ]
     if manifest.coded:
-        entries.append(Entry(CODED, "uint8", (_coded_bytes(manifest),)))
+        entries.append(Entry(CODED, "uint8", (manifest.coded_bytes,)))
+    if has_entropies:
+        entries.append(_entropies_entry(manifest))
     return entries
-
-
-def entropies_entry(manifest: Manifest) -> Entry:
-    """The entropies of coded tensors; a file has them or not."""
-    return Entry(ENTROPIES, "float16", (sum(record.action in CODECS for record in manifest.tensors),))
 
 
 def worth_entropies(manifest: Manifest) -> bool:
     """Whether a file of coded tensors is large enough to tell their entropies."""
     if not manifest.coded:
         return False
-    return ENTROPIES_SHARE * (entropies_entry(manifest).n_bytes + _ENTRY_BYTES) <= _coded_bytes(manifest)
+    return ENTROPIES_SHARE * (_entropies_entry(manifest).n_bytes + _ENTRY_BYTES) <= manifest.coded_bytes
 
 
-def _coded_bytes(manifest: Manifest) -> int:
-    return int(manifest.coded["shared"] + sum(manifest.coded["streams"]))
+def _own_entries(record: Record, features: Iterable[str]) -> list[Entry]:
+    """The entries that a tensor has for itself."""
+    coding, info = record.coding, record.info
+    if isinstance(coding, Plain):
+        codebook = Entry(f"pq/{info.name}/codebook", coding.codebook_dtype, (coding.n_centroids, coding.block_size))
+        return [codebook, Entry(f"pq/{info.name}/assignments", "uint8", (record.assignment_bytes,))]
+    if not isinstance(coding, Kept) or record.is_bundled:
+        return []
+    if KEPT_CODED in features:
+        return [Entry(f"keep/{info.name}", "uint8", (record.payload_bytes,))]
+    if info.dtype in SAFETENSORS_DTYPES:
+        return [Entry(f"keep/{info.name}", info.dtype, info.shape)]
+    return [Entry(f"keep/{info.name}", "uint8", (info.n_bytes,))]
 
 
-def manifest_bytes(manifest: Manifest) -> bytes:
-    """The manifest as it is stored: fields with their default values are left out."""
-    defaults = {name: value.default for name, value in Record.__dataclass_fields__.items()}
-    plain = asdict(manifest)
-    plain["tensors"] = [
-        {key: value for key, value in record.items() if key not in defaults or value != defaults[key]}
-        for record in plain["tensors"]
-    ]
-    if not plain["coded"]:
-        del plain["coded"]
-    return zlib.compress(json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode(), 9)
+def _entropies_entry(manifest: Manifest) -> Entry:
+    """The entropies of coded tensors; a file has them or not."""
+    return Entry(ENTROPIES, "float16", (sum(isinstance(record.coding, Coded) for record in manifest.tensors),))
 
 
-def header(entries: Iterable[Entry], features: Iterable[str]) -> tuple[bytes, list[Entry]]:
-    """The safetensors header, and the entries in the order of their data: widest dtype first, so all are aligned."""
-    ordered = sorted(entries, key=lambda entry: (-ITEM_BYTES[entry.dtype], entry.key))
+def _header(ordered: Iterable[Entry], features: Iterable[str]) -> bytes:
+    """The safetensors header of entries that lie in this order."""
     meta = {"format": "pqcli", "version": str(VERSION), "features": ",".join(features)}
     head: dict[str, Any] = {"__metadata__": meta}
     offset = 0
@@ -129,23 +139,4 @@ def header(entries: Iterable[Entry], features: Iterable[str]) -> tuple[bytes, li
         offset = end
     text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, ordered
-
-
-def make_manifest(
-    source: dict[str, Any],
-    recipe: dict[str, Any],
-    records: Sequence[Record],
-    coded: dict[str, Any] | None = None,
-    features: Iterable[str] = (),
-) -> Manifest:
-    """The manifest of a file with these records, naming the features that they need, and `features` beside."""
-    needed = {record.action for record in records if record.quantized} | set(features)
-    return Manifest(VERSION, tuple(sorted(needed)), source, recipe, tuple(records), coded or {})
-
-
-def predict(manifest: Manifest) -> int:
-    """Size in bytes of the file that these records make: exactly what `Writer` will write for plain PQ."""
-    entries = tensor_entries(manifest) + shared_entries(manifest)
-    head, _ = header(entries, manifest.features)
-    return len(head) + sum(entry.n_bytes for entry in entries)
+    return struct.pack("<Q", len(text)) + text

@@ -14,26 +14,18 @@ from typing import Any, Self, overload
 import safetensors
 import torch
 
-from pqcli.codecs.coders import CODECS, Coded, Decoder, decoder
-from pqcli.container.layout import (
-    CODED,
-    ENTROPIES,
-    ERRORS,
-    FEATURES,
-    HASHES,
-    KEPT,
-    KEPT_CODED,
-    VERSION,
-    entropies_entry,
-    shared_entries,
-    tensor_entries,
-)
+from pqcli.codecs import registry
+from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
+from pqcli.codecs.rate.measuring import dense
+from pqcli.container.layout import CODED, ENTROPIES, ERRORS, HASHES, KEPT, entries_of, known_features
+from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, StoredManifest
 from pqcli.container.peek import MANIFEST, SUFFIX, check_container
-from pqcli.container.records import ACTIONS, HASH_BYTES, Manifest, Record, StoredError, is_bundled, tensor_hash
+from pqcli.core.digests import HASH_BYTES, tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.core.pq import packing, pq
 from pqcli.errors import ContainerError
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
+from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record, StoredError
 
 MAX_MANIFEST_BYTES = 1 << 28
 QUANTIZED_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -59,7 +51,7 @@ class Container:
         self._check_records()
         self._check_entries()
         self._decoder: Decoder | None = None
-        self._kept_bundle: dict[str, torch.Tensor] | None = None
+        self._bundle: dict[str, torch.Tensor] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +72,7 @@ class Container:
         return tuple(record.info for record in self.records)
 
     @property
-    def kept_bytes(self) -> int:
+    def bundle_bytes(self) -> int:
         """Length of `pqcli.kept`."""
         return self._shape(KEPT)[0]
 
@@ -99,7 +91,7 @@ class Container:
     def pq_tensor(self, name: str) -> pq.PQTensor:
         """Codebook and assignments of a tensor that plain PQ quantized, unpacked."""
         record = self.record(name)
-        if record.action != "pq":
+        if not isinstance(record.coding, Plain):
             raise ContainerError(f"{self.path}: tensor {name!r} has no codebook, its action is {record.action!r}")
         codebook = self._get(f"pq/{name}/codebook")
         packed = self._get(f"pq/{name}/assignments").numpy()
@@ -109,8 +101,8 @@ class Container:
             raise self._damaged(f"assignments of {name!r}: {error}") from None
         if assignments.size and int(assignments.max()) >= len(codebook):
             raise self._damaged(f"tensor {name!r} refers to centroid {assignments.max()} of {len(codebook)}")
-        dtype = getattr(torch, record.dtype)
-        return pq.PQTensor(record.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
+        dtype = getattr(torch, record.info.dtype)
+        return pq.PQTensor(record.info.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
 
     def entropy(self, name: str) -> float:
         """Bits that the symbols of a whole-checkpoint codec would take at their order-0 entropy, a table a tensor.
@@ -131,14 +123,9 @@ class Container:
         Raises ContainerError if its bytes are not those that compression saw (`check=False` skips this).
         """
         record = self.record(name)
-        if record.alias_of is not None:
-            return self.decode(record.alias_of, check=check)
-        if record.action == "keep":
-            tensor = self._kept(record)
-        elif record.action == "pq":
-            tensor = pq.decode(self.pq_tensor(name))
-        else:
-            tensor = self._coded(record)
+        if isinstance(record.coding, Alias):
+            return self.decode(record.coding.of, check=check)
+        tensor = _DECODERS[type(record.coding)](self, record)
         if check and not self.is_intact(name, tensor):
             raise self._damaged(f"tensor {name!r} decodes to other bytes than were compressed")
         return tensor
@@ -149,32 +136,35 @@ class Container:
 
     # --- tensors ------------------------------------------------------------------------------------------------------
 
+    def _plain(self, record: Record) -> torch.Tensor:
+        return pq.decode(self.pq_tensor(record.name))
+
     def _kept(self, record: Record) -> torch.Tensor:
-        if is_bundled(record):
-            if self._kept_bundle is None:
-                self._kept_bundle = self._unbundled()
-            return self._kept_bundle[record.name].clone()
+        if record.is_bundled:
+            if self._bundle is None:
+                self._bundle = self._unbundled()
+            return self._bundle[record.name].clone()
         data = self._get(f"keep/{record.name}")
         if KEPT_CODED in self.manifest.features:
             data = self._inflated(data, [record])[0]
-        return data.view(getattr(torch, record.dtype)).reshape(record.shape)
+        return data.view(getattr(torch, record.info.dtype)).reshape(record.info.shape)
 
     def _unbundled(self) -> dict[str, torch.Tensor]:
         """All tensors of `pqcli.kept`; they are small."""
-        records = [record for record in self.records if is_bundled(record)]
+        records = [record for record in self.records if record.is_bundled]
         data = self._get(KEPT)
         if KEPT_CODED in self.manifest.features:
             pieces = self._inflated(data, records)
         else:
             pieces = [piece.clone() for piece in data.split([record.info.n_bytes for record in records])]  # type: ignore[no-untyped-call]
         return {
-            record.name: piece.view(getattr(torch, record.dtype)).reshape(record.shape)
+            record.name: piece.view(getattr(torch, record.info.dtype)).reshape(record.info.shape)
             for record, piece in zip(records, pieces, strict=True)
         }
 
     def _inflated(self, data: torch.Tensor, records: Sequence[Record]) -> list[torch.Tensor]:
         """The bytes of kept tensors that were coded without loss."""
-        specs = [(ITEM_BYTES[record.dtype], record.info.numel) for record in records]
+        specs = [(ITEM_BYTES[record.info.dtype], record.info.numel) for record in records]
         try:
             pieces = lossless.decompress(data.numpy().tobytes(), specs)
             return [torch.from_numpy(p) if p.size else torch.empty(0, dtype=torch.uint8) for p in pieces]
@@ -182,24 +172,24 @@ class Container:
             raise self._damaged(f"kept tensor {records[0].name!r}: {error}") from None
 
     def _coded(self, record: Record) -> torch.Tensor:
-        """A tensor of a whole-checkpoint codec."""
         try:
-            matrix = torch.from_numpy(self._opened_decoder().matrix(record.name))
+            matrix = self._opened_decoder().matrix(record.name)
         except (ValueError, OverflowError) as error:
             raise self._damaged(f"tensor {record.name!r}: {error}") from None
-        dtype = getattr(torch, record.dtype)
-        return pq.saturated(matrix.reshape(record.shape), dtype)
+        return dense(matrix, record)
 
     def _opened_decoder(self) -> Decoder:
-        """The decoder of all coded tensors. Raises ValueError where their shared part is damaged."""
+        """The decoder of all streams. Raises ValueError where their shared part is damaged."""
         if self._decoder is None:
-            codec = self.manifest.coded["codec"]
-            sources = [other.source for other in self.records if other.action == codec]
-            self._decoder = decoder(codec, self._coded_bytes(), sources)
+            codec = load(self.manifest.coded["codec"])
+            if not isinstance(codec, StreamCodec):
+                raise ValueError(f"streams of {self.manifest.coded['codec']!r}, which has none")
+            sources = [source_of(other) for other in self.records if isinstance(other.coding, Coded)]
+            self._decoder = codec.decoder(self._streams(), sources)
         return self._decoder
 
-    def _coded_bytes(self) -> Coded:
-        """The coded bytes: what all tensors share now, a stream when it is asked for."""
+    def _streams(self) -> Streams:
+        """What all tensors share now, a stream when it is asked for."""
         lengths = [self.manifest.coded["shared"], *self.manifest.coded["streams"]]
         ends = list(accumulate(lengths, initial=0))
         data = self._file.get_slice(CODED)  # type: ignore[no-untyped-call]
@@ -208,7 +198,7 @@ class Container:
             found: bytes = data[start:stop].numpy().tobytes()
             return found
 
-        return Coded(fetch(0, ends[1]), _Streams(ends[1:], fetch))
+        return Streams(fetch(0, ends[1]), _Fetched(ends[1:], fetch))
 
     # --- structure ----------------------------------------------------------------------------------------------------
 
@@ -235,7 +225,7 @@ class Container:
             inflate = zlib.decompressobj()
             text = inflate.decompress(raw.numpy().tobytes(), MAX_MANIFEST_BYTES)
             plain = json.loads(text)
-            unknown = sorted(set(plain["features"]) - FEATURES)
+            unknown = sorted(set(plain["features"]) - known_features())
             version = plain["version"]
         except (zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(f"the manifest cannot be read ({error})") from error
@@ -243,11 +233,13 @@ class Container:
             what = f"features {', '.join(map(str, unknown))}" if unknown else f"format version {version}"
             raise ContainerError(f"{self.path}: needs {what}, which this pqcli does not know; install a newer pqcli")
         try:
-            return pydantic.TypeAdapter(Manifest).validate_json(text)
+            return pydantic.TypeAdapter(StoredManifest).validate_json(text).manifest()
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise self._damaged(f"manifest entry {place}: {first['msg']}") from None
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
 
     def _check_records(self) -> None:
         """Check what can be checked without reading payloads, so that decoding meets no surprise."""
@@ -257,20 +249,20 @@ class Container:
             if not (_makes_sense(record) and self._alias_leads_somewhere(record)):
                 raise self._damaged(f"the record of {record.name!r} makes no sense")
         coded = self.manifest.coded
-        actions = {record.action for record in self.records} & set(CODECS)
-        if actions != ({coded.get("codec")} if coded else set()):
+        codecs = {record.action for record in self.records if isinstance(record.coding, Coded)}
+        if codecs != ({coded.get("codec")} if coded else set()):
             raise self._damaged("the manifest does not describe its coded tensors")
         if coded and not _are_lengths([coded.get("shared"), *_list(coded.get("streams"))]):
             raise self._damaged("the manifest does not describe its streams")
 
     def _alias_leads_somewhere(self, record: Record) -> bool:
-        if record.alias_of is None:
-            return record.action != "alias"
-        target = self._by_name.get(record.alias_of)
-        if target is None or record.action != "alias":
+        if not isinstance(record.coding, Alias):
+            return True
+        target = self._by_name.get(record.coding.of)
+        other = None if target is None else self.records[target]
+        if other is None or isinstance(other.coding, Alias):
             return False
-        other = self.records[target]
-        return other.action != "alias" and (other.shape, other.dtype) == (record.shape, record.dtype)
+        return (other.info.shape, other.info.dtype) == (record.info.shape, record.info.dtype)
 
     def _check_entries(self) -> None:
         """Check that every entry is there with the shape that the manifest gives it; read hashes and errors."""
@@ -278,10 +270,8 @@ class Container:
         kept, hashes = shapes.get(KEPT, ()), shapes.get(HASHES, ())
         if len(kept) != 1 or len(hashes) != 2 or not 1 <= hashes[1] <= HASH_BYTES:
             raise self._damaged("kept tensors or hashes are missing")
-        kept_bytes = kept[0] if KEPT_CODED in self.manifest.features else None
-        expected = [*tensor_entries(self.manifest), *shared_entries(self.manifest, kept_bytes, hashes[1])]
-        if ENTROPIES in self._keys:
-            expected.append(entropies_entry(self.manifest))
+        bundle_bytes = kept[0] if KEPT_CODED in self.manifest.features else None
+        expected = entries_of(self.manifest, bundle_bytes, hashes[1], has_entropies=ENTROPIES in self._keys)
         for entry in expected:
             if entry.key != MANIFEST and (entry.key not in self._keys or self._shape(entry.key) != entry.shape):
                 raise self._damaged(f"entry {entry.key!r} is missing or has the wrong shape")
@@ -290,14 +280,14 @@ class Container:
         self._errors = {
             name: StoredError(*row) for name, row in zip(quantized, self._get(ERRORS).tolist(), strict=True)
         }
-        coded = [record.name for record in self.records if record.action in CODECS]
+        coded = [record.name for record in self.records if isinstance(record.coding, Coded)]
         bits = self._get(ENTROPIES).tolist() if ENTROPIES in self._keys else []
         if not all(math.isfinite(value) and value >= 0 for value in bits):
             raise self._damaged("an entropy is no number of bits")
         self._entropies: dict[str, float] = dict(zip(coded, bits, strict=True)) if bits else {}
 
 
-class _Streams(Sequence[bytes]):
+class _Fetched(Sequence[bytes]):
     """The streams of a container, each fetched when it is asked for."""
 
     def __init__(self, ends: Sequence[int], fetch: Callable[[int, int], bytes]) -> None:
@@ -319,23 +309,31 @@ class _Streams(Sequence[bytes]):
 
 
 def _makes_sense(record: Record) -> bool:
-    """Whether a record can be true: known action and dtype, a matrix of the tensor's size, blocks that fit it."""
-    if record.action not in ACTIONS or record.dtype not in ITEM_BYTES or min(record.shape, default=0) < 0:
+    """Whether a record can be true: known codec and dtype, a matrix of the tensor's size, blocks that fit it."""
+    info, coding = record.info, record.coding
+    if info.dtype not in ITEM_BYTES or min(info.shape, default=0) < 0:
         return False
-    if record.coded_bytes is not None and record.coded_bytes < 0:
+    if isinstance(coding, Kept | Coded) and coding.n_bytes is not None and coding.n_bytes < 0:
         return False
-    if not record.quantized:
+    if not isinstance(coding, Plain | Coded):
         return True
-    if record.dtype not in QUANTIZED_DTYPES or not record.shape or (record.rows or 0) < 0:
+    if info.dtype not in QUANTIZED_DTYPES or not info.shape or (coding.rows or 0) < 0:
         return False
     rows, columns = record.matrix_shape
-    if rows * columns != record.info.numel or record.kernel < 1 or columns % record.kernel:
+    if rows * columns != info.numel:
         return False
-    if record.action != "pq":
-        return True
-    block_size, n_centroids = record.block_size or 0, record.n_centroids or 0
-    fits = 1 <= block_size <= columns and 1 <= n_centroids <= 1 << packing.MAX_BITS
-    return fits and record.codebook_dtype in {"float16", "float32"}
+    if isinstance(coding, Coded):
+        return coding.codec in registry.with_streams() and coding.kernel >= 1 and columns % coding.kernel == 0
+    fits = 1 <= coding.block_size <= columns and 1 <= coding.n_centroids <= 1 << packing.MAX_BITS
+    return fits and coding.codebook_dtype in {"float16", "float32"}
+
+
+_DECODERS: dict[type[Coding], Callable[[Container, Record], torch.Tensor]] = {
+    Plain: Container._plain,  # noqa: SLF001 - the table of this module
+    Kept: Container._kept,  # noqa: SLF001
+    Coded: Container._coded,  # noqa: SLF001
+}
+"""How each kind of tensor is decoded; an alias is decoded as what it is another name of."""
 
 
 def _list(value: Any) -> list[Any]:

@@ -1,68 +1,42 @@
-"""`Writer`: encoded tensors -> file."""
+"""`Writer`: finished tensors -> file."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pqcli.atomic import atomic_writer, output_errors
-from pqcli.codecs.coders import Coded
-from pqcli.container.layout import (
-    CODED,
-    ENTROPIES,
-    ERRORS,
-    HASHES,
-    KEPT,
-    KEPT_CODED,
-    entropies_entry,
-    header,
-    make_manifest,
-    manifest_bytes,
-    shared_entries,
-    tensor_entries,
-    worth_entropies,
-)
+from pqcli.codecs.base import Piece, Streams
+from pqcli.codecs.kept import bundle
+from pqcli.container.layout import CODED, ENTROPIES, ERRORS, HASHES, KEPT, SHORT_HASH_BYTES, Layout, lay_out
+from pqcli.container.manifest import KEPT_CODED, Manifest, make_manifest, manifest_bytes
 from pqcli.container.peek import MANIFEST
-from pqcli.container.records import (
-    HASH_BYTES,
-    SHORT_HASH_BYTES,
-    Record,
-    StoredError,
-    is_bundled,
-    tensor_bytes,
-    tensor_hash,
-)
-from pqcli.core import metrics
-from pqcli.core.entropy import lossless
-from pqcli.core.pq import packing, pq
-from pqcli.tensors.info import ITEM_BYTES
+from pqcli.core.digests import HASH_BYTES
+from pqcli.tensors.records import Coded, Record, StoredError
 
 _COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class _Item:
-    """A tensor that was added; `entropy_bits` where it is coded; `bundled`: its bytes if they go to `pqcli.kept`."""
+class About:
+    """What a file says beside its tensors: their order, the source, the recipe."""
 
-    record: Record
-    digest: bytes
-    error: StoredError | None = None
-    entropy_bits: float | None = None
-    bundled: NDArray[np.uint8] | None = None
+    order: tuple[str, ...]
+    source: Mapping[str, Any]
+    recipe: Mapping[str, Any]
 
 
 @dataclass
 class Writer:
-    """Takes encoded tensors one by one, and makes the file of them at the end. Use as a context manager.
+    """Takes finished tensors one by one, and makes the file of them at the end. Use as a context manager.
 
     Payloads are spooled to a nameless temporary file beside the target, because the header, which comes first, is known
     only when all are there. Nothing appears at `target` before `finish`. A `compact` file codes kept tensors without
@@ -70,10 +44,12 @@ class Writer:
     """
 
     target: Path
+    about: About
     force: bool = False
     compact: bool = False
-    _items: dict[str, _Item] = field(default_factory=dict)
+    _pieces: dict[str, Piece] = field(default_factory=dict)
     _spooled: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _bundle: tuple[int, bytes] = (-1, b"")
 
     def __post_init__(self) -> None:
         with output_errors(self.target):
@@ -88,106 +64,74 @@ class Writer:
         with contextlib.suppress(OSError):  # a full disk fails once more, on what is still buffered
             self._spool.close()
 
-    def add_pq(self, record: Record, tensor: pq.PQTensor, decoded_hash: bytes, error: metrics.Error) -> None:
-        """A tensor as codebook and assignments."""
-        packed = packing.pack(tensor.assignments.numpy(), packing.n_bits(tensor.n_centroids))
-        self._put(f"pq/{record.name}/codebook", tensor_bytes(tensor.codebook))
-        self._put(f"pq/{record.name}/assignments", packed)
-        self._note(record, decoded_hash, error)
-
-    def add_coded(self, record: Record, decoded_hash: bytes, error: metrics.Error, entropy_bits: float) -> None:
-        """A tensor whose bytes are among those that `finish` is given."""
-        self._note(record, decoded_hash, error, entropy_bits)
-
-    def add_kept(self, record: Record, tensor: torch.Tensor) -> None:
-        """A tensor bit for bit."""
-        data, digest = tensor_bytes(tensor), tensor_hash(tensor)
-        if is_bundled(record):
-            self._items[record.name] = _Item(record, digest, bundled=data.copy())
-            return
-        if self.compact:
-            coded = lossless.compress([as_words(data, record.dtype)])
-            record = replace(record, coded_bytes=len(coded))
-            self._put(f"keep/{record.name}", coded)
-        else:
-            self._put(f"keep/{record.name}", data)
-        self._note(record, digest)
-
-    def add_alias(self, record: Record) -> None:
-        """Another name of a tensor that is there already."""
-        self._note(record, bytes(HASH_BYTES))
-
-    def records(self, order: Sequence[str]) -> list[Record]:
-        """The records of the tensors added so far, in this order of names."""
-        return [self._items[name].record for name in order if name in self._items]
-
-    @property
-    def kept_bytes(self) -> int:
-        """Length of `pqcli.kept` in the finished file."""
-        return self._spooled[KEPT][1]
-
-    def bundle(self, order: Sequence[str]) -> bytes:
-        """What `pqcli.kept` will hold, with the tensors in this order."""
-        bundled = [item for name in order if (item := self._items.get(name)) and item.bundled is not None]
-        if not self.compact:
-            return b"".join(item.bundled.tobytes() for item in bundled if item.bundled is not None)
-        return lossless.compress(
-            [as_words(item.bundled, item.record.dtype) for item in bundled if item.bundled is not None]
+    def add(self, piece: Piece) -> None:
+        """One finished tensor; its entries leave memory."""
+        for key, data in piece.entries:
+            self._put(key, [data])
+        self._pieces[piece.record.name] = Piece(
+            piece.record, piece.digest, bundled=piece.bundled, error=piece.error, use=piece.use
         )
 
-    def finish(
-        self,
-        order: Sequence[str],
-        source: dict[str, Any],
-        recipe: dict[str, Any],
-        codec: str | None = None,
-        coded: Coded | None = None,
-    ) -> int:
-        """Write the file with its tensors in this order; returns its size in bytes.
+    @property
+    def pieces(self) -> list[Piece]:
+        """The tensors added so far, in the file's order, without what has left memory."""
+        return [self._pieces[name] for name in self.about.order if name in self._pieces]
+
+    @property
+    def records(self) -> list[Record]:
+        """Their records."""
+        return [piece.record for piece in self.pieces]
+
+    @property
+    def bundle(self) -> bytes:
+        """What `pqcli.kept` holds of the tensors added so far; coded anew only where one has come since."""
+        bundled = [piece for piece in self.pieces if piece.bundled is not None]
+        if self._bundle[0] != len(bundled):
+            self._bundle = len(bundled), bundle(bundled, is_compact=self.compact)
+        return self._bundle[1]
+
+    def layout(self, codec: str = "", streams: Streams | None = None, coded: Sequence[Record] = ()) -> Layout:
+        """The layout of the file if it were finished with these streams; `coded` are records not added yet."""
+        return lay_out(self._manifest(codec, streams, coded), len(self.bundle))
+
+    def finish(self, codec: str = "", streams: Streams | None = None) -> int:
+        """Write the file; returns its size in bytes. `codec` names what made the streams.
 
         Raises OutputError where it cannot be written.
         """
-        items = [self._items[name] for name in order]
-        about: dict[str, Any] = {}
-        if coded is not None:
-            about = {"codec": codec, "shared": len(coded.shared), "streams": [len(stream) for stream in coded.streams]}
-            self._put_all(CODED, [coded.shared, *coded.streams])
-        features = [*([KEPT_CODED] if self.compact else []), *(coded.features if coded is not None else ())]
-        manifest = make_manifest(source, recipe, [item.record for item in items], about, features)
+        if streams is not None:
+            self._put(CODED, [streams.shared, *streams.streams])
+        manifest = self._manifest(codec, streams)
+        layout = lay_out(manifest, len(self.bundle))
+        pieces = self.pieces
         hash_bytes = SHORT_HASH_BYTES if self.compact else HASH_BYTES
-        self._put(KEPT, self.bundle(order))
-        self._put_all(HASHES, [item.digest[:hash_bytes] for item in items])
-        errors = [item.error for item in items if item.error is not None]
-        with np.errstate(over="ignore"):
-            rows = np.array([[e.rms, e.relative_mse, e.cosine, e.max_abs_error] for e in errors], "<f4")
-        self._put(ERRORS, rows.tobytes())
-        self._put(MANIFEST, manifest_bytes(manifest))
-        shared = shared_entries(manifest, self._spooled[KEPT][1], hash_bytes)
-        if worth_entropies(manifest):
-            shared.append(entropies_entry(manifest))
-            coded_items = [item for item in items if item.entropy_bits is not None]
-            densities = [(item.entropy_bits or 0.0) / max(item.record.info.numel, 1) for item in coded_items]
-            self._put(ENTROPIES, np.array(densities, "<f2").tobytes())
-        head, ordered = header(tensor_entries(manifest) + shared, manifest.features)
+        self._put(KEPT, [self.bundle])
+        self._put(HASHES, [piece.digest[:hash_bytes] for piece in pieces])
+        self._put(ERRORS, [_error_rows(pieces)])
+        self._put(MANIFEST, [manifest_bytes(manifest)])
+        if any(entry.key == ENTROPIES for entry in layout.entries):
+            self._put(ENTROPIES, [_entropy_densities(pieces)])
         with atomic_writer(self.target, force=self.force) as out:
-            out.write(head)
-            for entry in ordered:
+            out.write(layout.header)
+            for entry in layout.entries:
                 start, length = self._spooled[entry.key]
                 if length != entry.n_bytes:
                     raise ValueError(f"entry {entry.key!r} has {length} bytes where its records say {entry.n_bytes}")
                 self._spool.seek(start)
                 _copy(self._spool, out, length)
-        return len(head) + sum(entry.n_bytes for entry in ordered)
+        return layout.n_bytes
 
-    def _note(
-        self, record: Record, digest: bytes, error: metrics.Error | None = None, entropy_bits: float | None = None
-    ) -> None:
-        self._items[record.name] = _Item(record, digest, StoredError.of(error) if error else None, entropy_bits)
+    def _manifest(self, codec: str, streams: Streams | None, coded: Sequence[Record] = ()) -> Manifest:
+        known = {name: piece.record for name, piece in self._pieces.items()} | {record.name: record for record in coded}
+        records = [known[name] for name in self.about.order if name in known]
+        features = [KEPT_CODED] if self.compact else []
+        about: dict[str, Any] = {}
+        if streams is not None:
+            about = {"codec": codec, "shared": len(streams.shared), "streams": [len(data) for data in streams.streams]}
+            features += streams.features
+        return make_manifest(self.about.source, self.about.recipe, records, about, features)
 
-    def _put(self, key: str, data: bytes | NDArray[np.uint8]) -> None:
-        self._put_all(key, [data])
-
-    def _put_all(self, key: str, pieces: Iterable[bytes | NDArray[np.uint8]]) -> None:
+    def _put(self, key: str, pieces: Iterable[bytes | NDArray[np.uint8]]) -> None:
         with output_errors(self.target):
             start = self._spool.tell()
             for piece in pieces:
@@ -195,10 +139,20 @@ class Writer:
             self._spooled[key] = (start, self._spool.tell() - start)
 
 
-def as_words(data: NDArray[np.uint8], dtype: str) -> NDArray[np.generic]:
-    """The bytes of a tensor as unsigned words of its item size, which is all that the lossless coder looks at."""
-    size = ITEM_BYTES[dtype]
-    return data.view("V16" if size == 16 else f"<u{size}")
+def _error_rows(pieces: Sequence[Piece]) -> bytes:
+    errors = [StoredError.of(piece.error) for piece in pieces if piece.error is not None]
+    with np.errstate(over="ignore"):
+        return np.array([[e.rms, e.relative_mse, e.cosine, e.max_abs_error] for e in errors], "<f4").tobytes()
+
+
+def _entropy_densities(pieces: Sequence[Piece]) -> bytes:
+    """Bits by weight of every coded tensor at its order-0 entropy."""
+    coded = [
+        (piece.use.entropy_bits, piece.record.info.numel)
+        for piece in pieces
+        if piece.use and isinstance(piece.record.coding, Coded)
+    ]
+    return np.array([bits / max(numel, 1) for bits, numel in coded], "<f2").tobytes()
 
 
 def _copy(source: IO[bytes], target: IO[bytes], n_bytes: int) -> None:

@@ -15,6 +15,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pqcli.core.importance import Importance
+
 CHUNK = 1 << 15
 """Elements measured at a time: small enough for the cache, and for torch to stay on one thread."""
 
@@ -77,6 +79,27 @@ def compare(weight: Tensor, decoded: Tensor) -> Error:
             max_abs_error=max(-float(low), float(high)),
         )
     return total
+
+
+def weighted_squared_error(weight: Tensor, decoded: Tensor, importance: Importance | None) -> float:
+    """The squared error of two tensors of one shape, each weight's counted by its importance (None: 1).
+
+    `importance` is that of the tensors seen as a matrix (rows, columns); it is taken as it is, not normalised. Raises
+    ValueError where it does not have as many weights.
+    """
+    if importance is None:
+        return compare(weight, decoded).squared_error
+    n_rows, n_columns = importance.shape
+    if n_rows * n_columns != weight.numel():
+        raise ValueError(f"importance of {n_rows} x {n_columns} weights for a tensor of {weight.numel()}")
+    rows, columns = (torch.from_numpy(factors).double() for factors in (importance.rows, importance.columns))
+    a, b = weight.reshape(n_rows, n_columns), decoded.reshape(n_rows, n_columns)
+    step = max(1, CHUNK // max(n_columns, 1))
+    found = 0.0
+    for start in range(0, n_rows, step):
+        difference = a[start : start + step].double() - b[start : start + step].double()
+        found += float(difference.square_() @ columns @ rows[start : start + step])
+    return found
 
 
 def total(errors: Iterable[Error]) -> Error:

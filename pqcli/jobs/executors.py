@@ -8,11 +8,11 @@ free; the largest jobs start first, so that no device is left alone with a long 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TypeVar
+
+from pqcli.core.lookahead import in_order
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -46,19 +46,6 @@ def largest_first(
         finally:
             free.put(device)
 
-    waiting: deque[tuple[Future[Result], int]] = deque()
-    held = 0
-    pool = ThreadPoolExecutor(len(devices))
-    try:
-        for job in sorted(jobs, key=n_bytes, reverse=True):
-            size = n_bytes(job)
-            while waiting and held + size > in_flight_bytes:
-                future, freed = waiting.popleft()
-                yield future.result()
-                held -= freed
-            waiting.append((pool.submit(work, job), size))
-            held += size
-        while waiting:
-            yield waiting.popleft()[0].result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for a long EM to end
+    ordered = sorted(jobs, key=n_bytes, reverse=True)
+    # without join: an interrupt does not wait for a long EM to end
+    return in_order(ordered, work, len(devices), cost=n_bytes, budget=in_flight_bytes, join=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 ITEM_BYTES = {
@@ -21,7 +21,9 @@ class TensorInfo:
     `name` is unique in the checkpoint. `dtype` is torch's name without the prefix ("float32"). `alias_of` names the
     earlier tensor that this one shares its memory with (same storage, offset, shape and strides), or is None.
     `role` is "model" for a model's parameters and buffers, "other" for what belongs to the training run (optimizer
-    moments and the like) and is therefore never quantized unless a rule asks for it by name.
+    moments and the like) and is therefore never quantized unless a rule asks for it by name. `overlaps` names a group
+    of tensors (by its first) that are views of one storage and share some of their bytes with one another without
+    being the same: coded apart they would come back disagreeing.
     """
 
     name: str
@@ -29,6 +31,7 @@ class TensorInfo:
     dtype: str
     alias_of: str | None = None
     role: str = "model"
+    overlaps: str | None = field(default=None, compare=False)
 
     @property
     def numel(self) -> int:

@@ -20,8 +20,8 @@ from pathlib import Path
 import rate_distortion
 
 import pqcli
-from pqcli.codecs.coders import RATE_WEIGHT
 from pqcli.codecs.rate.budget import QUALITY_STEPS
+from pqcli.codecs.rate.steps import RATE_WEIGHT
 from pqcli.recipe.recipe import Recipe
 
 

@@ -10,9 +10,16 @@ Everybody is measured alike, from what decodes: relative MSE over all floating t
 bytes of the whole file, and bits per weight as these bytes less all other tensors as they were. NNCodec's figures hold
 such tensors beside its stream, uncompressed. Integers in groups lie in a safetensors file together with them, and so
 does what the packages gguf and hqq make of groups of weights, where they can be imported. Where figures
-of NNCodec are published for a checkpoint (it is recognized by its SHA-256), they are the anchors: every curve is
-compared with them at their bytes, by interpolating the logarithm of the error over the logarithm of the bytes. The
-scorer is a command that gets the path of a decoded checkpoint for `{}` and prints JSON.
+of NNCodec are published for a checkpoint (it is recognized by its SHA-256), they are the anchors, and every curve is
+compared with them twice:
+
+- at equal file bytes, as a user meets them. NNCodec's files hold the kept tensors raw, pqcli's hold them coded, which
+  is worth some of the gain;
+- at equal bits of the quantized weights: all that a file holds beside its kept tensors (pqcli's header and manifest
+  count, so does NNCodec's whole stream), divided by the number of weights. This compares the coders alone.
+
+Between the points of a curve the logarithm of the error is interpolated. The scorer is a command that gets the path of
+a decoded checkpoint for `{}` and prints JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +67,10 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Point:
-    """One file: who made it, how large it is, how far it is from the original."""
+    """One file: who made it, how large it is, how far it is from the original.
+
+    `bits` counts kept tensors as if they were raw, `coded_bits` as the file holds them; None where that is the same.
+    """
 
     codec: str
     setting: str
@@ -69,6 +79,12 @@ class Point:
     relative_mse: float
     seconds: float | None = None
     score: Mapping[str, float] = field(default_factory=dict)
+    coded_bits: float | None = None
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits per weight that everything but the kept tensors takes."""
+        return self.bits if self.coded_bits is None else self.coded_bits
 
 
 @dataclass(frozen=True)
@@ -174,12 +190,15 @@ def _pqcli(model: Model, codec: str, setting: str, recipe: Recipe) -> Iterator[P
     file = model.folder / "compressed.pq.safetensors"
     started = time.perf_counter()
     try:
-        pqcli.compress(model.path, file, recipe, force=True)
+        report = pqcli.compress(model.path, file, recipe, force=True)
     except PQError as error:
         print(f"{codec} {setting}: {error}", file=sys.stderr)
         return
     seconds = time.perf_counter() - started
-    yield model.point(codec, setting, file.stat().st_size, pqcli.load(file), seconds)
+    kept_bytes = sum(tensor.bytes for tensor in report.tensors if not tensor.quantized)
+    coded_bits = 8 * (report.compressed_bytes - kept_bytes) / report.n_quantized_weights
+    point = model.point(codec, setting, file.stat().st_size, pqcli.load(file), seconds)
+    yield replace(point, coded_bits=coded_bits)
 
 
 Packed = tuple[Tensors, torch.Tensor]
@@ -302,46 +321,61 @@ def is_installed(codec: str) -> bool:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def gap_db(curve: Sequence[Point], anchor: Point) -> float | None:
-    """How many dB less error a curve has at the anchor's bytes; None where it does not reach there.
+def gap_at_bytes(curve: Sequence[Point], anchor: Point) -> float | None:
+    """How many dB less error a curve has at the anchor's file bytes; None where it does not reach there.
 
-    Between points, the logarithm of the error is taken as linear in the logarithm of the bytes. A point that misses
-    the anchor's size by up to a percent is carried over to it with 6 dB a bit, so the end of a curve counts too.
+    A curve ends at the last size it was asked for, and may miss it by a percent: it is carried over with 6 dB a bit.
     """
-    points = sorted((math.log(point.n_bytes), math.log(max(point.relative_mse, 1e-30))) for point in curve)
-    x = math.log(anchor.n_bytes)
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+    places = [(math.log(point.n_bytes), _log_error(point)) for point in curve]
+    slope = -2 * math.log(2) * anchor.bits
+    return _gap_db(anchor, _interpolated(places, math.log(anchor.n_bytes), reach=0.011, slope=slope))
+
+
+def gap_at_bits(curve: Sequence[Point], anchor: Point) -> float | None:
+    """How many dB less error a curve has at the anchor's bits of the quantized weights; None where it ends short."""
+    places = [(point.weight_bits, _log_error(point)) for point in curve]
+    return _gap_db(anchor, _interpolated(places, anchor.weight_bits, reach=0.011 * anchor.bits, slope=-2 * math.log(2)))
+
+
+def _interpolated(places: Sequence[tuple[float, float]], x: float, *, reach: float, slope: float) -> float | None:
+    """The y of a curve at x, linear between its places; beyond its ends, as far as `reach`, with this slope."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(sorted(places)):
         if x0 <= x <= x1 and x0 < x1:
-            y = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-            break
-    else:
-        near = min(points, key=lambda point: abs(point[0] - x), default=(math.inf, 0.0))
-        if abs(near[0] - x) > 0.011:
-            return None
-        y = near[1] - 2 * math.log(2) * anchor.bits * (x - near[0])
-    return 10 * (math.log(anchor.relative_mse) - y) / math.log(10)
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    near = min(places, key=lambda place: abs(place[0] - x), default=(math.inf, 0.0))
+    return near[1] + slope * (x - near[0]) if abs(near[0] - x) <= reach else None
+
+
+def _log_error(point: Point) -> float:
+    return math.log(max(point.relative_mse, 1e-30))
+
+
+def _gap_db(anchor: Point, log_error: float | None) -> float | None:
+    return None if log_error is None else 10 * (math.log(anchor.relative_mse) - log_error) / math.log(10)
 
 
 def table(points: Sequence[Point]) -> str:
     """The curve as a Markdown table."""
     metrics = sorted({name for point in points for name in point.score if name != "n"})
-    lines = [" | ".join(["", "codec", "setting", "bytes", "bits", "relative MSE", "seconds", *metrics, ""]).strip()]
-    lines.append("|" + "---|" * (6 + len(metrics)))
+    heads = ["codec", "setting", "bytes", "bits", "bits of weights", "relative MSE", "seconds", *metrics]
+    lines = [" | ".join(["", *heads, ""]).strip(), "|" + "---|" * len(heads)]
     for point in sorted(points, key=lambda point: point.n_bytes):
         seconds = "" if point.seconds is None else f"{point.seconds:.1f}"
         scores = [f"{point.score[name]:.4g}" if name in point.score else "" for name in metrics]
-        cells = [point.codec, point.setting, f"{point.n_bytes:,}", f"{point.bits:.3f}", f"{point.relative_mse:.5f}"]
-        lines.append("| " + " | ".join([*cells, seconds, *scores]) + " |")
+        sizes = [f"{point.n_bytes:,}", f"{point.bits:.3f}", f"{point.weight_bits:.3f}"]
+        cells = [point.codec, point.setting, *sizes, f"{point.relative_mse:.5f}", seconds, *scores]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def gaps(curves: Mapping[str, Sequence[Point]], anchors: Sequence[Point]) -> str:
-    """The gap of every curve to every anchor as a Markdown table."""
-    lines = [f"dB less error than the anchor at its bytes. Anchors: {SOURCE}.", ""]
-    lines.append("| bytes | bits | anchor | " + " | ".join(curves) + " |")
-    lines.append("|" + "---|" * (3 + len(curves)))
+    """The gaps of every curve to every anchor as a Markdown table: at equal file bytes, at equal bits of weights."""
+    lines = [f"dB less error than the anchor. Anchors: {SOURCE}.", ""]
+    heads = [f"{name} at equal {what}" for name in curves for what in ("bytes", "bits")]
+    lines.append("| bytes | bits | anchor | " + " | ".join(heads) + " |")
+    lines.append("|" + "---|" * (3 + len(heads)))
     for anchor in anchors:
-        found = [gap_db(curve, anchor) for curve in curves.values()]
+        found = [gap(curve, anchor) for curve in curves.values() for gap in (gap_at_bytes, gap_at_bits)]
         cells = ["" if gap is None else f"{gap:+.2f}" for gap in found]
         lines.append(
             f"| {anchor.n_bytes:,} | {anchor.bits:.3f} | {anchor.relative_mse:.5f} | " + " | ".join(cells) + " |"
@@ -419,7 +453,7 @@ def read(path: Path) -> Tensors:
 def curves_of(model: Model, options: argparse.Namespace) -> dict[str, list[Point]]:
     """The points of every contestant, printed as they come."""
     original = model.path.stat().st_size
-    sizes = options.sizes or [a.n_bytes for a in model.anchors] or [original // ratio for ratio in RATIOS]
+    sizes = options.sizes or sizes_for(model) or [original // ratio for ratio in RATIOS]
     recipe = {} if options.objective is None else {"objective": options.objective}
     curves: dict[str, list[Point]] = {}
     runs = {name: CONTESTANTS[name](model, sizes, recipe) for name in options.codecs}
@@ -430,6 +464,13 @@ def curves_of(model: Model, options: argparse.Namespace) -> dict[str, list[Point
             print(json.dumps(asdict(point)), file=sys.stderr, flush=True)
             curves.setdefault(name, []).append(point)
     return curves
+
+
+def sizes_for(model: Model) -> list[int]:
+    """The anchors' bytes, and one size below them all, so that curves reach down to the anchors' bits as well."""
+    found = sorted(anchor.n_bytes for anchor in model.anchors)
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in model.others.values())
+    return [found[0] - kept, *found] if found else []
 
 
 def numbered(path: Path, index: int, n: int) -> Path:

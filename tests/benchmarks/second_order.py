@@ -139,7 +139,7 @@ def main():
             steps = {key: level * step for key, step in plan.steps.items()}
             rotations = plan.rotations(sources, read, steps)
             params = trellis.TrellisParams(level, args.states, RATE_WEIGHTS[name], mixing_gain=1.0)
-            return trellis.encode(sources, read, params, rotations, steps, 2, plan.rows)
+            return trellis.encode(sources, read, params, rotations, steps, second_order=plan.rows)
 
         def read(key):
             return weights[key].float().numpy()

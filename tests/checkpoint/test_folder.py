@@ -192,3 +192,93 @@ def test_a_skeleton_cannot_lead_out_of_its_folder(tmp_path, name):
         with pytest.raises(ContainerError, match="shard name"):
             checkpoint.write(tmp_path / "b", opened.tensors, opened.read, skeleton, format="folder")
     assert checkpoint.default_suffix("pt", {"source": "pt", "suffix": "/../x"}) == ".pt"
+
+
+# -- folders of trainers and libraries ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_an_adapter_is_what_is_meant_beside_a_trainers_files(tmp_path, ending):
+    weights = {"base_model.model.q_proj.lora_A.weight": torch.randn(4, 8)}
+    path = tmp_path / f"adapter_model.{ending}"
+    if ending == "bin":
+        torch.save(weights, path)
+    else:
+        save_file(weights, path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state.pth"):
+        torch.save({"state": torch.ones(3)}, tmp_path / name)
+    with checkpoint.open(tmp_path) as opened:
+        assert [info.name for info in opened.tensors] == list(weights)
+        assert "optimizer.pt" in opened.side_files
+        assert opened.side_bytes == sum(p.stat().st_size for p in tmp_path.iterdir() if p != path)
+
+
+def test_a_trainers_files_alone_are_no_weights(tmp_path):
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.ones(3)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="a folder without weights"):
+        checkpoint.open(tmp_path)
+
+
+def test_files_in_folders_of_the_folder_are_listed_with_their_size(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.ones(2)}, tmp_path / "2_Dense" / "model.safetensors")
+    (tmp_path / "2_Dense" / "config.json").write_text("{}")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("x")
+    (tmp_path / "README.md").write_text("hello")
+    with checkpoint.open(tmp_path) as opened:
+        assert opened.side_files == ("README.md", "2_Dense/config.json", "2_Dense/model.safetensors")
+        assert opened.side_sizes["2_Dense/config.json"] == 2
+
+
+@pytest.mark.parametrize("index", ["model_index.json", None])
+def test_weights_in_folders_of_the_folder_are_pointed_to(tmp_path, index):
+    for part in ("unet", "vae", "scheduler"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    save_file({"w": torch.ones(2)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    torch.save({"w": torch.ones(2)}, tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    if index:
+        (tmp_path / index).write_text("{}")
+    with pytest.raises(CheckpointError, match="its weights lie in unet/, vae/: name one") as caught:
+        checkpoint.open(tmp_path)
+    assert ("diffusers pipeline" in str(caught.value)) == bool(index)
+    checkpoint.open(tmp_path / "unet").close()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zero_to_fp32.py", "a DeepSpeed checkpoint.*zero_to_fp32.py"),
+        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "a DeepSpeed checkpoint"),
+        ("bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt", "a DeepSpeed checkpoint"),
+        ("mp_rank_00_model_states.pt", "a DeepSpeed or Megatron checkpoint"),
+        ("layer_02-model_00-model_states.pt", "a DeepSpeed or Megatron checkpoint"),
+        ("model_world_size_8_rank_0.pt", "an FSDP checkpoint.*FULL_STATE_DICT"),
+        ("__0_0.distcp", "distributed checkpoint.*dcp_to_torch"),
+    ],
+)
+def test_a_training_frameworks_folder_is_told_and_never_read_in_part(tmp_path, name, message):
+    torch.save({"module": {"w": torch.ones(2)}}, tmp_path / "lonely.pt")
+    torch.save({"w": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "tf_model.h5", "flax_model.msgpack", "model.onnx", "w.NPZ"])
+def test_a_lone_checkpoint_beside_weights_of_another_kind_must_be_named(tmp_path, name):
+    torch.save({"w": torch.ones(2)}, tmp_path / "lonely.pt")
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"does not read; name lonely\.pt itself"):
+        checkpoint.open(tmp_path)
+    checkpoint.open(tmp_path / "lonely.pt").close()
+
+
+def test_a_loop_of_links_between_folders_ends(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "self").symlink_to(tmp_path)
+    with checkpoint.open(tmp_path) as opened:
+        assert opened.side_files == ()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
+import functools
+import importlib
 import io
+import operator
 import os
 import pathlib
 import pickle
 import random
 import struct
+import subprocess
+import webbrowser
 import zipfile
 
 import numpy as np
@@ -20,15 +24,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pqcli import checkpoint
-from pqcli.checkpoint.pt import tree
 from pqcli.errors import CheckpointError, ContainerError
 from pqcli.tensors.info import TensorInfo
 from tests.checkpoint.checkpoint_cases import nested_checkpoint
 
 
-def refused(path, message):
+def refused(path, message, limits=None):
     with pytest.raises(CheckpointError, match=message) as caught:
-        checkpoint.open(path).close()
+        checkpoint.open(path, limits=limits).close()
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -99,10 +102,16 @@ class Evil:
     ("value", "name"),
     [
         (Evil(), "posix.system"),
-        (argparse.Namespace(lr=1), "argparse.Namespace"),
-        (pathlib.PurePosixPath("x"), "pathlib.PurePosixPath"),
-        (collections.defaultdict(list, a=[1]), "collections.defaultdict"),
-        (np.ones(3), "_reconstruct"),
+        (os.getcwd, "posix.getcwd"),
+        (eval, "builtin__?s?.eval"),
+        (functools.partial(os.system, "true"), "posix.system"),
+        ([print], "builtin__?s?.print"),
+        ({"x": subprocess.Popen}, "commands.Popen"),
+        (importlib.import_module, "importlib.import_module"),
+        (pickle.loads, "pickle.loads"),
+        (webbrowser.open, "webbrowser.open"),
+        (collections.defaultdict(os.getcwd), "posix.getcwd"),
+        (operator.attrgetter("a.b"), "operator.attrgetter"),
     ],
 )
 def test_a_pickle_that_needs_code_is_refused_by_name(tmp_path, value, name, zipped):
@@ -117,7 +126,7 @@ def test_a_whole_pickled_model_is_explained(tmp_path):
 
 
 def test_what_torch_refuses_is_what_its_own_list_says(tmp_path):
-    torch.save({"w": torch.ones(2), "x": [argparse.Namespace(), pathlib.PurePosixPath("x")]}, tmp_path / "a.pt")
+    torch.save({"w": torch.ones(2), "x": [os.getcwd, pickle.loads]}, tmp_path / "a.pt")
     for name in torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "a.pt"):
         refused(tmp_path / "a.pt", name)
 
@@ -165,9 +174,8 @@ PROTO = b"\x80\x02"
         (PROTO + b"c" + b"a" * 100_000 + b".", "damaged"),
     ],
 )
-def test_a_hostile_pickle_is_refused_at_once(tmp_path, pickled, message, monkeypatch):
-    monkeypatch.setattr(tree, "_MAX_NODES", 20_000)
-    refused(zip_around(tmp_path / "a.pt", pickled), message)
+def test_a_hostile_pickle_is_refused_at_once(tmp_path, pickled, message):
+    refused(zip_around(tmp_path / "a.pt", pickled), message, limits=checkpoint.Limits(n_entries=20_000))
 
 
 class Storage:

@@ -28,6 +28,8 @@ from pqcli import checkpoint
 rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 source, target, format_ = sys.argv[1:]
 import torch
+
+pytestmark = pytest.mark.slow
 torch.ones(1000).sum()
 before = rss()
 with checkpoint.open(source) as opened:

@@ -12,9 +12,11 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from pqcli.cli import readable
-from pqcli.cli.console import Console, safe, speed
+from pqcli.cli.console import Console, safe
+from pqcli.cli.progress import speed
 from pqcli.cli.tables import record_table, report_table
 from pqcli.errors import UsageError
+from pqcli.jobs.events import Event
 from tests.reports.minilm_report import minilm_report, preview, quantized, report_of
 
 EVIL = "[red]a\x1b[31m\u202egnp.exe\nerror: \udc80[/red] :warning: \u200b"
@@ -164,7 +166,7 @@ def test_a_plan_shows_action_and_reason_of_every_tensor_and_the_total(minilm):
 
 
 def test_with_json_stdout_is_one_document_whatever_is_shown(minilm):
-    report = replace(minilm, tensors=(quantized(EVIL),), warnings=("careful",))
+    report = replace(minilm, tensors=(quantized(EVIL),))
     for show, field in [("report", "compressed_bytes"), ("summary", "ratio")]:
         spoken = Spoken(json=True)
         getattr(spoken.console, show)(report)
@@ -181,7 +183,7 @@ def test_with_json_stdout_is_one_document_whatever_is_shown(minilm):
 
 def test_the_summary_is_one_line_on_stdout_and_the_rest_on_stderr(minilm):
     spoken = Spoken()
-    spoken.console.summary(replace(minilm, dropped=("optimizer (a set)",), warnings=("careful",)))
+    spoken.console.summary(replace(minilm, dropped=("optimizer (a set)",)))
     assert spoken.out == (
         "model.safetensors 90.9 MB -> model.pq.safetensors 3.14 MB  28.9x  1.06 bits/weight  "
         "relative MSE 0.301  in 4.2 s\n"
@@ -189,7 +191,6 @@ def test_the_summary_is_one_line_on_stdout_and_the_rest_on_stderr(minilm):
     assert "kept bit-exact: 65 of 104 tensors" in spoken.err
     assert "warning: not in the compressed file" in spoken.err
     assert "optimizer (a set)" in spoken.err
-    assert "warning: careful" in spoken.err
     assert "pqcli report model.pq.safetensors" in spoken.err
 
 
@@ -197,8 +198,8 @@ def test_quiet_silences_all_but_warnings_errors_and_the_asked_for_result(minilm)
     spoken = Spoken(quiet=True)
     spoken.console.summary(minilm)
     spoken.console.note("by the way")
-    with spoken.console.progress(10, "Compressing") as progress:
-        progress.advance(10, "a")
+    with spoken.console.progress("model.pt") as hook:
+        hook(Event("encoding", 10, 10, "a"))
     assert (spoken.out, spoken.err) == ("", "")
     spoken.console.summary(replace(minilm, dropped=("optimizer",)))
     assert "optimizer" in spoken.err
@@ -215,7 +216,7 @@ def test_compressing_nothing_is_said_aloud():
 def test_hostile_names_are_shown_harmlessly_everywhere():
     report = report_of(
         quantized(EVIL, reason=EVIL, scheme=EVIL, dtype=EVIL), replace(quantized(EVIL), action="keep", reason=EVIL),
-        dropped=(EVIL,), warnings=(EVIL,), output=EVIL, source=EVIL,
+        dropped=(EVIL,), output=EVIL, source=EVIL,
     )  # fmt: skip
     spoken = Spoken()
     console = spoken.console
@@ -271,10 +272,11 @@ def test_progress_shows_name_and_rate_on_a_terminal_and_nothing_elsewhere(monkey
     for flags, shown in [({"terminal": True}, True), ({"terminal": True, "json": True}, False), ({}, False)]:
         spoken = Spoken(width=120, **flags)
         monkeypatch.setenv("FORCE_COLOR", "1")  # colour without a terminal is no reason for a bar
-        with spoken.console.progress(1000, "Compressing [b]") as progress:
-            progress.advance(600, "layer.\x1bweight")
+        with spoken.console.progress("model[b].pt") as hook:
+            hook(Event("encoding", 0, 1000))
+            hook(Event("encoding", 600, 1000, "layer.\x1bweight"))
         assert spoken.out == ""
-        assert ("Compressing [b]" in spoken.err and "layer.\\x1bweight" in spoken.err) is shown
+        assert ("encoding" in spoken.err and "model[b].pt" in spoken.err and "layer.\\x1bweight" in spoken.err) is shown
         assert bool(spoken.err) is shown
 
 

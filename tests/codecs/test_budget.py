@@ -99,13 +99,16 @@ def test_noise_between_trials_does_not_exceed_the_target():
 
 
 def test_a_size_below_what_is_kept_exactly_is_an_error_that_says_how_small_it_gets():
-    with pytest.raises(BudgetError, match=r"bytes of at most 4,000 cannot be reached.* gives 5,000; what is kept"):
+    with pytest.raises(
+        BudgetError,
+        match=r"a file of 4,000 bytes or less cannot be reached.* gives a file of 5,000 bytes; what is kept",
+    ):
         find(Goal("bytes", 4_000, budget.TOLERANCE), Curve(gaussian_bytes(fixed=5_000)), UNIT)
 
 
 def test_an_error_below_what_the_codec_can_do_is_an_error():
     floor = Curve(lambda level: 1e-3 + uniform_error(level))
-    with pytest.raises(BudgetError, match=r"relative_mse of at most 0\.0001 cannot be reached"):
+    with pytest.raises(BudgetError, match=r"a relative MSE of 0\.0001 or less cannot be reached"):
         find(Goal("relative_mse", 1e-4, budget.ERROR_TOLERANCE), floor, UNIT)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import pqcli
 from pqcli import container
+from pqcli.container.manifest import StoredRecord
 
 FORMAT = Path(container.__file__).parents[1] / "FORMAT.md"
 
@@ -123,5 +124,5 @@ def test_the_table_of_entries_names_exactly_what_a_file_holds(tmp_path):
 
 def test_every_field_of_a_record_is_described_with_its_default(tmp_path):
     text = FORMAT.read_text(encoding="utf-8")
-    for field in dataclasses.fields(container.Record):
+    for field in dataclasses.fields(StoredRecord):
         assert f"`{field.name}`" in text, field.name

@@ -14,7 +14,7 @@ import zstandard
 from safetensors.numpy import load_file
 
 import pqcli
-from pqcli.codecs import coders as codecs
+from pqcli.codecs.trellis import session
 from pqcli.core.trellis.feedback import Feedback, RowSteps
 from pqcli.core.trellis.params import TrellisParams
 from pqcli.core.trellis.rotation import Rotations
@@ -628,7 +628,7 @@ def test_the_second_reader_reads_rows_with_steps_of_their_own(gain):
     second_order["rows"] = RowSteps(np.exp2(rng.normal(size=90)), 2)
     sources = [Source(key, matrix.shape, *matrix.shape) for key, matrix in weights.items()]
     params = TrellisParams(0.4, n_states=16, stream_weights=1 << 10, mixing_gain=gain)
-    encoded = encode(sources, weights.__getitem__, params, Rotations(), None, 2, second_order)
+    encoded = encode(sources, weights.__getitem__, params, Rotations(), None, second_order=second_order)
     about = {"shared": len(encoded.side), "streams": [len(stream) for stream in encoded.streams]}
     data = encoded.side + b"".join(encoded.streams)
     found = read_trellis(data, about, [(s.rows, s.columns, s.kernel) for s in sources])
@@ -640,7 +640,7 @@ def test_the_second_reader_reads_rows_with_steps_of_their_own(gain):
     ("quality", "effort", "gain"), [("small", 8, NEVER), ("small", 8, ALWAYS), ("near-lossless", 256, ALWAYS)]
 )
 def test_a_reader_written_from_the_specification_gets_the_same_tensors(tmp_path, monkeypatch, quality, effort, gain):
-    monkeypatch.setattr(codecs, "MIXING_GAINS", ((math.inf, gain),))
+    monkeypatch.setattr(session, "MIXING_GAINS", ((math.inf, gain),))
     generator = torch.Generator().manual_seed(0)
 
     def gaussian(*shape):

@@ -1,7 +1,5 @@
 """The documentation is part of the product: its examples run, its tables are complete, its links lead somewhere."""
 
-import ast
-import inspect
 import re
 import shlex
 import tomllib
@@ -11,45 +9,59 @@ import pytest
 from typer.main import get_command
 
 import pqcli
+from docs import generate
 from pqcli import errors
-from pqcli.cli.commands import EXIT_INTERRUPTED, app
+from pqcli.cli.commands import app
+from pqcli.cli.running import EXIT_INTERRUPTED
 from pqcli.codecs.rate.budget import QUALITY_STEPS
 from pqcli.container import layout
-from pqcli.recipe import recipe
+from pqcli.recipe import loading, recipe
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "pqcli"
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-FORMAT = (PACKAGE / "FORMAT.md").read_text(encoding="utf-8")
+DOCS = REPOSITORY / "docs"
+DOCUMENTS = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for path in (REPOSITORY / "README.md", PACKAGE / "FORMAT.md", *sorted(DOCS.glob("*.md")))
+}
+README = DOCUMENTS["README.md"]
+FORMAT = DOCUMENTS["pqcli/FORMAT.md"]
+CLI = DOCUMENTS["docs/cli.md"]
 ROOT = get_command(app)
 COMMANDS = ROOT.commands
 OF_ONE_COMMAND = [(name, parameter) for name, command in COMMANDS.items() for parameter in command.params]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def examples(language: str) -> list[tuple[str, str]]:
+    """(document, code) of every fenced block in this language."""
+    expression = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [(document, code) for document, text in DOCUMENTS.items() for code in expression.findall(text)]
 
 
-def rows(first_column: str) -> list[list[str]]:
-    """Cells of the README's table whose head begins with these words."""
-    lines = README.splitlines()
+def rows(text: str, first_column: str) -> list[list[str]]:
+    """Cells of the first table whose head begins with this word."""
+    lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
     table = []
     for line in lines[start + 2 :]:
         if not line.startswith("|"):
-            return table
+            break
         table.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
     return table
 
 
-def words(text: str) -> set[str]:
-    return set(re.findall(r"`([^`]+)`", text))
+def section(text: str, heading: str) -> str:
+    """What stands below a heading, up to the next of its kind."""
+    level = heading.split(" ")[0]
+    found = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^{level} |\Z)", text, re.DOTALL | re.MULTILINE)
+    assert found, heading
+    return found.group(1)
 
 
-def shown_commands() -> list[str]:
-    """Every call of pqcli that the README shows: on a line of its own, or in the table of commands."""
-    lines = re.findall(r"^(?: {4}|\$ | {4}\$ )(pqcli [a-z][^\n]*)$", README, re.MULTILINE)
-    return lines + [cells[2].strip("`") for cells in rows("command")]
+def shown_commands() -> list[tuple[str, str]]:
+    """(document, line) of every call of pqcli that stands on a line of its own."""
+    expression = re.compile(r"^(?: {4}|\$ | {4}\$ )(pqcli [a-z][^\n]*)$", re.MULTILINE)
+    return [(document, line) for document, text in DOCUMENTS.items() for line in expression.findall(text)]
 
 
 def parse(line: str) -> None:
@@ -63,11 +75,14 @@ def parse(line: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_and_an_example_that_parses(name):
+def test_every_command_has_help_and_examples_that_parse(name):
     command = COMMANDS[name]
     assert command.help
-    assert command.epilog.startswith(f"Example: pqcli {name}")
-    parse(command.epilog.removeprefix("Example: "))
+    examples_of_help = [line for line in command.epilog.splitlines() if line.strip()]
+    assert examples_of_help
+    for example in examples_of_help:
+        assert example.startswith(f"Example: pqcli {name}")
+        parse(example.removeprefix("Example: "))
 
 
 @pytest.mark.parametrize(("name", "parameter"), OF_ONE_COMMAND, ids=lambda value: getattr(value, "name", value))
@@ -76,130 +91,178 @@ def test_every_argument_and_option_has_help(name, parameter):
     assert parameter.help.endswith("."), f"{name} {parameter.name}: help is a sentence"
 
 
-# --- README -----------------------------------------------------------------------------------------------------------
+# --- what is generated ------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_lists_every_command_and_no_other():
-    assert {cells[0].strip("`") for cells in rows("command")} == set(COMMANDS)
+def test_generated_parts_say_what_the_code_says():
+    stale = [path.name for path in generate.outdated()]
+    assert not stale, f"{', '.join(stale)} differ from the code: run `make docs`"
 
 
-def test_the_readme_lists_every_option_with_the_commands_that_have_it():
-    table = {}
-    for options, commands, _ in rows("option | of"):
-        for option in re.findall(r"`(--?[a-z-]+)", options):
-            table[option] = set(COMMANDS) if commands == "all" else set(commands.split(", "))
-    found = {}
-    for name, parameter in OF_ONE_COMMAND:
+def test_every_part_that_can_be_generated_stands_in_one_document():
+    placed = [name for text in DOCUMENTS.values() for name in re.findall(r"<!-- generated: ([a-z ]+) -->", text)]
+    assert sorted(placed) == sorted(generate.PARTS)
+
+
+def test_a_generated_part_is_written_anew_and_the_rest_left_alone():
+    text = "before\n<!-- generated: layers -->\nold\n<!-- end of generated -->\nafter\n"
+    found = generate.regenerated(text)
+    assert found.startswith("before\n")
+    assert found.endswith("\nafter\n")
+    assert generate.layers() in found
+    assert "old" not in found
+    assert generate.regenerated(found) == found
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_reference_shows_every_option_of_a_command(name):
+    shown = section(CLI, f"### {name}")
+    for parameter in COMMANDS[name].params:
         for option in parameter.opts:
             if option.startswith("-"):
-                found.setdefault(option, set()).add(name)
+                assert re.search(rf"^\| `[^`]*{option}\b", shown, re.MULTILINE), option
+
+
+def test_the_options_of_pqcli_itself_are_told_of():
     for parameter in ROOT.params:
-        for option in parameter.opts:
-            found.setdefault(option, set()).add("pqcli")
-    assert table == found
+        assert f"{parameter.opts[0]}`" in CLI
 
 
-def test_every_call_that_the_readme_shows_parses():
-    shown = shown_commands()
-    assert len(shown) > 15
-    for line in shown:
-        parse(line)
+def test_the_reference_shows_every_setting_of_recipes_and_rules():
+    shown = set(re.findall(r"^\| `(\w+)` \|", DOCUMENTS["docs/recipes.md"], re.MULTILINE))
+    for kind in (recipe.Recipe, recipe.Rule):
+        assert set(kind.__dataclass_fields__) <= shown
 
 
-def test_the_readme_explains_every_exit_code():
-    codes = {0, EXIT_INTERRUPTED} | {
-        kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PQError)
-    }
-    assert {int(cells[0]) for cells in rows("code")} == codes
-
-
-def test_the_readme_names_every_preset():
-    assert {name for cells in rows("preset") for name in words(cells[0])} == set(recipe.preset_names())
-
-
-def test_the_readme_names_everything_public():
-    documented = set(re.findall(r"`pqcli\.(\w+)", " ".join(cells[0] for cells in rows("name"))))
-    assert documented == set(pqcli.__all__)
-
-
-def test_the_readme_shows_the_signature_of_every_public_function():
-    shown = {}
-    for call in words(" ".join(cells[0] for cells in rows("name"))):
-        if "(" in call:
-            function = ast.parse(f"def {call.removeprefix('pqcli.')}: pass").body[0]
-            shown[function.name] = ast.unparse(function.args)
-    functions = [name for name in pqcli.__all__ if inspect.isfunction(getattr(pqcli, name))]
-    assert set(shown) == set(functions)
-    for name in functions:
-        signature = inspect.signature(getattr(pqcli, name))
-        bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-        text = str(inspect.Signature(bare))
-        expected = ast.unparse(ast.parse(f"def f{text}: pass").body[0].args)
-        assert shown[name] == expected, name
-
-
-def test_the_readme_states_the_steps_behind_the_names_of_quality():
-    for name, step in QUALITY_STEPS.items():
-        assert f"`{name}` {step}" in README
+def test_the_reference_names_everything_public_with_its_signature():
+    shown = " ".join(cells[0] for cells in rows(DOCUMENTS["docs/python.md"], "name"))
+    assert set(re.findall(r"`pqcli\.(\w+)", shown)) == set(pqcli.__all__)
+    assert "`pqcli.decode(file, output=None, *, dtype=None, force=False, progress=None)`" in shown
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_module_table_lists_every_module(path):
-    relative = path.relative_to(PACKAGE)
-    if relative == Path("__init__.py"):
-        return
-    name = f"{relative.parent}/" if path.name == "__init__.py" else str(relative)
-    assert name in {word for cells in rows("module") for word in words(cells[0])}
+def test_the_architecture_names_every_module(path):
+    shown = section(DOCUMENTS["docs/architecture.md"], f"### {path.parent.relative_to(REPOSITORY).as_posix()}/")
+    assert path.name == "__init__.py" or f"- `{path.name}`: " in shown
 
 
-def test_the_module_table_lists_nothing_that_is_not_there():
-    for cells in rows("module"):
-        for word in words(cells[0]):
-            assert (PACKAGE / word).exists(), word
-
-
-def test_the_readme_shows_the_layers_that_import_linter_enforces():
+def test_the_architecture_shows_the_layers_that_import_linter_enforces():
     contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = "\n".join("    " + layer.replace("pqcli.", "") for layer in contracts[0]["layers"])
-    assert f"\n\n{layers}\n\n" in README
+    for layer in contracts[0]["layers"]:
+        assert f"    {layer.replace('pqcli.', '')}\n" in DOCUMENTS["docs/architecture.md"]
 
 
-def test_make_has_every_target_that_the_readme_tells_of():
-    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z]+)\b(?=`|  )", README)) <= targets
+# --- what is written by hand ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "folder"), [(README, REPOSITORY), (FORMAT, PACKAGE)], ids=["README", "FORMAT"])
-def test_links_lead_to_files_and_headings_that_exist(text, folder):
-    headings = {
-        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+def test_the_readme_is_short_enough_to_be_read():
+    assert len(README.splitlines()) <= 260
+
+
+def test_the_readme_has_a_sentence_for_every_folder():
+    shown = {folder: " ".join(rest) for folder, *rest in rows(README, "folder")}
+    for folder in sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}):
+        *above, name = folder.relative_to(PACKAGE).parts
+        if above:
+            assert f"`{name}/`" in shown[f"`pqcli/{'/'.join(above)}/`"], folder
+        else:
+            assert shown[f"`pqcli/{name}/`"], folder
+
+
+def test_the_readme_names_no_folder_that_is_not_there():
+    for folder, *_ in rows(README, "folder"):
+        assert (REPOSITORY / folder.strip("`")).is_dir(), folder
+
+
+def test_the_readme_leads_to_every_document():
+    linked = set(re.findall(r"\]\(([^)\s#]+)", section(README, "## Where to read more")))
+    assert linked == set(DOCUMENTS) - {"README.md"}
+
+
+def test_every_call_that_the_documents_show_parses():
+    shown = shown_commands()
+    assert len(shown) > 15
+    for document, line in shown:
+        try:
+            parse(line)
+        except Exception as error:
+            raise AssertionError(f"{document}: {line}") from error
+
+
+def test_every_exit_code_is_explained():
+    codes = {0, EXIT_INTERRUPTED} | {
+        kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PQError)
     }
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif not target.startswith("https://"):
-            assert (folder / target).is_file(), target
+    assert {int(cells[0]) for cells in rows(CLI, "code")} == codes
 
 
-def test_scripts_that_the_readme_names_exist():
-    for path in re.findall(r"(?:tests|configs|pqcli)/[\w/]+\.(?:py|md|yaml)", README):
+def test_the_steps_behind_the_names_of_quality_are_stated():
+    for name, step in QUALITY_STEPS.items():
+        assert f"`{name}` {step}" in CLI
+
+
+def test_make_has_every_target_that_the_documents_tell_of():
+    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    for document, text in DOCUMENTS.items():
+        assert set(re.findall(r"\bmake ([a-z]+)\b(?=`|  )", text)) <= targets, document
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that a forge gives a document's headings."""
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^#+ (.*)$", outside, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files_and_headings_that_exist(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", DOCUMENTS[document]):
+        if link.startswith("https://"):
+            continue
+        target, _, anchor = link.partition("#")
+        path = ((REPOSITORY / document).parent / target).resolve() if target else REPOSITORY / document
+        assert path.is_file(), link
+        if anchor:
+            assert anchor in headings(path.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_the_documents_name_exist(document):
+    for path in re.findall(r"(?<![\w/])(?:tests|configs|docs|pqcli)/[\w/]+\.(?:py|md|yaml)", DOCUMENTS[document]):
         assert (REPOSITORY / path).is_file(), path
 
 
-def test_the_python_of_the_readme_runs(model, monkeypatch):
+@pytest.mark.parametrize("document", sorted({document for document, _ in examples("python")} - {"pqcli/FORMAT.md"}))
+def test_the_python_of_the_documents_runs(document, model, monkeypatch):
     monkeypatch.chdir(model.parent)
     names: dict[str, object] = {}
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), names)
-    assert Path("model.decoded.pt").is_file()
+    for found, code in examples("python"):
+        if found == document:
+            exec(compile(code, document, "exec"), names)
+    assert Path("model.pq.safetensors").is_file()
 
 
-def test_the_recipes_of_the_readme_are_valid(tmp_path):
-    for i, text in enumerate(blocks("yaml")):
+def test_the_recipes_of_the_documents_are_valid(tmp_path):
+    found = examples("yaml")
+    assert found
+    for i, (_, text) in enumerate(found):
         path = tmp_path / f"recipe{i}.yaml"
         path.write_text(text, encoding="utf-8")
-        assert recipe.load(str(path)).rules
+        assert loading.load(str(path)).rules
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_documents_break_their_lines(document):
+    prose = re.sub(r"^```.*?^```", "", DOCUMENTS[document], flags=re.DOTALL | re.MULTILINE)
+    assert not [line for line in prose.splitlines() if len(line) > 125 and not line.startswith(("|", "    "))]
+
+
+def test_every_measurement_has_a_date():
+    text = DOCUMENTS["docs/measurements.md"]
+    tables = re.findall(r"<!-- table: ([\w-]+) -->(.*?)<!-- end of table: \1 -->", text, re.DOTALL)
+    assert len(tables) == text.count("<!-- table: ")
+    for name, table in tables:
+        assert re.search(r"2026-\d\d-\d\d|[A-Z][a-z]+ 2026", table), name
 
 
 # --- FORMAT -----------------------------------------------------------------------------------------------------------
@@ -208,13 +271,6 @@ def test_the_recipes_of_the_readme_are_valid(tmp_path):
 def test_the_specification_describes_exactly_the_features_there_are():
     found = re.search(r"^\| feature \|.*?\n\n", FORMAT, re.DOTALL | re.MULTILINE)
     assert found
-    assert set(re.findall(r"^\| `([^`]+)` \|", found.group(), re.MULTILINE)) == layout.FEATURES
-    for feature in layout.FEATURES:
+    assert set(re.findall(r"^\| `([^`]+)` \|", found.group(), re.MULTILINE)) == layout.known_features()
+    for feature in layout.known_features():
         assert re.search(rf"^## Feature `{feature}`", FORMAT, re.MULTILINE), feature
-
-
-def test_the_documents_break_their_lines():
-    for text in (README, FORMAT):
-        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-        long = [line for line in prose.splitlines() if len(line) > 125 and not line.startswith(("|", "    "))]
-        assert not long

@@ -279,14 +279,41 @@ def test_a_tensor_is_coded_alike_whatever_else_is_in_the_checkpoint(tmp_path, ne
     assert torch.equal(alone["conv.weight"], among["conv.weight"])
 
 
-def test_progress_is_told_every_weight_once(file):
-    done = []
-    report = pqcli.compress(file, recipe=QUICK, progress=lambda work, name: done.append((name, work)))
-    assert sum(work for _, work in done) == report.n_weights
-    assert {name for name, _ in done} == {tensor.name for tensor in report.tensors}
-    done.clear()
-    pqcli.decode(report.output, progress=lambda work, name: done.append((name, work)))
-    assert sum(work for _, work in done) == report.n_weights
+def ends(events):
+    """(stage, done, total) of every stage's last event; each stage starts at nothing and never goes back."""
+    last = {}
+    for event in events:
+        assert 0 <= event.done <= event.total
+        assert event.done == 0 or event.done >= last[event.stage].done
+        last[event.stage] = event
+    return {stage: (event.done, event.total) for stage, event in last.items()}
+
+
+def test_events_tell_every_stage_and_every_weight(file):
+    events = []
+    report = pqcli.compress(file, recipe=QUICK, progress=events.append)
+    kept = sum(tensor.n_weights for tensor in report.tensors if tensor.action == "keep")
+    found = ends(events)
+    assert found["keeping"] == (kept, kept)
+    assert found["encoding"] == (report.n_quantized_weights,) * 2
+    assert {event.name for event in events} >= {tensor.name for tensor in report.quantized}
+    events.clear()
+    pqcli.decode(report.output, progress=events.append)
+    assert ends(events) == {"decoding": (report.n_weights,) * 2}
+    events.clear()
+    assert pqcli.verify(report.output, file, progress=events.append) == []
+    assert ends(events) == {"verifying": (report.n_weights,) * 2}
+
+
+def test_a_codec_with_streams_tells_of_all_it_does_on_the_way(file):
+    events = []
+    recipe = pqcli.Recipe(codec="trellis", effort=4, target_bits=3.0)
+    report = pqcli.compress(file, recipe=recipe, progress=events.append)
+    stages = list(dict.fromkeys(event.stage for event in events))
+    assert stages == ["reading", "keeping", "learning", "searching", "encoding", "measuring"]
+    found = ends(events)
+    for stage in ("reading", "encoding", "measuring"):
+        assert found[stage] == (report.n_quantized_weights,) * 2
 
 
 def test_weights_smaller_than_float32_can_hold_are_kept_and_not_lost(tmp_path):

@@ -5,7 +5,9 @@ import threading
 import pytest
 import torch
 
-from pqcli.jobs import executors, pipeline
+from pqcli.core.threads import n_threads
+from pqcli.jobs import devices as machine
+from pqcli.jobs import executors
 
 
 def run_all(sizes, run, devices, in_flight_bytes=100):
@@ -70,5 +72,5 @@ def test_the_first_failure_ends_the_work_and_later_jobs_never_start():
 
 def test_a_gpu_has_two_workers_so_that_it_need_not_wait_for_the_disk():
     card = torch.device("cuda", 0)
-    assert pipeline._devices(card) == [card, card]
-    assert len(pipeline._devices(torch.device("cpu"))) == pipeline.n_threads()
+    assert machine.workers(card) == [card, card]
+    assert len(machine.workers(torch.device("cpu"))) == n_threads()

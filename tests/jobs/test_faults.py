@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"}
 
 

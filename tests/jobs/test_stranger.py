@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"}
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.slow
+
 
 def batch_norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from pqcli.errors import RecipeError
 from pqcli.plan import plan
-from pqcli.recipe import fairseq, recipe, strictyaml
+from pqcli.plan.paper import paper_bytes
+from pqcli.plan.scheme import Scheme
+from pqcli.recipe import documents, fairseq, strictyaml
 from pqcli.recipe.recipe import Recipe, Rule
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.kinds import auto_block_size, belongs, is_kind, kind_of, rows_and_columns
@@ -33,7 +35,7 @@ def entry_of(info: TensorInfo, wish: Recipe | None = None) -> plan.PlanEntry:
     return entry
 
 
-def scheme_of(info: TensorInfo, wish: Recipe | None = None) -> plan.Scheme:
+def scheme_of(info: TensorInfo, wish: Recipe | None = None) -> Scheme:
     scheme = entry_of(info, wish).scheme
     assert scheme is not None
     return scheme
@@ -254,7 +256,7 @@ def test_the_first_rule_that_applies_wins() -> None:
     rules = (Rule("*fc1", block_size=2), Rule("*fc*", block_size=4, n_centroids=16, n_iter=3), Rule(block_size=16))
     planned = plan.make(Recipe(rules=rules, name="mine.yaml"), MODEL)
     assert [entry.scheme and entry.scheme.block_size for entry in planned.entries] == [16, 2, None, 4, 4, None]
-    assert planned.entries[3].scheme == plan.Scheme(4, 16, 3, "float16")
+    assert planned.entries[3].scheme == Scheme(4, 16, 3, "float16")
     assert planned.entries[3].reason == "linear, rule 2 of mine.yaml"
 
 
@@ -343,7 +345,7 @@ layers_to_quantize:
 
 @pytest.mark.parametrize("prefix", ["", "model.", "model.module."])
 def test_fairseqs_own_yaml_means_what_it_means_there(prefix: str) -> None:
-    wish = recipe.from_json(fairseq.translate(strictyaml.parse(FAIRSEQ_YAML)))
+    wish = documents.from_json(fairseq.translate(strictyaml.parse(FAIRSEQ_YAML)))
     expected = {
         "decoder.embed_tokens.embeddings.0.0.weight": (8, 256),
         "decoder.embed_tokens.embeddings.0.1.weight": (4, 256),
@@ -377,14 +379,14 @@ def test_fairseqs_convolutions_are_chosen_by_kernel_size() -> None:
         tensor(64, 64, 1, 1, name="conv.expand.weight"),
         tensor(64, 64, name="linear.weight"),
     ]
-    entries = plan.make(recipe.from_json(fairseq.translate(data)), tensors).entries
+    entries = plan.make(documents.from_json(fairseq.translate(data)), tensors).entries
     schemes = [entry.scheme and (entry.scheme.block_size, entry.scheme.n_centroids) for entry in entries]
     assert schemes == [(9, 128), (9, 64), (4, 64), None]
     assert "no entry that fits" in entries[3].reason
 
 
 def test_a_fairseq_pattern_that_matches_nothing_is_an_error() -> None:
-    wish = recipe.from_json(fairseq.translate({"layers_to_quantize": ["encoder\\.fc9"]}))
+    wish = documents.from_json(fairseq.translate({"layers_to_quantize": ["encoder\\.fc9"]}))
     with pytest.raises(RecipeError, match=r"encoder.*matches none of the 6 tensors"):
         plan.make(wish, MODEL)
 
@@ -399,7 +401,7 @@ def test_the_papers_count_bits_fp16_codebooks_and_fp32_for_the_rest() -> None:
         ("bn.running_mean", 64, None),
         ("bn.num_batches_tracked", 1, None),
     ]
-    assert plan.paper_bytes(tensors) == 100 * 8 // 8 + 256 * 9 * 2 + 10 * 4
+    assert paper_bytes(tensors) == 100 * 8 // 8 + 256 * 9 * 2 + 10 * 4
 
 
 def test_long_blocks_start_on_samples_and_short_ones_do_not():

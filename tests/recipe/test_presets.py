@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from pqcli.plan import plan
-from pqcli.recipe import recipe
-from pqcli.recipe.recipe import Recipe
+from pqcli.plan.paper import paper_bytes
+from pqcli.recipe import loading, strictyaml
+from pqcli.recipe.recipe import Recipe, Rule
+from pqcli.recipe.settings import settings_of
 from pqcli.tensors.info import TensorInfo
 
 
@@ -57,6 +59,19 @@ def test_the_generator_gives_torchvisions_parameter_counts() -> None:
     assert (count(RESNET18), count(RESNET50)) == (11_689_512, 25_557_032)
 
 
+def paper_items(planned: plan.Plan) -> list[tuple[str, int, tuple[int, int, int] | None]]:
+    """The model's tensors of a plan, as `paper_bytes` takes them."""
+    return [
+        (
+            entry.info.name,
+            entry.info.numel,
+            None if entry.scheme is None else (entry.n_vectors, entry.scheme.n_centroids, entry.scheme.block_size),
+        )
+        for entry in planned.entries
+        if entry.action != "alias" and entry.info.role == "model"
+    ]
+
+
 @pytest.mark.parametrize(
     ("preset", "tensors", "expected_bytes"),
     [
@@ -71,8 +86,8 @@ def test_the_papers_sizes_come_out_to_the_byte(
     preset: str, tensors: list[TensorInfo], expected_bytes: int, prefix: str
 ) -> None:
     renamed = [TensorInfo(prefix + info.name, info.shape, info.dtype) for info in tensors]
-    planned = plan.make(recipe.load(preset), renamed)
-    assert plan.paper_bytes(plan.paper_items(planned)) == expected_bytes
+    planned = plan.make(loading.load(preset), renamed)
+    assert paper_bytes(paper_items(planned)) == expected_bytes
     kept = [entry for entry in planned.entries if entry.action == "keep" and len(entry.info.shape) > 1]
     assert [entry.info.name for entry in kept] == [f"{prefix}conv1.weight"]
     assert f"rule 1 of {preset}: keep" in kept[0].reason
@@ -80,20 +95,29 @@ def test_the_papers_sizes_come_out_to_the_byte(
 
 @pytest.mark.parametrize("configs", ["pqcli/configs", "configs"])
 def test_presets_are_found_in_an_installed_package_and_in_a_source_tree(tmp_path: Path, configs: str) -> None:
-    shutil.copytree(Path(recipe.__file__).parents[1], tmp_path / "pqcli", ignore=shutil.ignore_patterns("configs"))
-    shutil.copytree(recipe.configs_folder(), tmp_path / configs)
-    code = "from pqcli import recipe; print(recipe.configs_folder(), recipe.load('transformer').name)"
+    shutil.copytree(Path(loading.__file__).parents[1], tmp_path / "pqcli", ignore=shutil.ignore_patterns("configs"))
+    shutil.copytree(loading.configs_folder(), tmp_path / configs)
+    code = "from pqcli.recipe import loading; print(loading.configs_folder(), loading.load('transformer').name)"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str((tmp_path / configs).resolve()), "transformer"]
 
 
+def test_the_default_preset_names_every_setting() -> None:
+    path = loading.configs_folder() / "default.yaml"
+    data = strictyaml.read(path)
+    assert isinstance(data, dict)
+    assert set(data) == set(settings_of(Recipe))
+    text = path.read_text(encoding="utf-8")
+    assert [name for name in settings_of(Rule) if name not in text] == []
+
+
 def test_the_default_preset_is_the_default_recipe() -> None:
-    assert recipe.load("default") == Recipe(name="default")
+    assert loading.load("default") == Recipe(name="default")
 
 
-@pytest.mark.parametrize("name", recipe.preset_names())
+@pytest.mark.parametrize("name", loading.preset_names())
 def test_every_preset_suits_every_model_and_explains_itself(name: str) -> None:
-    preset = recipe.load(name)
+    preset = loading.load(name)
     assert preset.name == name
     assert preset.description
     assert all(rule.optional and rule.why for rule in preset.rules)
@@ -124,7 +148,7 @@ def test_every_preset_suits_every_model_and_explains_itself(name: str) -> None:
     ],
 )
 def test_the_transformer_preset_tells_attention_from_the_rest(name: str, expected: int) -> None:
-    (entry,) = plan.make(recipe.load("transformer"), [TensorInfo(name, (512, 512), "float32")]).entries
+    (entry,) = plan.make(loading.load("transformer"), [TensorInfo(name, (512, 512), "float32")]).entries
     assert entry.scheme is not None
     assert entry.scheme.block_size == expected
     assert entry.scheme.n_centroids == 256

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pqcli.errors import RecipeError, UsageError
-from pqcli.recipe import fairseq, recipe, strictyaml
+from pqcli.recipe import documents, fairseq, loading, patterns, strictyaml
+from pqcli.recipe.flags import override
 from pqcli.recipe.recipe import Recipe, Rule
+from pqcli.recipe.settings import settings_of
 from pqcli.tensors.kinds import KINDS
 
 PATTERNS = st.sampled_from(["*", "fc*", "re:layer[0-9]+\\.fc", "a.b.weight", "[ab]*"])
@@ -62,18 +64,18 @@ def write(folder: Path, text: str) -> str:
 
 @given(RECIPES)
 def test_a_recipe_survives_the_trip_through_json_data(wish: Recipe) -> None:
-    assert recipe.from_json(recipe.to_json(wish)) == wish
+    assert documents.from_json(documents.to_json(wish)) == wish
 
 
 def test_json_says_only_what_differs_from_the_defaults() -> None:
-    assert recipe.to_json(Recipe()) == {}
+    assert documents.to_json(Recipe()) == {}
     wish = Recipe(block_size=4, rules=(Rule("fc*", action="keep"),), description="not kept")
-    assert recipe.to_json(wish) == {"block_size": 4, "rules": [{"match": "fc*", "action": "keep"}]}
+    assert documents.to_json(wish) == {"block_size": 4, "rules": [{"match": "fc*", "action": "keep"}]}
 
 
 def test_every_field_has_a_check() -> None:
-    assert {entry.name for entry in fields(Recipe)} == set(recipe._RECIPE_CHECKS)
-    assert {entry.name for entry in fields(Rule)} == set(recipe._RULE_CHECKS)
+    for made in (Recipe, Rule):
+        assert [entry.name for entry in fields(made)] == list(settings_of(made))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_a_rule_that_keeps_has_no_use_for_settings() -> None:
     ],
 )
 def test_patterns_match_the_whole_name_of_a_tensor_or_its_module(pattern: str, name: str, expected: bool) -> None:
-    assert recipe.matches(pattern, name) is expected
+    assert patterns.matches(pattern, name) is expected
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -141,18 +143,18 @@ def test_patterns_match_the_whole_name_of_a_tensor_or_its_module(pattern: str, n
 
 def test_a_flag_that_is_none_or_empty_changes_nothing() -> None:
     wish = Recipe(block_size=4, include=("a",))
-    assert recipe.override(wish, block_size=None, n_iter=None, include=[], exclude=()) == wish
+    assert override(wish, block_size=None, n_iter=None, include=[], exclude=()) == wish
 
 
 def test_flags_have_the_last_word_over_rules_as_well() -> None:
     wish = Recipe(rules=(Rule("a", block_size=4), Rule("b", n_centroids=16), Rule("c", action="keep")))
-    changed = recipe.override(wish, block_size="6")
+    changed = override(wish, block_size="6")
     assert changed.block_size == 6
     assert changed.rules == (Rule("a", block_size=6), Rule("b", n_centroids=16), Rule("c", action="keep"))
 
 
 def test_patterns_from_flags_add_to_those_of_the_recipe() -> None:
-    wish = recipe.override(Recipe(exclude=("head",)), exclude=["emb*", "head"], include=["*.weight"])
+    wish = override(Recipe(exclude=("head",)), exclude=["emb*", "head"], include=["*.weight"])
     assert (wish.include, wish.exclude) == (("*.weight",), ("head", "emb*"))
 
 
@@ -169,7 +171,7 @@ def test_patterns_from_flags_add_to_those_of_the_recipe() -> None:
 )
 def test_a_flag_that_cannot_be_meant_is_a_usage_error_with_its_name(flags: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        recipe.override(Recipe(), **flags)
+        override(Recipe(), **flags)
 
 
 # ------------------------------------------------------------------------------------------------- YAML files
@@ -184,7 +186,7 @@ def test_a_yaml_file_becomes_a_recipe_named_after_the_file(tmp_path: Path) -> No
           - {match: "*attn*", kind: [linear, conv], block_size: auto}
           - {match: no, action: keep}
     """
-    assert recipe.load(write(tmp_path, text)) == Recipe(
+    assert loading.load(write(tmp_path, text)) == Recipe(
         block_size=4,
         eps=1e-5,
         exclude=("head.*",),
@@ -231,7 +233,7 @@ def test_a_yaml_file_becomes_a_recipe_named_after_the_file(tmp_path: Path) -> No
 def test_a_faulty_file_is_refused_with_the_file_and_the_place(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(RecipeError, match=message) as caught:
-        recipe.load(path)
+        loading.load(path)
     assert str(caught.value).startswith(f"recipe {path!r}: ")
 
 
@@ -239,10 +241,10 @@ def test_a_file_that_is_no_text_or_far_too_large_is_refused(tmp_path: Path) -> N
     path = tmp_path / "model.yaml"
     path.write_bytes(b"\x80\x02}q")
     with pytest.raises(RecipeError, match=r"is not text in UTF-8 \(byte 0\)"):
-        recipe.load(str(path))
+        loading.load(str(path))
     path.write_bytes(b"#" * 2_000_000)
     with pytest.raises(RecipeError, match="is larger than 1,000,000 bytes"):
-        recipe.load(str(path))
+        loading.load(str(path))
 
 
 @pytest.mark.parametrize(
@@ -260,18 +262,18 @@ def test_a_file_that_is_no_text_or_far_too_large_is_refused(tmp_path: Path) -> N
 )
 def test_an_unknown_recipe_is_refused_with_the_presets_there_are(source: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        recipe.load(source)
+        loading.load(source)
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is a folder"):
-        recipe.load(str(tmp_path))
+        loading.load(str(tmp_path))
 
 
 @given(st.text(max_size=60))
 def test_any_text_is_parsed_or_refused_as_a_recipe_error(text: str) -> None:
     with contextlib.suppress(RecipeError):
-        assert isinstance(recipe.from_json(strictyaml.parse(text)), Recipe)
+        assert isinstance(documents.from_json(strictyaml.parse(text)), Recipe)
 
 
 def test_numbers_and_words_are_read_as_people_mean_them() -> None:
@@ -282,7 +284,7 @@ def test_numbers_and_words_are_read_as_people_mean_them() -> None:
 
 
 def test_recipes_and_plans_never_import_torch() -> None:
-    code = "import sys, pqcli.plan.plan, pqcli.recipe.recipe as r; r.load('default'); sys.exit('torch' in sys.modules)"
+    code = "import sys, pqcli.plan.plan, pqcli.recipe.loading as r; r.load('default'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -319,6 +321,6 @@ def test_a_fault_in_fairseqs_vocabulary_is_named_with_its_key(data: dict[str, ob
 
 
 def test_sections_missing_from_fairseqs_yaml_take_its_defaults() -> None:
-    wish = recipe.from_json(fairseq.translate({"layers_to_quantize": [["encoder\\.fc"]]}))
+    wish = documents.from_json(fairseq.translate({"layers_to_quantize": [["encoder\\.fc"]]}))
     blocks = [(rule.kind, rule.block_size, rule.n_centroids) for rule in wish.rules if rule.action == "pq"]
     assert blocks == [("linear", 8, 256), ("linear", 4, 256), ("linear", 4, 256), ("embedding", 8, 256)]

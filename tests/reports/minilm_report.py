@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
-from pqcli.reports.reporting import Report, TensorReport
+from pqcli.reports.figures import Report, TensorReport
 from pqcli.tensors.info import TensorInfo
 
 

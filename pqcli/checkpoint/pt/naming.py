@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from pqcli.checkpoint.pt.numpy_objects import NumpyArray
+from pqcli.checkpoint.pt.objects import Instance
 from pqcli.checkpoint.pt.torch_objects import TensorRef
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterator
 
 Path = tuple[str, ...]
 
@@ -36,7 +38,7 @@ def find_root(top: Any) -> Path:
     if any(isinstance(value, TensorRef) and _is_weight(value) for value in top.values()):
         return ()
     for key in ROOT_KEYS:
-        if isinstance(top.get(key), dict) and _holds_tensors(top[key]):
+        if isinstance(top.get(key), dict) and any(True for _ in tensors_in(top[key])):
             return (key,)
     return ()
 
@@ -59,12 +61,28 @@ def role_of(path: Path, root: Path) -> str:
     return "other" if path and (nested or "rng" in path[0]) and _TRAINING_STATE.fullmatch(path[0]) else "model"
 
 
-def unique_name(name: str, taken: Iterable[str]) -> str:
-    """`name`, or `name~2`, `name~3` ... where it is taken; the same in every run."""
-    number, candidate = 2, name
-    while candidate in taken:
-        candidate, number = f"{name}~{number}", number + 1
-    return candidate
+def tensors_in(value: Any, visit: Callable[[], object] = lambda: None) -> Iterator[TensorRef | NumpyArray]:
+    """The tensors and arrays anywhere in a pickle's value, each once; `visit` is called for everything looked at."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        visit()
+        if id(item) in seen:
+            continue
+        if isinstance(item, (TensorRef, NumpyArray)):
+            seen.add(id(item))
+            yield item
+        elif isinstance(item, (dict, list, tuple)):
+            seen.add(id(item))
+            waiting.extend(parts_of(item))
+
+
+def parts_of(container: Any) -> Iterator[Any]:
+    """What a dict (but for its keys), list, tuple or object of a pickle holds."""
+    if isinstance(container, Instance):
+        return container.parts()
+    return iter(container.values() if isinstance(container, dict) else container)
 
 
 def _below(path: Path, root: Path) -> Path:
@@ -73,16 +91,3 @@ def _below(path: Path, root: Path) -> Path:
 
 def _is_weight(tensor: TensorRef) -> bool:
     return bool(tensor.shape) and not tensor.dtype.startswith(_INTEGER)
-
-
-def _holds_tensors(value: Any) -> bool:
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, TensorRef):
-            return True
-        if isinstance(item, (dict, list, tuple)) and id(item) not in seen:
-            seen.add(id(item))
-            waiting.extend(item.values() if isinstance(item, dict) else item)
-    return False

@@ -3,9 +3,9 @@
 `torch.load(weights_only=True)` keeps code out, but it still builds the real objects while the pickle talks: a 40-byte
 file can ask for a terabyte `bytearray`, sparse tensors with wild indices crash the process, and every storage is read
 to learn a shape. This interpreter executes the same opcodes on *descriptions*: a tensor becomes a `TensorRef` (which
-storage, offset, shape, strides), a dtype a `Constant`, a set a `Foreign`. What it knows is a subset of what
-`weights_only=True` allows, plus numpy scalars; anything else is collected in `unknown_globals`, and the caller refuses
-the file. `pickletools.genops` does the lexing and bounds every argument by the bytes that are there.
+storage, offset, shape, strides), a dtype a `Constant`, an object of any class an `Instance` (see `objects`). Names that
+only an attack needs are collected in `unknown_globals`, and the caller refuses the file. `pickletools.genops` does the
+lexing and bounds every argument by the bytes that are there.
 
 Only containers that Python's pickle builds (dict, list, tuple) are real; they may be cyclic or shared, so who walks
 the result must bound the walk.
@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pqcli.checkpoint.limits import Budget, Limits
+from pqcli.checkpoint.pt.numpy_objects import Foreign, NumpyArray, NumpyType
+from pqcli.checkpoint.pt.objects import Global, Instance, is_refused
 from pqcli.checkpoint.pt.torch_objects import (
     CALLS,
     DTYPE_NAME,
@@ -26,9 +29,6 @@ from pqcli.checkpoint.pt.torch_objects import (
     UNSUPPORTED,
     Attributed,
     Constant,
-    Foreign,
-    Global,
-    NumpyType,
     Opaque,
     StorageRef,
     Unsupported,
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import IO
 
-_MAX_OPCODES = 20_000_000
-"""About 200,000 tensors; a hostile pickle ends here after seconds instead of running for hours."""
-
 _MAX_UNKNOWN = 1000
 _MARK = object()
 
@@ -56,7 +53,8 @@ class PickleReader:
     was mentioned, by key. The other methods are the opcodes' own and are reached through the table at the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget | None = None) -> None:
+        self.budget = budget or Budget(Limits())
         self.unknown_globals: list[str] = []
         self.storages: dict[str, StorageRef] = {}
         self.stack: list[Any] = []
@@ -70,8 +68,8 @@ class PickleReader:
         """
         self.stack, self.memo = [], {}
         try:
-            for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-                _check_length(number)
+            for opcode, argument, _ in pickletools.genops(file):
+                self.budget.operation()
                 if opcode.name == "STOP":
                     return self.pop()
                 self.step(opcode.name, argument)
@@ -147,6 +145,8 @@ class PickleReader:
         target = self.top()
         if isinstance(target, list):
             target.extend(items)
+        elif isinstance(target, Instance):
+            target.elements.extend(items)
         elif not isinstance(target, (Opaque, Foreign)):
             raise TypeError("append to something that is no list")
 
@@ -166,10 +166,13 @@ class PickleReader:
 
     def push_global(self, module: str, name: str) -> None:
         """Push what a module's name stands for; nothing is imported."""
-        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.").replace("__builtin__.", "builtins.")
+        full = f"{module}.{name}"
+        for young, old in _SAME:
+            if full.startswith(young):
+                full = old + full.removeprefix(young)
         if DTYPE_NAME.fullmatch(full):
             self.stack.append(Constant("dtype", full.removeprefix("torch.")))
-        elif is_known(full):
+        elif is_known(full) or full in _BUILDERS or not is_refused(full):
             self.stack.append(Global(full))
         else:
             original = f"{module}.{name}"
@@ -185,30 +188,55 @@ class PickleReader:
         self.push_global(module, name)
 
     def reduce(self, _: Any) -> None:
-        """Call a known function on a tuple of arguments."""
+        """Note a call with a tuple of arguments; what is known gives what it stands for."""
         arguments, function = self.pop(), self.pop()
-        if isinstance(function, Opaque):
-            self.stack.append(Opaque())
+        if isinstance(function, (Opaque, Instance)):
+            self.stack.append(Opaque() if isinstance(function, Opaque) else Instance(function.name, (arguments,)))
             return
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise TypeError("a call of something that is no function")
-        if function.name in UNSUPPORTED:
+        if function.name in _BUILDERS:
+            _BUILDERS[function.name](self, *arguments)
+        elif function.name in UNSUPPORTED:
             self.stack.append(Unsupported(UNSUPPORTED[function.name]))
         elif function.name in CALLS:
             self.stack.append(CALLS[function.name](*arguments))
         elif function.name.startswith("numpy.dtypes."):
             self.stack.append(NumpyType(np.dtype(getattr(np.dtypes, function.name.rsplit(".", 1)[1])).str[1:]))
         else:
-            raise TypeError(f"a call of {function.name}")
+            self.stack.append(Instance(function.name, arguments))
 
     def new_object(self, _: Any) -> None:
-        """NEWOBJ: `cls.__new__(cls, *args)`; only OrderedDict and torch.Size come so."""
+        """NEWOBJ: `cls.__new__(cls, *args)`."""
         self.reduce(None)
 
+    def new_object_with_names(self, _: Any) -> None:
+        """NEWOBJ_EX: as NEWOBJ, with named arguments."""
+        named = self.pop()
+        self.reduce(None)
+        if isinstance(self.top(), Instance):
+            self.top().arguments += (named,)
+
+    def call(self, function: Any, arguments: Any) -> None:
+        """As `reduce`, with what it takes from the stack given."""
+        self.stack.extend((function, arguments))
+        self.reduce(None)
+
+    def attribute(self, owner: Any, name: Any) -> None:
+        """`getattr`: how pickles name a class inside a class."""
+        if isinstance(owner, Global) and isinstance(name, str):
+            self.push_global(owner.name, name)
+        else:
+            self.stack.append(Opaque() if isinstance(owner, Opaque) else Foreign("an attribute of an object"))
+
     def build(self, _: Any) -> None:
-        """BUILD: set attributes. Only state dicts and numpy dtypes have any that matter."""
+        """BUILD: set attributes."""
         state, target = self.pop(), self.top()
-        if isinstance(target, Attributed) and isinstance(state, dict):
+        if isinstance(target, Instance):
+            target.state = state
+        elif isinstance(target, NumpyArray):
+            target.fill(state)
+        elif isinstance(target, Attributed) and isinstance(state, dict):
             target.attributes.update(state)
         elif isinstance(target, NumpyType) and isinstance(state, tuple):
             target.order = str(state[1])
@@ -241,10 +269,24 @@ class PickleReader:
         self.stack.append(storage)
 
 
-def _check_length(n_opcodes: int) -> None:
-    if n_opcodes > _MAX_OPCODES:
-        raise CheckpointError(f"its pickle has more than {_MAX_OPCODES:,} operations; refused")
+_SAME = (
+    ("__builtin__.xrange", "builtins.range"),
+    ("__builtin__.long", "builtins.int"),
+    ("__builtin__.unicode", "builtins.str"),
+    ("__builtin__.", "builtins."),
+    ("numpy._core.", "numpy.core."),
+    ("pathlib._local.", "pathlib."),
+)
+"""Names that modules had at other times, and the one that the tables use."""
 
+_BUILDERS: dict[str, Callable[..., object]] = {
+    "copyreg._reconstructor": lambda reader, kind, _base, _state: reader.call(kind, ()),
+    "copy_reg._reconstructor": lambda reader, kind, _base, _state: reader.call(kind, ()),
+    "copyreg.__newobj__": lambda reader, kind, *arguments: reader.call(kind, arguments),
+    "copyreg.__newobj_ex__": lambda reader, kind, arguments, named: reader.call(kind, (*arguments, named)),
+    "builtins.getattr": lambda reader, owner, name: reader.attribute(owner, name),
+}
+"""Functions through which old protocols do what later ones have operations for."""
 
 # -- opcodes, named as pickletools names them ------------------------------------------------------------------------
 
@@ -260,7 +302,7 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
     "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": lambda: Foreign("set"),
+    "EMPTY_SET": lambda: Instance("builtins.set"),
     "MARK": lambda: _MARK,
 }
 
@@ -272,11 +314,13 @@ def _dict_from_mark(reader: PickleReader, _: Any) -> None:
 
 
 def _frozenset_from_mark(reader: PickleReader, _: Any) -> None:
-    reader.pop_to_mark()
-    reader.stack.append(Foreign("frozenset"))
+    frozen = Instance("builtins.frozenset")
+    frozen.elements.extend(reader.pop_to_mark())
+    reader.stack.append(frozen)
 
 
 _OPERATIONS: dict[str, Callable[[PickleReader, Any], object]] = {
+    "BYTEARRAY8": lambda reader, argument: reader.stack.append(bytes(argument)),
     "PROTO": lambda _reader, _argument: None,
     "FRAME": lambda _reader, _argument: None,
     "STRING": PickleReader.text,
@@ -308,6 +352,7 @@ _OPERATIONS: dict[str, Callable[[PickleReader, Any], object]] = {
     "STACK_GLOBAL": lambda reader, _: reader.stack_global(),
     "REDUCE": PickleReader.reduce,
     "NEWOBJ": PickleReader.new_object,
+    "NEWOBJ_EX": PickleReader.new_object_with_names,
     "BUILD": PickleReader.build,
     "BINPERSID": PickleReader.persistent,
 }

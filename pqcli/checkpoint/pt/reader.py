@@ -15,8 +15,10 @@ import struct
 import zipfile
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from pqcli.checkpoint.bytesource import ByteSource, Region, Strided, reading
+from pqcli.checkpoint.bytesource import AsFile, ByteSource, Region, Strided, Window, reading
 from pqcli.checkpoint.opened import Layout
+from pqcli.checkpoint.pt.naming import tensors_in
+from pqcli.checkpoint.pt.numpy_objects import NumpyArray
 from pqcli.checkpoint.pt.pickles import PickleReader
 from pqcli.checkpoint.pt.tree import describe
 from pqcli.errors import CheckpointError
@@ -25,8 +27,8 @@ from pqcli.tensors.info import ITEM_BYTES, TensorInfo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pqcli.checkpoint.pt.torch_objects import StorageRef
-    from pqcli.checkpoint.pt.tree import FoundTensor
+    from pqcli.checkpoint.limits import Budget
+    from pqcli.checkpoint.pt.torch_objects import StorageRef, TensorRef
 
 _MAX_PICKLE = 256 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -37,10 +39,23 @@ _MAX_LINE = 1 << 16
 _LEGACY_END = "it ends in the middle of a storage; it is truncated, fetch it again"
 
 
-def read_pt(source: ByteSource) -> Layout:
+def read_zip(source: ByteSource | Window) -> Layout:
     """The layout of a zip `.pt`. Messages are bare facts ("its record ..."): the caller adds the path."""
-    with reading(source.path), source.path.open("rb") as file:
-        entries = _directory(file)
+    value, region_of = _opened_zip(source)
+    return layout_of(value, region_of, source.budget)
+
+
+def value_of_zip(source: ByteSource | Window) -> Any:
+    """The value of a zip `.pt` that holds no tensors, as the interpreter gives it."""
+    value, _ = _opened_zip(source)
+    if any(True for _ in tensors_in(value, source.budget.entries)):
+        raise CheckpointError("it holds tensors where it should hold none")
+    return value
+
+
+def _opened_zip(source: ByteSource | Window) -> tuple[Any, Callable[[StorageRef], Region]]:
+    """The value of a zip's pickle, and where its storages lie."""
+    entries = _directory(AsFile(source))
     records = _checked_records(entries, source)
     prefix = _prefix(records)
     order = records.get(f"{prefix}byteorder")
@@ -52,8 +67,8 @@ def read_pt(source: ByteSource) -> Layout:
             f"its pickle has {data.n_bytes:,} bytes, more than the {_MAX_PICKLE:,} a checkpoint needs"
         )
     source.check_region(data)
-    reader = PickleReader()
-    value = _load(reader, io.BytesIO(source.bytes_at(data.start, data.n_bytes)))
+    reader = PickleReader(source.budget)
+    value = load_value(reader, io.BytesIO(source.bytes_at(data.start, data.n_bytes)))
 
     def region_of(storage: StorageRef) -> Region:
         region = records.get(f"{prefix}data/{storage.key}")
@@ -67,22 +82,22 @@ def read_pt(source: ByteSource) -> Layout:
             )
         return region
 
-    return _layout(value, region_of)
+    return value, region_of
 
 
 def read_legacy(source: ByteSource) -> Layout:
     """The layout of a legacy `.pt` (before torch 1.6). Storages are found by position; none is read."""
-    reader = PickleReader()
+    reader = PickleReader(source.budget)
     with reading(source.path), source.path.open("rb") as raw:
         file = cast("IO[bytes]", _Bounded(raw, source.n_bytes))
-        magic, protocol, system = (_load(reader, file) for _ in range(3))
+        magic, protocol, system = (load_value(reader, file) for _ in range(3))
         if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:
             raise CheckpointError(f"it has the protocol {str(protocol)[:40]} of an unknown torch")
         if not isinstance(system, dict) or system.get("little_endian") is not True:
             raise CheckpointError("it was written on a big-endian machine; save it again on an ordinary one")
-        value = _load(reader, file)
+        value = load_value(reader, file)
         storages = dict(reader.storages)
-        keys = _load(reader, file)
+        keys = load_value(reader, file)
         position = file.tell()
     if not isinstance(keys, list) or any(not isinstance(key, str) for key in keys):
         raise CheckpointError("its list of storages is damaged")
@@ -93,13 +108,13 @@ def read_legacy(source: ByteSource) -> Layout:
             raise CheckpointError(f"its storage {storage.key} is missing; the file is damaged")
         return regions[storage.key]
 
-    return _layout(value, region_of)
+    return layout_of(value, region_of, source.budget)
 
 
 # -- from the pickle's value to a layout -----------------------------------------------------------------------------
 
 
-def _load(reader: PickleReader, file: IO[bytes]) -> Any:
+def load_value(reader: PickleReader, file: IO[bytes]) -> Any:
     """The value of one pickle; refuses it, naming every global that is not known to be harmless."""
     problem: CheckpointError | None = None
     value = None
@@ -117,47 +132,51 @@ def _load(reader: PickleReader, file: IO[bytes]) -> Any:
 def _refusal(names: list[str]) -> str:
     shown = ", ".join(ascii(name)[1:-1][:80] for name in names[:_SHOWN_GLOBALS])
     more = f" and {len(names) - _SHOWN_GLOBALS} more" if len(names) > _SHOWN_GLOBALS else ""
-    whole_model = any(name.startswith("torch.nn.modules") for name in names)
-    what = "it is a whole pickled model, not a state dict" if whole_model else "its pickle holds more than tensors"
     return (
-        f"{what}: it needs {shown}{more}, which may run code when loaded, so pqcli refuses it. If you trust the file, "
+        f"its pickle holds more than tensors: it needs {shown}{more}, which may run code when loaded, "
+        "so pqcli refuses it. If you trust the file, "
         "load it once with torch.load(path, weights_only=False) and save only its state dict"
     )
 
 
-def _layout(value: Any, region_of: Callable[[StorageRef], Region]) -> Layout:
-    description = describe(value)
+def layout_of(value: Any, region_of: Callable[[StorageRef], Region], budget: Budget) -> Layout:
+    """The layout of a pickle's value, whose storages lie where `region_of` says."""
+    description = describe(value, budget)
     infos: list[TensorInfo] = []
     views: dict[str, Strided] = {}
     first: dict[tuple[object, ...], str] = {}
+    view: Strided
+    key: tuple[object, ...]
     for found in description.tensors:
-        view = _view(found, region_of)
         ref = found.ref
+        if isinstance(ref, NumpyArray):
+            view, key = _array_view(ref), (id(ref),)
+        else:
+            view, key = _view(found.name, ref, region_of), _identity(ref)
         # empty tensors share nothing that could be tied
-        key = (
-            ref.storage.key,
-            ref.storage.byte_offset,
-            ref.dtype,
-            ref.offset,
-            ref.shape,
-            ref.strides,
-            ref.conj,
-            ref.neg,
-        )
         alias = first.setdefault(key, found.name) if view.numel else found.name
-        infos.append(TensorInfo(found.name, ref.shape, ref.dtype, None if alias == found.name else alias, found.role))
+        infos.append(TensorInfo(found.name, view.shape, view.dtype, None if alias == found.name else alias, found.role))
         views[found.name] = view
     return Layout(tuple(infos), views, {"tree": description.tree}, description.dropped)
 
 
-def _view(found: FoundTensor, region_of: Callable[[StorageRef], Region]) -> Strided:
-    ref = found.ref
+def _identity(ref: TensorRef) -> tuple[object, ...]:
+    """What two tensors must have in common to be tied."""
+    storage = ref.storage
+    return storage.key, storage.byte_offset, ref.dtype, ref.offset, ref.shape, ref.strides, ref.conj, ref.neg
+
+
+def _array_view(array: NumpyArray) -> Strided:
+    return Strided(Region(0, len(array.data), data=array.data), array.dtype or "", array.shape)
+
+
+def _view(name: str, ref: TensorRef, region_of: Callable[[StorageRef], Region]) -> Strided:
     if ref.dtype not in ITEM_BYTES:
-        raise CheckpointError(f"tensor '{found.name}' has the dtype {ref.dtype}, which pqcli does not carry")
+        raise CheckpointError(f"tensor '{name}' has the dtype {ref.dtype}, which pqcli does not carry")
     region = region_of(ref.storage)
     item = ITEM_BYTES[ref.dtype]
     if ref.storage.byte_offset % item:
-        raise CheckpointError(f"tensor '{found.name}' lies across element borders of its storage")
+        raise CheckpointError(f"tensor '{name}' lies across element borders of its storage")
     return Strided(
         region=region,
         dtype=ref.dtype,
@@ -176,9 +195,9 @@ def _storage_bytes(storage: StorageRef) -> int:
 # -- the zip's directory -----------------------------------------------------------------------------------------------
 
 
-def _directory(file: IO[bytes]) -> list[zipfile.ZipInfo]:
+def _directory(file: AsFile) -> list[zipfile.ZipInfo]:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(cast("IO[bytes]", io.BufferedReader(file))) as archive:
             return archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, UnicodeDecodeError) as error:
         raise CheckpointError(
@@ -186,10 +205,15 @@ def _directory(file: IO[bytes]) -> list[zipfile.ZipInfo]:
         ) from error
 
 
-def _checked_records(entries: list[zipfile.ZipInfo], source: ByteSource) -> dict[str, Region]:
+def _checked_records(entries: list[zipfile.ZipInfo], source: ByteSource | Window) -> dict[str, Region]:
     """Where each record's bytes lie. Refuses what torch would swallow: compression, encryption, doubles, overruns."""
     if not entries:
         raise CheckpointError("it is an empty zip archive")
+    if min(entry.header_offset for entry in entries) != 0:
+        raise CheckpointError(
+            "its zip archive does not begin where the file begins: it is several archives in a row (a file of a torch "
+            "distributed checkpoint? then name its folder), or something precedes the archive"
+        )
     _check_is_torch([entry.filename for entry in entries])
     promised = any(entry.CRC for entry in entries)  # writers that skip the checksums put 0 everywhere
     records: dict[str, Region] = {}
@@ -210,7 +234,7 @@ def _checked_records(entries: list[zipfile.ZipInfo], source: ByteSource) -> dict
     return records
 
 
-def _data_start(entry: zipfile.ZipInfo, source: ByteSource) -> int:
+def _data_start(entry: zipfile.ZipInfo, source: ByteSource | Window) -> int:
     """The directory knows where the local header is; the data begin behind its name and its padding."""
     offset = entry.header_offset
     if not 0 <= offset <= source.n_bytes - _LOCAL_HEADER.size:

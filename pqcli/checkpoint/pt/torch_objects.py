@@ -12,8 +12,14 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from pqcli.checkpoint.pt.numpy_objects import (
+    Foreign,
+    numpy_array,
+    numpy_from_buffer,
+    numpy_scalar,
+    numpy_type,
+)
+from pqcli.checkpoint.pt.objects import Global, Instance
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -48,6 +54,8 @@ class TensorRef:
     parameter: bool = False
     lost: tuple[str, ...] = ()
     """Names of Python attributes the tensor carried; they cannot be kept."""
+    subclass: str = ""
+    """The class it was of, where that was no ordinary one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +63,6 @@ class Unsupported:
     """A tensor that pqcli cannot carry (sparse, quantized ...); `reason` says what it is."""
 
     reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Foreign:
-    """A value that is harmless, but that JSON cannot carry; `kind` names its type."""
-
-    kind: str
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,6 @@ class Attributed(OrderedDict[Any, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.attributes: dict[Any, Any] = {}
-
-
-@dataclass(frozen=True)
-class Global:
-    """A name the pickle refers to; called only through the tables below."""
-
-    name: str
-
-
-@dataclass(eq=False)
-class NumpyType:
-    """A numpy dtype on its way into a scalar."""
-
-    code: str
-    order: str = "="
 
 
 @dataclass(eq=False)
@@ -113,7 +99,6 @@ QUANTIZED_STORAGES = {"QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x
 DTYPE_NAME = re.compile(
     r"torch\.((?:u?int|float|bfloat|complex|bits|quint|qint)[0-9][0-9a-z_]*|bool|float4_e2m1fn_x2|quint4x2|quint2x4)"
 )
-_NUMPY_CODE = re.compile(r"[?biufc](?:1|2|4|8|16)?")
 
 
 # -- what the known globals mean -----------------------------------------------------------------------------------
@@ -166,21 +151,37 @@ def _parameter(data: Any, requires_grad: Any = True, _: Any = None, state: Any =
 
 
 def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor with Python attributes, or of a subclass."""
-    if not isinstance(function, Global) or function.name not in CALLS or not isinstance(arguments, tuple):
+    """A tensor with Python attributes, or of a subclass; of a subclass it comes back as the plain tensor."""
+    if not isinstance(function, Global) or not isinstance(kind, Global) or not isinstance(arguments, tuple):
         return Unsupported("a tensor of an unusual class")
-    if not isinstance(kind, Global) or kind.name not in {"torch.Tensor", "torch.nn.parameter.Parameter"}:
-        return Unsupported("a tensor of an unusual class")
-    if not function.name.startswith("torch._utils._rebuild"):
-        raise TypeError("a tensor built by something else")
+    if function.name == _WRAPPER:
+        return _wrapped(kind, arguments, state)
+    if function.name not in CALLS or not function.name.startswith("torch._utils._rebuild"):
+        return Unsupported(f"a tensor of the class {kind.name[:120]}")
     tensor = CALLS[function.name](*arguments)
     if not isinstance(tensor, TensorRef):
         return tensor
+    own_class = kind.name in {"torch.Tensor", "torch.nn.parameter.Parameter"}
     return replace(
         tensor,
         parameter=tensor.parameter or kind.name.endswith("Parameter"),
         lost=tensor.lost + _attribute_names(state),
+        subclass="" if own_class else kind.name,
     )
+
+
+def _wrapped(kind: Global, arguments: tuple[Any, ...], state: Any) -> Any:
+    """A tensor that is a shell around others: a DTensor whose whole is here is its local tensor."""
+    if isinstance(state, tuple) and state:
+        state = state[0]
+    local = state.get("_local_tensor") if isinstance(state, dict) else None
+    if not kind.name.endswith(".DTensor") or not isinstance(local, TensorRef) or len(arguments) < 3:
+        return Unsupported(f"a tensor of the class {kind.name[:120]}")
+    if _integers(arguments[2]) != local.shape:
+        return Unsupported(
+            f"one process's part, of shape {list(local.shape)}, of a DTensor of shape {list(_integers(arguments[2]))}"
+        )
+    return replace(local, subclass=kind.name)
 
 
 def _attribute_names(state: Any) -> tuple[str, ...]:
@@ -220,21 +221,21 @@ def _complex(real: Any = 0.0, imaginary: Any = 0.0) -> complex:
     return complex(float(real), float(imaginary))
 
 
-def _numpy_type(code: Any, *_: Any) -> NumpyType:
-    return NumpyType(str(code))
+def _counter(counts: Any = ()) -> Instance:
+    result = Instance("collections.Counter")
+    result.update({checked_key(key): value for key, value in dict(counts).items()})
+    return result
 
 
-def _numpy_scalar(kind: Any, data: Any = None) -> Any:
-    """A numpy scalar comes back as the equal Python number: it then loads everywhere, `weights_only=True` included."""
-    if not isinstance(kind, NumpyType):
-        raise TypeError("a numpy scalar without a dtype")
-    if not _NUMPY_CODE.fullmatch(kind.code) or not isinstance(data, bytes):
-        return Foreign(f"numpy scalar of dtype {kind.code[:20]}")
-    dtype = np.dtype(kind.code).newbyteorder(">" if kind.order == ">" else "<")
-    if len(data) != dtype.itemsize:
-        raise ValueError("a numpy scalar of the wrong length")
-    value = np.frombuffer(data, dtype=dtype)[0].item()
-    return value if isinstance(value, (bool, int, float, complex)) else Foreign(f"numpy scalar of dtype {kind.code}")
+def _set_of(name: str) -> Callable[..., Instance]:
+    def build(values: Any = ()) -> Instance:
+        if not isinstance(values, (list, tuple)):
+            raise TypeError("a set of something that is no list")
+        result = Instance(name)
+        result.elements.extend(values)
+        return result
+
+    return build
 
 
 def _foreign(kind: str) -> Callable[..., Foreign]:
@@ -273,7 +274,7 @@ def checked_key(key: Any) -> Any:
 
 
 def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool, bytes, complex, Constant))
+    return value is None or isinstance(value, (str, int, float, bool, bytes, complex, Constant, Instance, Global))
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -287,24 +288,28 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch.Size": _size,
     "torch.device": _device,
     "collections.OrderedDict": _ordered_dict,
-    "collections.Counter": _foreign("collections.Counter"),
-    "builtins.set": _foreign("set"),
-    "builtins.frozenset": _foreign("frozenset"),
+    "collections.Counter": _counter,
+    "builtins.set": _set_of("builtins.set"),
+    "builtins.frozenset": _set_of("builtins.frozenset"),
     "builtins.complex": _complex,
     "builtins.bytearray": _bytearray,
     "builtins.bytes": _empty_bytes,
     "_codecs.encode": _bytes,
-    "numpy.dtype": _numpy_type,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy.dtype": numpy_type,
+    "numpy.core.multiarray.scalar": numpy_scalar,
+    "numpy.core.multiarray._reconstruct": numpy_array,
+    "numpy.core.numeric._frombuffer": numpy_from_buffer,
     "torch.serialization._get_layout": _foreign("torch.layout"),
 }
+
+_WRAPPER = "torch._utils._rebuild_wrapper_subclass"
 
 UNSUPPORTED = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_qtensor": "a quantized tensor",
     "torch._utils._rebuild_nested_tensor": "a nested tensor",
     "torch._utils._rebuild_meta_tensor_no_storage": "a tensor on the 'meta' device, that is, without data",
-    "torch._utils._rebuild_wrapper_subclass": "a tensor of an unusual class",
+    _WRAPPER: "a tensor of an unusual class",
     "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of an accelerator that torch saves through numpy",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of an accelerator with its own format",
 }
@@ -312,7 +317,7 @@ UNSUPPORTED = {
 _NAMES = re.compile(
     r"torch\.(?:cuda\.|storage\.)?(?:[A-Z][A-Za-z0-9]*Storage|Tensor)"
     r"|torch\.per_(?:tensor|channel)_(?:affine|symmetric|affine_float_qparams)"
-    r"|numpy\.dtypes\.(?:Bool|Int(?:8|16|32|64)|UInt(?:8|16|32|64)|Float(?:16|32|64)|Complex(?:64|128))DType"
+    r"|numpy\.ndarray|numpy\.dtypes\.(?:Bool|Int(?:8|16|32|64)|UInt(?:8|16|32|64)|Float(?:16|32|64)|Complex(?:64|128))DType"
 )
 
 

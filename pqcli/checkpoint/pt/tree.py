@@ -15,7 +15,10 @@ name implies it, so a flat state dict of any size is just `{"$": "odict", "items
 | {"$": "tuple" / "size" / "complex"}      | with "v", a list                                                   |
 | {"$": "bytes" / "float" / "int"}         | with "v": base64; nan, inf, -inf; an integer beyond 64 bits        |
 | {"$": "dtype" / "device"}                | with "v", torch's name                                             |
+| {"$": "object", "class": ...}            | of a class of `objects.CARRIED`; "args" of its constructor, "v"    |
 | {"$": "packed"}                          | any of these: base64 of zlib of JSON, for long `_metadata`         |
+
+A tensor's flag `"numpy": true` says that it was, and becomes again, a numpy array.
 """
 
 from __future__ import annotations
@@ -28,12 +31,15 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pqcli.checkpoint.pt.naming import find_root, name_of, prefix_of, role_of, unique_name
-from pqcli.checkpoint.pt.torch_objects import Attributed, Constant, Foreign, TensorRef, Unsupported
+from pqcli.checkpoint.limits import Budget, Limits
+from pqcli.checkpoint.pt.naming import find_root, name_of, prefix_of, role_of, tensors_in
+from pqcli.checkpoint.pt.numpy_objects import Foreign, NumpyArray
+from pqcli.checkpoint.pt.objects import CARRIED, SETS, Carried, Global, Instance
+from pqcli.checkpoint.pt.torch_objects import Attributed, Constant, TensorRef, Unsupported
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pqcli.checkpoint.pt.naming import Path
     from pqcli.tensors.info import TensorInfo
@@ -41,8 +47,6 @@ if TYPE_CHECKING:
 Json = Any
 """Plain JSON: dict, list, str, int, float, bool, None."""
 
-_MAX_DEPTH = 100
-_MAX_NODES = 2_000_000
 _MAX_INT_BITS = 1 << 13
 _PACK_ABOVE = 200
 _MAX_PACKED = 64 << 20
@@ -62,7 +66,7 @@ class FoundTensor:
 
     name: str
     role: str
-    ref: TensorRef
+    ref: TensorRef | NumpyArray
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,15 @@ class TensorSlot:
     info: TensorInfo
     parameter: bool = False
     grad: bool = False
+    numpy: bool = False
 
 
-def describe(value: Any) -> Description:
+def describe(value: Any, budget: Budget | None = None) -> Description:
     """Split a pickle's value into tensors and JSON.
 
     Raises `CheckpointError` for tensors that cannot be carried, cycles, and structures too deep or too large.
     """
-    walk = _Walk(root=find_root(value))
+    walk = _Walk(root=find_root(value), budget=budget or Budget(Limits()))
     node = walk.node(value, ())
     tree = {"root": list(walk.root), "top": node} if walk.root else {"top": node}
     return Description(tuple(walk.tensors.values()), tree, tuple(walk.dropped))
@@ -124,17 +129,18 @@ class _Drop(Exception):  # noqa: N818 - a signal, not an error
 @dataclass
 class _Walk:
     root: Path
+    budget: Budget
     tensors: dict[str, FoundTensor] = field(default_factory=dict)
     dropped: list[Dropped] = field(default_factory=list)
     _open: set[int] = field(default_factory=set)
-    _n_nodes: int = 0
+    _numbers: dict[str, int] = field(default_factory=dict)
+    _n_told: int = 0
+    """How many objects around this one have been told to come back as something plainer."""
 
     def node(self, value: Any, path: Path) -> Json:
         """The JSON of one value; raises `_Drop` where there is none."""
-        self._n_nodes += 1
-        if self._n_nodes > _MAX_NODES:
-            raise CheckpointError(f"its structure has more than {_MAX_NODES:,} entries; refused")
-        if isinstance(value, TensorRef):
+        self.budget.entries()
+        if _is_tensor(value):
             return {"$": "tensor", **self._tensor(value, path)}
         if isinstance(value, Unsupported):
             raise CheckpointError(
@@ -143,6 +149,8 @@ class _Walk:
             )
         if isinstance(value, (dict, list, tuple)):
             return self._container(value, path)
+        if isinstance(value, (str, bytes)):
+            self.budget.text(len(value))
         return _scalar(value)
 
     def entry(self, value: Any, path: Path) -> Json:
@@ -150,26 +158,43 @@ class _Walk:
         try:
             return self.node(value, path)
         except _Drop as drop:
-            self.dropped.append(Dropped(_place(path), str(drop)))
+            self._drop(path, str(drop))
             raise
 
-    def _tensor(self, ref: TensorRef, path: Path) -> dict[str, Json]:
+    def _drop(self, path: Path, reason: str) -> None:
+        place = _place(path)
+        self.budget.text(len(place) + len(reason))
+        self.dropped.append(Dropped(place, reason))
+
+    def _tensor(self, ref: TensorRef | NumpyArray, path: Path) -> dict[str, Json]:
         """Register a tensor; gives its flags, and its name where the path does not imply it."""
         self._check_name(path)
         implied = name_of(path, self.root)
-        name = unique_name(implied, self.tensors)
+        name = self._unique_name(implied)
+        self.budget.text(len(name))
         self.tensors[name] = FoundTensor(name, role_of(path, self.root), ref)
-        self.dropped.extend(
-            Dropped(_place((*path, attribute)), "a Python attribute of a tensor") for attribute in ref.lost
-        )
         flags: dict[str, Json] = {}
         if name != implied:
             flags["name"] = name
+        if isinstance(ref, NumpyArray):
+            return {**flags, "numpy": True}
+        for attribute in ref.lost:
+            self._drop((*path, attribute), "a Python attribute of a tensor")
+        if ref.subclass:
+            self._drop(path, f"its class {ref.subclass[:120]}: comes back as an ordinary tensor")
         if ref.parameter:
             flags["parameter"] = True
         if ref.requires_grad:
             flags["grad"] = True
         return flags
+
+    def _unique_name(self, name: str) -> str:
+        """`name`, or `name~2`, `name~3` ... where it is taken; the same in every run."""
+        candidate = name
+        while candidate in self.tensors:
+            self._numbers[name] = self._numbers.get(name, 1) + 1
+            candidate = f"{name}~{self._numbers[name]}"
+        return candidate
 
     def _check_name(self, path: Path) -> None:
         """A tensor whose name no file can hold is refused: to drop it would lose weights."""
@@ -177,12 +202,13 @@ class _Walk:
             raise CheckpointError(f"a tensor's name is no valid text: {ascii(name_of(path, self.root))[:100]}")
 
     def _container(self, value: Any, path: Path) -> Json:
-        if len(path) > _MAX_DEPTH:
-            raise CheckpointError(f"its structure is nested more than {_MAX_DEPTH} levels deep; refused")
+        self.budget.level(len(path))
         if id(value) in self._open:
             raise CheckpointError(f"entry '{'.'.join(path)}' contains itself; a cyclic structure cannot be carried")
         self._open.add(id(value))
         try:
+            if isinstance(value, Instance):
+                return self._instance(value, path)
             if isinstance(value, dict):
                 return self._dict(value, path)
             items = list(self._sequence(value, path))
@@ -201,18 +227,18 @@ class _Walk:
         items: list[Json] = []
         for key, item in value.items():
             below = (*path, _component(key))
-            if isinstance(item, TensorRef):
+            if _is_tensor(item):
                 self._check_name(below)
             try:
-                key_node = _scalar(key)
-                if isinstance(item, TensorRef) and isinstance(key, str):
+                key_node = self._key(key, item, below)
+                if _is_tensor(item) and isinstance(key, str):
                     implied = prefix_of(path, self.root) + key == name_of(below, self.root)
                     _add_tensor(items, key, self._tensor(item, below), joinable=implied)
                 else:
                     items.append([key_node, self.entry(item, below)])
             except _Drop as drop:
                 if not self.dropped or self.dropped[-1].path != _place(below):
-                    self.dropped.append(Dropped(_place(below), f"its key is {drop}"))
+                    self._drop(below, f"its key is {drop}")
         kind = "odict" if isinstance(value, OrderedDict) else "dict"
         metadata = self._metadata(value, path) if isinstance(value, Attributed) else {}
         if kind == "dict" and all(isinstance(item, list) and isinstance(item[0], str) for item in items):
@@ -221,12 +247,97 @@ class _Walk:
                 return plain
         return {"$": kind, "items": items, **metadata}
 
+    def _key(self, key: Any, item: Any, path: Path) -> Json:
+        """The JSON of a dict's key; raises `_Drop` where there is none, unless that would lose tensors."""
+        self.budget.text(len(key) if isinstance(key, (str, bytes)) else 8)
+        try:
+            if isinstance(key, Instance) and key.name in CARRIED and CARRIED[key.name].key:
+                return self._instance(key, path)
+            return _scalar(key)
+        except _Drop:
+            if any(isinstance(found, TensorRef) for found in tensors_in(item, self.budget.entries)):
+                raise CheckpointError(f"entry '{_place(path)}' holds tensors, and its key cannot be carried") from None
+            raise
+
+    # -- objects -------------------------------------------------------------------------------------------------------
+
+    def _instance(self, value: Instance, path: Path) -> Json:
+        """An object: as itself, as the plain dict or list that it is at heart, or not at all."""
+        if value.name in CARRIED:
+            return self._carried(value, CARRIED[value.name], path)
+        heart = _heart(value)
+        if heart is None:
+            self._check_no_tensors(value, value.parts())
+            raise _Drop(f"{_told(value)}: no JSON value")
+        kind, inner = heart
+        if inner is value or inner is value.elements:
+            self._check_no_tensors(value, (value.arguments, value.state))
+        if not self._n_told:
+            self._drop(path, f"its class {_told(value)}: comes back as a plain {kind}")
+        self._n_told += 1
+        try:
+            return self._dict(value, path) if inner is value else self.node(inner, path)
+        finally:
+            self._n_told -= 1
+
+    def _check_no_tensors(self, value: Instance, left: Iterable[Any]) -> None:
+        """Raise unless all tensors in what is `left` of an object are also in its items or elements."""
+        lost = {id(found) for found in tensors_in(list(left), self.budget.entries) if isinstance(found, TensorRef)}
+        if not lost:
+            return
+        carried = {id(found) for found in tensors_in([list(value.values()), value.elements], self.budget.entries)}
+        if lost <= carried and (len(value) or value.elements):
+            return
+        whole = "it is a whole pickled model, not a state dict: " if value.name.startswith("torch.nn.modules") else ""
+        raise CheckpointError(
+            f"{whole}{len(lost)} of its tensors are inside an object of {ascii(value.name)[1:-1][:120]}, which only "
+            "running its code could build, so pqcli refuses it. If you trust the file, load it once with "
+            "torch.load(path, weights_only=False) and save only its state dict"
+        )
+
+    def _carried(self, value: Instance, carried: Carried, path: Path) -> Json:
+        """An object that comes back as itself."""
+        try:
+            arguments = carried.arguments(value)
+            if carried.inner == "none":
+                carried.build(arguments, None)  # an impossible date is found now, not when it is needed
+            node: dict[str, Json] = {"$": "object", "class": value.name}
+            if arguments:
+                node["args"] = [_argument(argument) for argument in arguments]
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            self._check_no_tensors(value, value.parts())
+            raise _Drop(f"{_told(value)}, which is not what its class pickles") from error
+        self.budget.text(sum(len(part) for part in arguments if isinstance(part, (str, bytes, list))))
+        if carried.inner == "state":
+            attributes = {} if value.state is None else value.state
+            if not isinstance(attributes, dict) or not all(isinstance(name, str) for name in attributes):
+                self._check_no_tensors(value, value.parts())
+                raise _Drop(f"{_told(value)} with attributes that have no names")
+            node["v"] = self._dict(attributes, path)
+        elif carried.inner == "items":
+            node["v"] = self._dict(value, path)
+        elif carried.inner == "elements":
+            node["v"] = self._set(value) if value.name in SETS else list(self._sequence(value.elements, path))
+        return node
+
+    def _set(self, value: Instance) -> list[Json]:
+        """The elements of a set, which are as simple as keys."""
+        self._check_no_tensors(value, value.elements)
+        items = []
+        for element in value.elements:
+            self.budget.entries()
+            self.budget.text(len(element) if isinstance(element, (str, bytes)) else 8)
+            items.append(_scalar(element))
+        return items
+
+    # -- what torch sets on a state dict ---------------------------------------------------------------------------
+
     def _metadata(self, value: Attributed, path: Path) -> dict[str, Json]:
         """What torch sets on a state dict itself: `_metadata`, the versions of its modules. Nothing else is kept."""
         result: dict[str, Json] = {}
         for name, attribute in value.attributes.items():
             place = _place((*path, str(name)))
-            walk = _Walk(root=())  # of its own: tensors in an attribute would have no name in the checkpoint
+            walk = _Walk((), self.budget)  # of its own: tensors in an attribute would have no name in the checkpoint
             try:
                 node = walk.node(attribute, ())
             except _Drop as drop:
@@ -258,6 +369,37 @@ def _run_flags(item: Json) -> dict[str, Json] | None:
     if isinstance(item, dict):
         return {key: value for key, value in item.items() if key != "n"}
     return None
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, TensorRef) or (isinstance(value, NumpyArray) and value.dtype is not None)
+
+
+def _heart(value: Instance) -> tuple[str, Any] | None:
+    """What an object of an unknown class is at heart, and what it holds; None where it is nothing plain."""
+    if value.name.startswith("omegaconf.") and isinstance(value.state, dict):
+        for name in ("_content", "_val"):
+            if name in value.state:
+                content = value.state[name]
+                kind = "dict" if isinstance(content, dict) else "list" if isinstance(content, list) else "value"
+                return kind, content
+    if len(value) and not value.elements:
+        return "dict", value
+    if value.elements and not len(value):
+        return "list", value.elements
+    return ("dict", value) if value.name.endswith(_EMPTY_DICTS) and not value.arguments else None
+
+
+_EMPTY_DICTS = ("AttributeDict", "AttrDict", "EasyDict", "OrderedDict", "CfgNode")
+"""Classes that are known to be dicts also where they are empty."""
+
+
+def _told(value: Instance) -> str:
+    return repr(value)[:160] if value.arguments else value.name[:160]
+
+
+def _argument(value: Any) -> Json:
+    return [_argument(part) for part in value] if isinstance(value, list) else _scalar(value)
 
 
 def _component(key: Any) -> str:
@@ -294,7 +436,11 @@ def _tagged_scalar(value: Any) -> Json:
         return {"$": "tuple", "v": [_scalar(item) for item in value]}
     if isinstance(value, Foreign):
         raise _Drop(f"{value.kind}: no JSON value")
-    raise _Drop(f"{type(value).__name__}: no JSON value")
+    if isinstance(value, NumpyArray):
+        raise _Drop(f"{value.kind}: no JSON value")
+    if isinstance(value, Global):
+        raise _Drop(f"a reference to {value.name[:160]}: no JSON value")
+    raise _Drop(f"{_told(value) if isinstance(value, Instance) else type(value).__name__}: no JSON value")
 
 
 def _place(path: Path) -> str:
@@ -343,7 +489,14 @@ class _Builder:
             return tuple(self.value(item, (*path, str(position))) for position, item in enumerate(node["v"]))
         if kind in {"dict", "odict"}:
             return self._dict(node, path)
+        if kind == "object":
+            carried = CARRIED[node["class"]]
+            contents = None if carried.inner == "none" else self.value(node["v"], path)
+            return carried.build([self._argument(argument) for argument in node.get("args", [])], contents)
         return _plain_value(kind, node["v"])
+
+    def _argument(self, node: Json) -> Any:
+        return [self._argument(part) for part in node] if isinstance(node, list) else self.value(node, ())
 
     def _dict(self, node: Json, path: Path) -> Any:
         result: dict[Any, Any] = OrderedDict() if node["$"] == "odict" else {}
@@ -370,7 +523,12 @@ class _Builder:
         if info.name != name:
             raise ValueError(f"tensor '{info.name}' stands where '{name}' belongs; the order has changed")
         self._next += 1
-        return TensorSlot(info, parameter=bool(flags.get("parameter")), grad=bool(flags.get("grad")))
+        return TensorSlot(
+            info,
+            parameter=bool(flags.get("parameter")),
+            grad=bool(flags.get("grad")),
+            numpy=bool(flags.get("numpy")),
+        )
 
 
 _GONE: Json = object()
@@ -400,6 +558,9 @@ class _Pruner:
         if kind in {"dict", "odict"}:
             left = [item for old in node["items"] if (item := self._item(old)) is not _GONE]
             return {**node, "items": left} if left or not node["items"] else _GONE
+        if kind == "object" and "v" in node:
+            inner = self.node(node["v"])
+            return _GONE if inner is _GONE else {**node, "v": inner}
         return node
 
     def _sequence(self, items: list[Json]) -> Json:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pqcli.checkpoint.pt.torch_objects import DTYPE_OF_STORAGE
 from pqcli.checkpoint.pt.tree import TensorSlot
-from pqcli.checkpoint.rawbytes import write_bytes
+from pqcli.checkpoint.rawbytes import check_announced, write_bytes
 from pqcli.errors import OutputError
 from pqcli.tensors.info import ITEM_BYTES
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pqcli.tensors.info import TensorInfo
 
 _STORAGE_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_STORAGE.items()}
+_NOT_IN_NUMPY = {dtype for dtype in ITEM_BYTES if dtype.startswith(("bfloat", "float8", "complex32"))}
+"""An array converted to one of these is written as a tensor."""
 _ALIGNMENT = 64
 _ZIP64_FROM = 1 << 30
 """Records this large get 64-bit sizes; zipfile itself would insist on it at 2 GiB, and cannot know in advance."""
@@ -41,13 +43,15 @@ _PROTOCOL = 2  # the one that torch uses, and that every version reads
 def write_pt(file: BinaryIO, value: Any, tensors: Sequence[TensorInfo], read: Callable[[str], torch.Tensor]) -> int:
     """Write `value`, whose tensors are `TensorSlot`s, as a `.pt`; returns the size.
 
-    `read` is called once per tensor that is no alias, and one tensor is held at a time.
+    `read` is called once per tensor that is no alias, and one tensor is held at a time; but numpy arrays, which
+    stand in the pickle, are held until it is written.
     """
     owners = [info for info in tensors if info.alias_of is None]
     keys = {info.name: str(number) for number, info in enumerate(owners)}
     buffer = io.BytesIO()
     try:
-        _SlotPickler(buffer, keys).dump(value)
+        pickler = _SlotPickler(buffer, keys, read)
+        pickler.dump(value)
     except RecursionError as error:
         raise OutputError("the checkpoint's structure is nested too deeply for a .pt") from error
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -59,6 +63,8 @@ def write_pt(file: BinaryIO, value: Any, tensors: Sequence[TensorInfo], read: Ca
         ):
             _write_record(archive, file, name, len(content), lambda record, content=content: record.write(content))  # type: ignore[misc]
         for info in owners:
+            if info.name in pickler.arrays:
+                continue  # it is in the pickle
             _write_tensor(archive, file, f"data/{keys[info.name]}", info, read)
         _write_record(archive, file, "version", 2, lambda record: record.write(b"3\n"))
     return file.tell()
@@ -99,9 +105,11 @@ class _StorageSlot:
 class _SlotPickler(pickle.Pickler):
     """Pickles `TensorSlot`s exactly as torch pickles the tensors they stand for."""
 
-    def __init__(self, file: BinaryIO, keys: dict[str, str]) -> None:
+    def __init__(self, file: BinaryIO, keys: dict[str, str], read: Callable[[str], torch.Tensor]) -> None:
         super().__init__(file, protocol=_PROTOCOL)
+        self.arrays: dict[str, Any] = {}
         self._keys = keys
+        self._read = read
 
     def persistent_id(self, obj: Any) -> Any:
         """Storages live outside the pickle, in records of the zip."""
@@ -115,6 +123,8 @@ class _SlotPickler(pickle.Pickler):
 
         if not isinstance(obj, TensorSlot):
             return NotImplemented
+        if obj.numpy and obj.info.dtype not in _NOT_IN_NUMPY:
+            return self._array(obj.info).__reduce__()
         if obj.parameter:
             plain = TensorSlot(obj.info)
             return torch._utils._rebuild_parameter, (plain, obj.grad, OrderedDict())  # noqa: SLF001
@@ -124,6 +134,15 @@ class _SlotPickler(pickle.Pickler):
         if storage.storage_class is torch.UntypedStorage:
             return torch._utils._rebuild_tensor_v3, (*arguments, getattr(torch, info.dtype))  # noqa: SLF001
         return torch._utils._rebuild_tensor_v2, arguments  # noqa: SLF001
+
+    def _array(self, info: TensorInfo) -> Any:
+        """The array itself: it stands in the pickle."""
+        name = info.alias_of or info.name
+        if name not in self.arrays:
+            tensor = self._read(name)
+            check_announced(tensor, info)
+            self.arrays[name] = tensor.detach().cpu().contiguous().numpy()
+        return self.arrays[name]
 
     def _storage(self, info: TensorInfo) -> _StorageSlot:
         import torch

@@ -68,6 +68,12 @@ class Goal:
         """Whether the quantity rises with the level."""
         return self.quantity == "relative_mse"
 
+    def described(self, value: float) -> str:
+        """An amount of the quantity, as a message says it."""
+        if self.quantity == "bytes":
+            return f"a file of {value:,.0f} bytes"
+        return f"{value:.4g} bits per weight" if self.quantity == "bits" else f"a relative MSE of {value:.4g}"
+
     def is_met(self, measured: float) -> bool:
         """Whether a measurement is at most the goal's value and close enough to it."""
         return self.value * (1 - self.tolerance) <= measured <= self.value
@@ -130,8 +136,8 @@ def _coarsest(goal: Goal, attempt: Callable[[float], Trial[Result]], unit: float
     if trial.measured <= goal.value:
         return trial
     raise BudgetError(
-        f"{goal.quantity} of at most {goal.value:,.6g} cannot be reached: the most extreme setting gives "
-        f"{trial.measured:,.6g}; what is kept exactly, and the file's structure, count too"
+        f"{goal.described(goal.value)} or less cannot be reached: the most extreme setting gives "
+        f"{goal.described(trial.measured)}; what is kept exactly, and the file's structure, count too"
     )
 
 

@@ -1,1 +1,5 @@
-"""How loops become machine code: numba kernels kept on disk, LLVM IR written by hand."""
+"""How loops become machine code.
+
+jit    loops that numba compiles once, kept on disk and loaded without numba
+ir     functions written as LLVM IR, compiled when first needed
+"""

@@ -1,16 +1,17 @@
-"""Entropy-constrained PQ: one error level for all tensors, shared codebooks, entropy-coded assignments.
+"""Entropy-constrained PQ: shared codebooks and one price of a bit for all tensors, entropy-coded assignments.
 
-    samples = [draw(matrix, seed=...) for each tensor]      a few percent of the weights, and every row's and column's
-    scale model   = fit(samples, lam)                             codebooks and tables that all tensors share encoded =
-    encode(matrix, model, lam)                    payload, and the matrix that it decodes to matrix  = decode(payload,
-    model, rows, columns)
+    samples = [draw(matrix, seed=...) for each tensor]   a few percent of the weights; the scale of every row and column
+    model   = fit(samples, bit_price)                    codebooks and tables that all tensors share
+    encoded = encode(matrix, model, bit_price)           a payload, and the matrix that it decodes to
+    matrix  = decode(payload, model, rows, columns)
 
-`lam` is the price of a bit in squared weight units: a larger one gives a smaller file and a larger error. Both change
-smoothly with it; `estimate` predicts them from the samples alone. With `scale`, a tensor is divided by a number of the
-caller's before all else and multiplied by it at the end, which gives it an error level of its own.
+`bit_price` is what a bit may cost in squared weights: a larger one gives a smaller file and a larger error. Both change
+smoothly with it, and `estimate` predicts them from the samples alone. The same price in squared grid units, as the
+search counts it, is called `rate_weight`. With `scale`, a tensor is divided by that number before all else and
+multiplied by it at the end, which gives the tensor an error of its own at the same price.
 
-A tensor is cut into blocks of the size that costs least, by squared error + lam * bits on its sample; columns that are
-left over are coded one by one. FORMAT.md describes payload and model byte by byte.
+A tensor is cut into blocks of the size that costs least, by squared error + bit_price * bits on its sample; columns
+that are left over are coded one by one. FORMAT.md describes payload and model byte by byte.
 
 Shapes: matrix (rows, columns) float32, any shape, zeros included.
 """
@@ -29,8 +30,8 @@ import torch
 from numpy.typing import NDArray
 
 from pqcli.core import metrics
-from pqcli.core.ecpq.fit import Vectors, fit_book
-from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, GRID_PER_RATE, Book, Model, is_grid
+from pqcli.core.ecpq.fit import Vectors, fit_codebook
+from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, GRID_PER_RATE, Codebook, Model, is_grid
 from pqcli.core.ecpq.search import CHUNK, Moments, Scales, choose, in_grid_units, moments, scales
 from pqcli.core.entropy import ans, bitfields
 from pqcli.core.lookahead import in_order
@@ -125,48 +126,48 @@ def draw(
     return Sample(np.ascontiguousarray(pieces), rows, columns, (n_rows, n_columns), moments(weights))
 
 
-def fit(samples: Iterable[Sample], lam: float, start: Model | None = None) -> Model:
-    """The model that serves the sampled tensors best at `lam`.
+def fit(samples: Iterable[Sample], bit_price: float, start: Model | None = None) -> Model:
+    """The model that serves the sampled tensors best at `bit_price`.
 
-    `start` is a model for another `lam`, to save time: where that is near, only its block sizes are looked at.
+    `start` is a model for another `bit_price`, to save time: where that is near, only its block sizes are looked at.
     Nothing in it is left to chance but the samples: EM starts from a lattice.
 
-    Raises ValueError if `lam` is not positive or beyond what float32 can count in.
+    Raises ValueError if `bit_price` is not positive or beyond what float32 can count in.
     """
     samples = [sample for sample in samples if sample.pieces.size]
-    grid = float(np.float32(math.sqrt(lam) / GRID_PER_RATE)) if lam > 0 else 0.0
+    grid = float(np.float32(math.sqrt(bit_price) / GRID_PER_RATE)) if bit_price > 0 else 0.0
     if not is_grid(grid):
-        raise ValueError(f"a rate weight of {lam}; it must be positive, and its root within 1e-29 .. 1e31")
-    books = []
+        raise ValueError(f"a rate weight of {bit_price}; it must be positive, and its root within 1e-29 .. 1e31")
+    codebooks = []
     near = start is not None and 1 / NEAR <= grid / start.grid <= NEAR
     for d in start.block_sizes if start is not None and near else BLOCK_SIZES:
         parts = [_vectors(sample, d, grid) for sample in samples if sample.pieces.shape[1] >= d]
         if not parts:
             continue
         if start is not None and d in start.block_sizes:
-            book = fit_book(_joined(parts), start.book(d), WARM)
+            codebook = fit_codebook(_joined(parts), start.codebook(d), WARM)
         else:
-            book = fit_book(_joined(parts))
-        if book is not None:
-            books.append(book)
-    if not books:
+            codebook = fit_codebook(_joined(parts))
+        if codebook is not None:
+            codebooks.append(codebook)
+    if not codebooks:
         nothing = Vectors(np.zeros((1, 1), np.float32), np.zeros(1, np.int16), np.ones(1, np.float32))
-        book = fit_book(nothing)
-        return Model(grid, (book,) if book else ())
-    return _thinned(Model(grid, tuple(books)), samples)
+        codebook = fit_codebook(nothing)
+        return Model(grid, (codebook,) if codebook else ())
+    return _thinned(Model(grid, tuple(codebooks)), samples)
 
 
-def estimate(samples: Iterable[Sample], model: Model, lam: float) -> Estimate:
+def estimate(samples: Iterable[Sample], model: Model, bit_price: float) -> Estimate:
     """Bits and squared error of all sampled tensors, from the samples. The model's own bytes come on top."""
     bits = error = 0.0
     for sample in samples:
-        plan = _plan(sample, model, lam)
+        plan = _plan(sample, model, bit_price)
         bits += plan.bits
         error += plan.squared_error * model.grid**2
     return Estimate(bits, error)
 
 
-def encode(matrix: Tensor, model: Model, lam: float, *, scale: float = 1.0, seed: int = 0) -> Encoded:
+def encode(matrix: Tensor, model: Model, bit_price: float, *, scale: float = 1.0, seed: int = 0) -> Encoded:
     """`matrix` (rows, columns) as bytes. Needs about three times the matrix in memory.
 
     Raises ValueError if `matrix` holds NaN or infinity.
@@ -175,9 +176,9 @@ def encode(matrix: Tensor, model: Model, lam: float, *, scale: float = 1.0, seed
     if not weights.size:
         return Encoded(b"", torch.zeros(tuple(matrix.shape)))
     sample = draw(torch.from_numpy(weights), seed=seed, fraction=0.0, least=CHOOSE_FROM)
-    plan = _plan(sample, model, lam)
+    plan = _plan(sample, model, bit_price)
     head = _head(plan, scale)
-    rate_weight = lam / model.grid**2
+    rate_weight = bit_price / model.grid**2
     streams: list[bytes] = []
     for part in _parts(weights.shape[0], weights.shape[1], plan.block_size, model):
         classes = part.classes(plan.scales)
@@ -214,10 +215,10 @@ def entropy(payload: bytes | memoryview, model: Model, rows: int, columns: int) 
     _, of, jobs = _read_payload(payload, model, rows, columns)
     for part, streams in jobs:
         classes = part.classes(of)
-        counts = np.zeros(len(part.book.n_signs), np.int64)
+        counts = np.zeros(len(part.codebook.n_signs), np.int64)
         for stream in streams:
             start, stop = stream.span
-            symbols = ans.decode(stream.coded, classes[start:stop], part.book.tables)
+            symbols = ans.decode(stream.coded, classes[start:stop], part.codebook.tables)
             counts += np.bincount(symbols, minlength=len(counts))
             bits += 8 * len(stream.side)
         bits += int(counts.sum()) * metrics.entropy(counts.tolist())
@@ -239,9 +240,9 @@ class _Plan:
     squared_error: float
 
 
-def _plan(sample: Sample, model: Model, lam: float) -> _Plan:
+def _plan(sample: Sample, model: Model, bit_price: float) -> _Plan:
     """The cheapest way to cut the sampled matrix: first the block size, then which scales pay for themselves."""
-    rate_weight = lam / model.grid**2
+    rate_weight = bit_price / model.grid**2
     width = sample.pieces.shape[1]
     small = sample.head(CHOOSE_FROM)
 
@@ -257,10 +258,10 @@ def _plan(sample: Sample, model: Model, lam: float) -> _Plan:
 
 
 def _priced(sample: Sample, model: Model, block_size: int, rate_weight: float, *, rows: bool, blocks: bool) -> _Plan:
-    book = model.book(block_size)
+    codebook = model.codebook(block_size)
     of = scales(sample.moments, block_size, model.grid).flat(rows=rows, blocks=blocks)
     vectors = _vectors(sample, block_size, model.grid, of)
-    chosen = choose(vectors.values, book.classes(vectors.scales), book, rate_weight)
+    chosen = choose(vectors.values, codebook.classes(vectors.scales), codebook, rate_weight)
     factor = sample.shape[0] * sample.shape[1] / max(vectors.values.size, 1)
     plan = _Plan(block_size, of, rows, blocks, 0.0, chosen.squared_error * factor)
     return replace(plan, bits=chosen.bits * factor + 8 * (len(_head(plan, 1.0)) + ans.STATE_BYTES))
@@ -287,9 +288,12 @@ def _joined(parts: Sequence[Vectors]) -> Vectors:
 
 
 def _thinned(model: Model, samples: Sequence[Sample]) -> Model:
-    """`model` without the books that cost more than they save; the one for single values always stays."""
+    """`model` without the codebooks that cost more than they save; the one for single values always stays."""
     rate_weight = float(GRID_PER_RATE**2)
-    price = {book.block_size: 8 * rate_weight * len(Model(model.grid, (book,)).to_bytes()) for book in model.books}
+    model_cost = {
+        codebook.block_size: 8 * rate_weight * len(Model(model.grid, (codebook,)).to_bytes())
+        for codebook in model.codebooks
+    }
     costs = []
     for sample in samples:
         small = sample.head(CHOOSE_FROM)
@@ -303,11 +307,11 @@ def _thinned(model: Model, samples: Sequence[Sample]) -> Model:
     subsets = [(1, *chosen) for n in range(len(optional) + 1) for chosen in combinations(optional, n)]
 
     def total(subset: tuple[int, ...]) -> float:
-        paid = sum(price[d] for d in subset)
+        paid = sum(model_cost[d] for d in subset)
         return paid + sum(min(cost for d, cost in of.items() if d in subset) for of in costs)
 
     best = min(subsets, key=total)
-    return Model(model.grid, tuple(book for book in model.books if book.block_size in best))
+    return Model(model.grid, tuple(codebook for codebook in model.codebooks if codebook.block_size in best))
 
 
 # --- payload ---------------------------------------------------------------------------------------------------------
@@ -322,7 +326,7 @@ class _Part:
     rows: int
     first_column: int
     per_row: int
-    book: Book
+    codebook: Codebook
 
     @property
     def streams(self) -> list[tuple[int, int]]:
@@ -333,14 +337,14 @@ class _Part:
 
     def classes(self, of: Scales) -> NDArray[np.uint8]:
         """The table of every vector, (rows * per_row,)."""
-        is_tail = self.book.block_size == 1 and self.first_column > 0
+        is_tail = self.codebook.block_size == 1 and self.first_column > 0
         # The columns of the tail share the scale of the last, short block.
         blocks = np.repeat(of.blocks[-1:], self.per_row) if is_tail else of.blocks[: self.per_row]
         step = max(1, CHUNK // max(self.per_row, 1))
         out = np.empty((self.rows, self.per_row), np.uint8)
         for start in range(0, self.rows, step):
             rows = of.rows[start : start + step, None].astype(np.int32)
-            out[start : start + step] = self.book.classes(of.base + rows + blocks)
+            out[start : start + step] = self.codebook.classes(of.base + rows + blocks)
         return out.reshape(-1)
 
 
@@ -360,9 +364,9 @@ def _read_payload(
 def _parts(rows: int, columns: int, block_size: int, model: Model) -> list[_Part]:
     """The full blocks, then the columns left over as blocks of one."""
     n_full, n_left = divmod(columns, block_size)
-    parts = [_Part(rows, 0, n_full, model.book(block_size))] if n_full else []
+    parts = [_Part(rows, 0, n_full, model.codebook(block_size))] if n_full else []
     if n_left:
-        parts.append(_Part(rows, n_full * block_size, n_left, model.book(1)))
+        parts.append(_Part(rows, n_full * block_size, n_left, model.codebook(1)))
     return parts
 
 
@@ -370,7 +374,7 @@ def _symbols(
     weights: NDArray[np.float32], part: _Part, classes: NDArray[np.uint8], grid: float, rate_weight: float
 ) -> NDArray[np.uint16]:
     """The symbol of every vector of `part`, found a chunk at a time."""
-    d = part.book.block_size
+    d = part.codebook.block_size
     symbols = np.empty((part.rows, part.per_row), np.uint16)
     by_row = classes.reshape(part.rows, part.per_row)
     wide = max(1, CHUNK // d)
@@ -380,7 +384,7 @@ def _symbols(
             stop = min(b + wide, part.per_row)
             piece = weights[r : r + tall, part.first_column + b * d : part.first_column + stop * d]
             vectors = in_grid_units(piece, grid).reshape(-1, d)
-            chosen = choose(vectors, by_row[r : r + tall, b:stop].reshape(-1), part.book, rate_weight)
+            chosen = choose(vectors, by_row[r : r + tall, b:stop].reshape(-1), part.codebook, rate_weight)
             symbols[r : r + tall, b:stop] = chosen.symbols.reshape(-1, stop - b)
     return symbols.reshape(-1)
 
@@ -426,21 +430,21 @@ class _StreamWriter:
     grid: float
 
     def __call__(self, span: tuple[int, int]) -> bytes:
-        from pqcli.core.ecpq import loops as ecpq_kernels
+        from pqcli.core.ecpq import loops
 
         start, stop = span
-        book = self.part.book
+        codebook = self.part.codebook
         symbols = self.symbols[start:stop]
-        coded = ans.encode(symbols, self.classes[start:stop], book.tables)
+        coded = ans.encode(symbols, self.classes[start:stop], codebook.tables)
         escapes = int((symbols == 0).sum())
-        most = int(book.n_signs[symbols].sum(dtype=np.int64)) + escapes * book.block_size * ecpq_kernels.MAX_SIDE_BITS
+        most = int(codebook.n_signs[symbols].sum(dtype=np.int64)) + escapes * codebook.block_size * loops.MAX_SIDE_BITS
         side = np.zeros(-(-most // 8), np.uint8)
-        n_bits = ecpq_kernels.write_side(
+        n_bits = loops.write_side(
             self.weights,
             self.part.first_column,
             start,
             symbols,
-            book.magnitudes,
+            codebook.magnitudes,
             self.part.per_row,
             self.grid * ESCAPE_STEP,
             side,
@@ -475,20 +479,20 @@ class _StreamReader:
     out: NDArray[np.float32]
 
     def __call__(self, stream: _Stream) -> None:
-        from pqcli.core.ecpq import loops as ecpq_kernels
+        from pqcli.core.ecpq import loops
 
         start, stop = stream.span
-        book = self.part.book
+        codebook = self.part.codebook
         grid = np.float32(self.grid)
-        symbols = ans.decode(stream.coded, self.classes[start:stop], book.tables)
+        symbols = ans.decode(stream.coded, self.classes[start:stop], codebook.tables)
         side = np.frombuffer(stream.side, np.uint8)
-        n_bits = ecpq_kernels.read_side(
+        n_bits = loops.read_side(
             side,
             8 * side.size,
             self.part.first_column,
             start,
             symbols,
-            book.magnitudes.astype(np.float32) * grid,
+            codebook.magnitudes.astype(np.float32) * grid,
             grid,
             self.scale,
             ESCAPE_STEP,

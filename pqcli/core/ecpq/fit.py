@@ -4,12 +4,12 @@
     E-step  every vector takes the orbit that minimises squared error + rate_weight * bits
     M-step  every orbit becomes the mean of its vectors; orbits that starve are dropped; a coordinate becomes 0
             where the sign bit it saves is worth more than the error it adds
-    end     lengths rounded to the grid, probabilities fitted by slopes per class and corrections (see `ecpq_model`)
+    end     lengths rounded to the grid, probabilities fitted by slopes per class and corrections
 
 All lengths are in grid units (`GRID_PER_RATE` per square root of the rate weight), so the rate weight itself is always
 `RATE_WEIGHT` here and a fit does not depend on the scale of the weights.
 
-Shapes: vectors (n, d) magnitudes, codebook (k, d), counts (n_classes, k).
+Shapes: vectors (n, d) magnitudes, orbits (k, d), counts (n_classes, k).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pqcli.core import kernels
 from pqcli.core.ecpq import lattice
-from pqcli.core.ecpq.model import GRID_PER_RATE, MAX_CLASSES, Book, features
+from pqcli.core.ecpq.model import GRID_PER_RATE, MAX_CLASSES, Codebook, features
 from pqcli.core.ecpq.search import HIGHEST_SCALE, choose
 
 RATE_WEIGHT = float(GRID_PER_RATE**2)
@@ -30,7 +30,7 @@ MOST_ORBITS = {1: 255, 2: 1023, 4: 2047, 8: 2047}
 MOST_VECTORS = {1: 1 << 17, 2: 1 << 18, 4: 3 << 18, 8: 1 << 19}
 """Vectors of the sample that EM looks at."""
 COVERAGE = 0.97
-"""Share of the vectors that the most populated lattice points must take for a block size to be worth a book."""
+"""Share of the vectors that the most populated lattice points must take for a block size to be worth a codebook."""
 LOWEST_CLASS = 4
 """A scale an octave above the grid, a third of the smallest magnitude: all zeros from there on."""
 STRAY = 1e-4
@@ -54,8 +54,8 @@ class Vectors:
     weights: NDArray[np.float32]
 
 
-def fit_book(sample: Vectors, start: Book | None = None, n_iter: int = N_ITER) -> Book | None:
-    """The book that EM learns for `sample`, from book `start` if given; None where no bounded book would do."""
+def fit_codebook(sample: Vectors, start: Codebook | None = None, n_iter: int = N_ITER) -> Codebook | None:
+    """The codebook that EM learns for `sample`, starting from `start` if given; None where no bounded one would do."""
     step = -(-len(sample.values) // MOST_VECTORS[sample.values.shape[1]])
     sample = Vectors(sample.values[::step], sample.scales[::step], sample.weights[::step] * np.float32(step))
     low, n_classes = _classes(sample)
@@ -68,34 +68,34 @@ def fit_book(sample: Vectors, start: Book | None = None, n_iter: int = N_ITER) -
         first = _initial(data)
         if first is None:
             return None
-        codebook, prior = first
+        orbits, prior = first
         probabilities = np.tile(prior, (n_classes, 1))
     else:
-        codebook = torch.from_numpy(start.magnitudes.astype(np.float32))
+        orbits = torch.from_numpy(start.magnitudes.astype(np.float32))
         known = start.tables.frequencies[start.classes(np.arange(low, low + n_classes)), 1:]
         probabilities = known / known.sum(1, keepdims=True).clip(1)
-    counts = np.zeros((n_classes, len(codebook)))
+    counts = np.zeros((n_classes, len(orbits)))
     for _ in range(n_iter):
-        sums, counts = groups.sweep(codebook, probabilities)
+        sums, counts = groups.sweep(orbits, probabilities)
         alive = counts.sum(0) >= ENOUGH * groups.mean_weight
         alive[counts.sum(0).argmax()] = True
         counts = counts[:, alive]
-        codebook = _means(sums[alive], counts.sum(0))
+        orbits = _means(sums[alive], counts.sum(0))
         share = counts.sum(0) / counts.sum()
         evidence = counts / groups.mean_weight
         probabilities = (evidence + PRIOR * share) / (evidence.sum(1, keepdims=True) + PRIOR)
-    magnitudes = _rounded(codebook)
-    book = _tabulate(magnitudes, low, _assigned(groups, magnitudes, n_classes), groups.mean_weight)
+    magnitudes = _rounded(orbits)
+    codebook = _tabulate(magnitudes, low, _assigned(groups, magnitudes, n_classes), groups.mean_weight)
     for _ in range(2):
-        chosen = choose(data.values, classes, book, RATE_WEIGHT)
-        flat = classes.astype(np.int64) * (book.n_orbits + 1) + chosen.symbols
-        flat_table = np.bincount(flat, weights=data.weights, minlength=n_classes * (book.n_orbits + 1))
+        chosen = choose(data.values, classes, codebook, RATE_WEIGHT)
+        flat = classes.astype(np.int64) * (codebook.n_orbits + 1) + chosen.symbols
+        flat_table = np.bincount(flat, weights=data.weights, minlength=n_classes * (codebook.n_orbits + 1))
         table = flat_table.astype(np.float64).reshape(n_classes, -1)
         alive = table[:, 1:].sum(0) >= ENOUGH * groups.mean_weight
         alive[table[:, 1:].sum(0).argmax()] = True
         kept = np.concatenate([[True], alive])
-        book = _tabulate(book.magnitudes[alive], low, table[:, kept], groups.mean_weight)
-    return book
+        codebook = _tabulate(codebook.magnitudes[alive], low, table[:, kept], groups.mean_weight)
+    return codebook
 
 
 # --- EM --------------------------------------------------------------------------------------------------------------
@@ -110,19 +110,19 @@ class _Groups:
         self.mean_weight = float(data.weights.mean(dtype=np.float64))
 
     def sweep(
-        self, codebook: torch.Tensor, probabilities: NDArray[np.float64]
+        self, orbits: torch.Tensor, probabilities: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Sums (k, d) and counts (n_classes, k) of the best orbits."""
-        exact = codebook.double()
-        n_signs = (codebook > 0).sum(1)
-        sums = np.zeros(tuple(codebook.shape))
-        counts = np.zeros((len(self.values), len(codebook)))
+        exact = orbits.double()
+        n_signs = (orbits > 0).sum(1)
+        sums = np.zeros(tuple(orbits.shape))
+        counts = np.zeros((len(self.values), len(orbits)))
         for c, (values, weights) in enumerate(zip(self.values, self.weights, strict=True)):
             if not len(values):
                 continue
             log2_p = torch.from_numpy(np.log2(np.maximum(probabilities[c], 1e-9)))
             bias = -0.5 * exact.square().sum(1) + 0.5 * RATE_WEIGHT * (log2_p - n_signs)
-            found = kernels.sweep(values, codebook, bias.float(), weights=weights, backend="cpu")
+            found = kernels.sweep(values, orbits, bias.float(), weights=weights, backend="cpu")
             if found.sums is None or found.counts is None:
                 raise ValueError("the kernel returned no sums")
             sums += found.sums.numpy()
@@ -170,9 +170,9 @@ def _means(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> torch.Tens
     return torch.from_numpy(means.astype(np.float32))
 
 
-def _rounded(codebook: torch.Tensor) -> NDArray[np.uint16]:
+def _rounded(orbits: torch.Tensor) -> NDArray[np.uint16]:
     """The distinct orbits in grid units, shortest first."""
-    whole = np.unique(np.minimum(np.rint(codebook.numpy()), 65535).astype(np.uint16), axis=0)
+    whole = np.unique(np.minimum(np.rint(orbits.numpy()), 65535).astype(np.uint16), axis=0)
     return whole[np.argsort((whole.astype(np.int64) ** 2).sum(1), kind="stable")]
 
 
@@ -186,8 +186,8 @@ def _assigned(groups: _Groups, magnitudes: NDArray[np.uint16], n_classes: int) -
     return np.concatenate([np.zeros((n_classes, 1)), counts], axis=1)
 
 
-def _tabulate(magnitudes: NDArray[np.uint16], low: int, table: NDArray[np.float64], mean_weight: float) -> Book:
-    """The book whose tables fit the counts `table` (n_classes, 1 + k), the escape first."""
+def _tabulate(magnitudes: NDArray[np.uint16], low: int, table: NDArray[np.float64], mean_weight: float) -> Codebook:
+    """The codebook whose tables fit the counts `table` (n_classes, 1 + k), the escape first."""
     n_classes = len(table)
     counts = table[:, 1:] / mean_weight
     shape = features(magnitudes) / 65536.0
@@ -205,7 +205,7 @@ def _tabulate(magnitudes: NDArray[np.uint16], low: int, table: NDArray[np.float6
     corrections[saved < CORRECTION_BITS] = 0
     escape = (table[:, 0] / mean_weight + 0.05) / (table.sum(1) / mean_weight + 100)
     escapes = np.rint(4 * (np.log2(np.maximum(escape, 2.0**-15)) + log_total[:, 0] / np.log(2)))
-    return Book(
+    return Codebook(
         magnitudes=magnitudes,
         low=low,
         slopes=whole_slopes,

@@ -34,13 +34,13 @@ GRID_PER_RATE = 8
 MAX_CLASSES = 64
 _FINE = ans.OCTAVE // 4
 _HEADER = struct.Struct("<BBf")
-_BOOK = struct.Struct("<BHbB")
+_CODEBOOK = struct.Struct("<BHbB")
 _VERSION = 1
 
 
 @dataclass(frozen=True)
-class Book:
-    """One codebook and its tables. Levels are logarithms of probabilities in quarter-octaves.
+class Codebook:
+    """One codebook and its tables. Levels are logarithms of probabilities, in quarter-octaves.
 
     `low` is the lowest class; `slopes`, `escapes` and `corrections` have a row for each class from there on.
     """
@@ -99,26 +99,28 @@ def features(magnitudes: NDArray[np.uint16]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Model:
-    """All that the tensors of one file have in common. `grid` is a float32; there is always a book for d = 1."""
+    """All that the tensors of one file have in common. `grid` is a float32; there is always a codebook for d = 1."""
 
     grid: float
-    books: tuple[Book, ...]
+    codebooks: tuple[Codebook, ...]
 
-    def book(self, block_size: int) -> Book:
-        """The book for vectors of that length. Raises ValueError if there is none."""
-        for book in self.books:
-            if book.block_size == block_size:
-                return book
+    def codebook(self, block_size: int) -> Codebook:
+        """The codebook for vectors of that length. Raises ValueError if there is none."""
+        for codebook in self.codebooks:
+            if codebook.block_size == block_size:
+                return codebook
         raise ValueError(f"the model has no codebook for block size {block_size}")
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """The block sizes there are books for, ascending."""
-        return tuple(book.block_size for book in self.books)
+        """The block sizes there are codebooks for, ascending."""
+        return tuple(codebook.block_size for codebook in self.codebooks)
 
     def to_bytes(self) -> bytes:
         """The model, self-contained and compressed."""
-        return _HEADER.pack(_VERSION, len(self.books), self.grid) + b"".join(_book_bytes(book) for book in self.books)
+        return _HEADER.pack(_VERSION, len(self.codebooks), self.grid) + b"".join(
+            _codebook_bytes(codebook) for codebook in self.codebooks
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> Model:
@@ -126,19 +128,19 @@ class Model:
         data = bytes(data)
         if len(data) < _HEADER.size:
             raise ValueError(f"a model of {len(data)} bytes")
-        version, n_books, grid = _HEADER.unpack_from(data)
+        version, n_codebooks, grid = _HEADER.unpack_from(data)
         if version != _VERSION:
             raise ValueError(f"a model of version {version}; this reads version {_VERSION}")
         if not is_grid(grid):
             raise ValueError(f"a model with grid {grid}")
-        at, books = _HEADER.size, []
-        for _ in range(n_books):
-            book, at = _read_book(data, at)
-            books.append(book)
-        sizes = [book.block_size for book in books]
+        at, codebooks = _HEADER.size, []
+        for _ in range(n_codebooks):
+            codebook, at = _read_codebook(data, at)
+            codebooks.append(codebook)
+        sizes = [codebook.block_size for codebook in codebooks]
         if at != len(data) or sizes != sorted(set(sizes)) or sizes[:1] != [1]:
             raise ValueError(f"a model with codebooks for block sizes {sizes} and {len(data) - at} bytes left over")
-        return cls(grid, tuple(books))
+        return cls(grid, tuple(codebooks))
 
 
 def is_grid(grid: float) -> bool:
@@ -149,25 +151,25 @@ def is_grid(grid: float) -> bool:
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def _book_bytes(book: Book) -> bytes:
+def _codebook_bytes(codebook: Codebook) -> bytes:
     """Header, then a compressed run of integers: each array zigzag, low bytes then high bytes."""
-    corrections = np.diff(book.corrections.astype(np.int64), axis=0, prepend=0)
-    slopes = np.diff(book.slopes.astype(np.int64), axis=0, prepend=0)
-    escapes = np.diff(book.escapes.astype(np.int64), prepend=0)
-    arrays = (book.magnitudes.T, slopes.T, escapes, book.levels, corrections)
+    corrections = np.diff(codebook.corrections.astype(np.int64), axis=0, prepend=0)
+    slopes = np.diff(codebook.slopes.astype(np.int64), axis=0, prepend=0)
+    escapes = np.diff(codebook.escapes.astype(np.int64), prepend=0)
+    arrays = (codebook.magnitudes.T, slopes.T, escapes, codebook.levels, corrections)
     body = zlib.compress(b"".join(_planes(np.asarray(array, np.int64)) for array in arrays), 9)
-    header = _BOOK.pack(book.block_size, book.n_orbits, book.low, book.n_classes)
+    header = _CODEBOOK.pack(codebook.block_size, codebook.n_orbits, codebook.low, codebook.n_classes)
     return header + struct.pack("<I", len(body)) + body
 
 
-def _read_book(data: bytes, at: int) -> tuple[Book, int]:
-    if len(data) < at + _BOOK.size + 4:
+def _read_codebook(data: bytes, at: int) -> tuple[Codebook, int]:
+    if len(data) < at + _CODEBOOK.size + 4:
         raise ValueError("a model cut short")
-    d, k, low, n_classes = _BOOK.unpack_from(data, at)
+    d, k, low, n_classes = _CODEBOOK.unpack_from(data, at)
     if d not in BLOCK_SIZES or not 0 < k < ans.MAX_SYMBOLS or not 0 < n_classes <= MAX_CLASSES:
         raise ValueError(f"a codebook of {k} orbits of block size {d} with {n_classes} classes")
-    (n_bytes,) = struct.unpack_from("<I", data, at + _BOOK.size)
-    at += _BOOK.size + 4
+    (n_bytes,) = struct.unpack_from("<I", data, at + _CODEBOOK.size)
+    at += _CODEBOOK.size + 4
     shapes = ((d, k), (2, n_classes), (n_classes,), (k,), (n_classes, k))
     sizes = [int(np.prod(shape)) for shape in shapes]
     body = _inflate(data[at : at + n_bytes], 2 * sum(sizes))
@@ -176,7 +178,7 @@ def _read_book(data: bytes, at: int) -> tuple[Book, int]:
         arrays.append(_unplanes(body[start : start + 2 * size]).reshape(shape))
         start += 2 * size
     magnitudes, slopes, escapes, levels, corrections = arrays
-    book = Book(
+    codebook = Codebook(
         magnitudes=magnitudes.T.astype(np.uint16),
         low=low,
         slopes=np.cumsum(slopes.T, axis=0).astype(np.int16),
@@ -184,7 +186,7 @@ def _read_book(data: bytes, at: int) -> tuple[Book, int]:
         levels=levels.astype(np.int16),
         corrections=np.cumsum(corrections, axis=0).astype(np.int16),
     )
-    return book, at + n_bytes
+    return codebook, at + n_bytes
 
 
 def _inflate(data: bytes, size: int) -> bytes:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pqcli.core import kernels
-from pqcli.core.ecpq.model import ESCAPE_STEP, Book
+from pqcli.core.ecpq.model import ESCAPE_STEP, Codebook
 
 CHUNK = 1 << 21
 """Elements looked at in one go: a few temporaries of 8 or 16 MiB."""
@@ -44,25 +44,25 @@ class Choice:
         return self.squared_error + rate_weight * self.bits
 
 
-def choose(vectors: NDArray[np.float32], classes: NDArray[np.uint8], book: Book, rate_weight: float) -> Choice:
+def choose(vectors: NDArray[np.float32], classes: NDArray[np.uint8], codebook: Codebook, rate_weight: float) -> Choice:
     """The cheapest symbol of every vector in squared error + `rate_weight` * bits, sign bits and escapes included."""
-    from pqcli.core.ecpq import loops as ecpq_kernels
+    from pqcli.core.ecpq import loops
 
     order = np.argsort(classes, kind="stable")
-    limit = FARTHEST * float(book.magnitudes.max(initial=1))
+    limit = FARTHEST * float(codebook.magnitudes.max(initial=1))
     grouped = torch.from_numpy(np.minimum(vectors[order], np.float32(limit)))
-    codebook = torch.from_numpy(book.magnitudes.astype(np.float32))
-    bias = -0.5 * (book.magnitudes.astype(np.float64) ** 2).sum(1) - 0.5 * rate_weight * book.bits[:, 1:]
+    orbits = torch.from_numpy(codebook.magnitudes.astype(np.float32))
+    bias = -0.5 * (codebook.magnitudes.astype(np.float64) ** 2).sum(1) - 0.5 * rate_weight * codebook.bits[:, 1:]
     found = np.zeros(len(vectors), np.uint16)
-    ends = np.cumsum(np.bincount(classes, minlength=book.n_classes))
+    ends = np.cumsum(np.bincount(classes, minlength=codebook.n_classes))
     for c, (start, stop) in enumerate(zip(np.concatenate([[0], ends[:-1]]), ends, strict=True)):
-        present = np.flatnonzero(book.tables.frequencies[c, 1:])
+        present = np.flatnonzero(codebook.tables.frequencies[c, 1:])
         if start == stop or not present.size:
             continue
         subset = torch.from_numpy(present)
         best = kernels.sweep(
             grouped[start:stop],
-            codebook[subset],
+            orbits[subset],
             torch.from_numpy(bias[c, present].astype(np.float32)),
             accumulate=False,
             backend="cpu",
@@ -70,8 +70,8 @@ def choose(vectors: NDArray[np.float32], classes: NDArray[np.uint8], book: Book,
         found[start:stop] = present[best.assignments.numpy()] + 1
     symbols = np.empty(len(vectors), np.uint16)
     symbols[order] = found
-    bits, error = ecpq_kernels.settle(
-        vectors, classes, book.magnitudes, book.bits, rate_weight, float(ESCAPE_STEP), symbols
+    bits, error = loops.settle(
+        vectors, classes, codebook.magnitudes, codebook.bits, rate_weight, float(ESCAPE_STEP), symbols
     )
     return Choice(symbols, bits, error)
 

@@ -94,10 +94,10 @@ def encode(symbols: NDArray[np.uint16], classes: NDArray[np.uint8], tables: Tabl
 
     Raises ValueError if a symbol is absent from its table.
     """
-    from pqcli.core.entropy import ans_loops as ans_kernels
+    from pqcli.core.entropy import ans_loops
 
     words = np.empty(symbols.size + 2, np.uint32)
-    state, n_words = ans_kernels.encode(symbols, classes, tables.frequencies, tables.cumulative, words)
+    state, n_words = ans_loops.encode(symbols, classes, tables.frequencies, tables.cumulative, words)
     if n_words < 0:
         raise ValueError("a symbol that is absent from its table cannot be coded")
     return int(state).to_bytes(STATE_BYTES, "little") + words[:n_words][::-1].astype("<u4").tobytes()
@@ -108,7 +108,7 @@ def decode(data: bytes | memoryview, classes: NDArray[np.uint8], tables: Tables)
 
     Raises ValueError if `data` is not what `encode` gives.
     """
-    from pqcli.core.entropy import ans_loops as ans_kernels
+    from pqcli.core.entropy import ans_loops
 
     if len(data) < STATE_BYTES or len(data) % 4:
         raise ValueError(f"a stream of {len(data)} bytes; it takes {STATE_BYTES} and a multiple of 4")
@@ -117,7 +117,7 @@ def decode(data: bytes | memoryview, classes: NDArray[np.uint8], tables: Tables)
         raise ValueError(f"a stream that starts in state {state}")
     words = np.frombuffer(data, "<u4", offset=STATE_BYTES).astype(np.uint32, copy=False)
     symbols = np.empty(classes.size, np.uint16)
-    intact = ans_kernels.decode(state, words, classes, tables.frequencies, tables.cumulative, tables.lookup, symbols)
+    intact = ans_loops.decode(state, words, classes, tables.frequencies, tables.cumulative, tables.lookup, symbols)
     if not intact:
         raise ValueError("a damaged stream: its symbols and its words do not end together")
     return symbols

@@ -47,7 +47,7 @@ def compress(arrays: Sequence[NDArray[np.generic]]) -> bytes:
         if group:
             words = np.concatenate([a.view(np.uint8) for a in group])
             starts = _starts([a.size for a in group])
-            parts.append(min((_pack(words, size, starts, way) for way in _ways(size)), key=len))
+            parts.append(min((_pack(words, size, starts, arrangement) for arrangement in _arrangements(size)), key=len))
     return b"".join(parts)
 
 
@@ -83,19 +83,19 @@ def _starts(counts: Sequence[int]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
-def _ways(size: int) -> tuple[int, ...]:
+def _arrangements(size: int) -> tuple[int, ...]:
     return (_AS_IS, _FLOAT, _DIFFERENCES) if size in (2, 4, 8) else (_AS_IS,)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def _rearrange(words: NDArray[np.uint8], size: int, way: int, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
+def _rearrange(words: NDArray[np.uint8], size: int, arrangement: int, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Planes (size, n), the most significant first."""
-    if way == _AS_IS:
+    if arrangement == _AS_IS:
         return np.ascontiguousarray(words.reshape(-1, size).T[::-1])
     unsigned = words.view(f"<u{size}")
-    if way == _DIFFERENCES:
+    if arrangement == _DIFFERENCES:
         moved = np.diff(unsigned, prepend=unsigned.dtype.type(0))
         moved[starts[:-1]] = unsigned[starts[:-1]]
     else:
@@ -107,14 +107,14 @@ def _rearrange(words: NDArray[np.uint8], size: int, way: int, starts: NDArray[np
     return np.ascontiguousarray(moved.view(np.uint8).reshape(-1, size).T[::-1])
 
 
-def _restore(planes: NDArray[np.uint8], way: int, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
+def _restore(planes: NDArray[np.uint8], arrangement: int, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
     """The words' bytes; the inverse of `_rearrange`."""
     size = len(planes)
     words = np.ascontiguousarray(planes[::-1].T).reshape(-1)
-    if way == _AS_IS:
+    if arrangement == _AS_IS:
         return words
     moved = words.view(f"<u{size}")
-    if way == _DIFFERENCES:
+    if arrangement == _DIFFERENCES:
         sums = np.cumsum(moved, dtype=moved.dtype)
         before = sums[starts[:-1]] - moved[starts[:-1]]
         return np.asarray(sums - np.repeat(before, np.diff(starts))).view(np.uint8)
@@ -129,10 +129,10 @@ def _restore(planes: NDArray[np.uint8], way: int, starts: NDArray[np.int64]) -> 
 # --- planes -----------------------------------------------------------------------------------------------------------
 
 
-def _pack(words: NDArray[np.uint8], size: int, starts: NDArray[np.int64], way: int) -> bytes:
-    """A group: the way its words are arranged, then each plane as method, length and bytes."""
-    parts = [bytes([way])]
-    for plane in _rearrange(words, size, way, starts):
+def _pack(words: NDArray[np.uint8], size: int, starts: NDArray[np.int64], arrangement: int) -> bytes:
+    """A group: how its words are arranged, then each plane as method, length and bytes."""
+    parts = [bytes([arrangement])]
+    for plane in _rearrange(words, size, arrangement, starts):
         if plane.size <= _CONSTANT_LIMIT and np.all(plane == plane[0]):
             parts.append(bytes([_CONSTANT, plane[0]]))
             continue
@@ -147,9 +147,9 @@ def _pack(words: NDArray[np.uint8], size: int, starts: NDArray[np.int64], way: i
 def _unpack(data: bytes, at: int, size: int, starts: NDArray[np.int64]) -> tuple[NDArray[np.uint8], int]:
     """A group's bytes, and where the next one begins."""
     n = int(starts[-1])
-    way, at = _take(data, at, 1)
-    if way[0] not in _ways(size):
-        raise ValueError(f"words of {size} bytes arranged in way {way[0]}")
+    arrangement, at = _take(data, at, 1)
+    if arrangement[0] not in _arrangements(size):
+        raise ValueError(f"words of {size} bytes arranged in way {arrangement[0]}")
     planes = []
     for index in range(size):
         method, at = _take(data, at, 1)
@@ -169,7 +169,7 @@ def _unpack(data: bytes, at: int, size: int, starts: NDArray[np.int64]) -> tuple
             planes.append(_unmodel(body, starts, index > 0))
         else:
             raise ValueError(f"a byte plane coded by method {method[0]}")
-    return _restore(np.stack(planes), way[0], starts), at
+    return _restore(np.stack(planes), arrangement[0], starts), at
 
 
 def _take(data: bytes, at: int, n: int) -> tuple[bytes, int]:

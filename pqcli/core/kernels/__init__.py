@@ -5,6 +5,10 @@ Shapes: vectors (n, d), codebook (k, d), bias (k,), weights (n,), assignments (n
 With `b_j = -|c_j|^2 / 2` the winner is the nearest centroid; with `b_j = -|c_j|^2 / 2 + (lambda / 2) log2 p_j` it is
 the entropy-constrained choice (Chou, Lookabaugh, Gray 1989). So one primitive per kind of hardware serves every kind of
 EM. One `sweep` is the E-step over all vectors and, because each vector is in cache just then, the sums of the M-step.
+
+    reference    plain torch, on any device
+    cpu          LLVM IR for the processor it runs on
+    cuda         Triton, for NVIDIA GPUs
 """
 
 from __future__ import annotations

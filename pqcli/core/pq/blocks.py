@@ -2,9 +2,9 @@
 
 A weight is seen as a matrix of `rows` x `columns`: a row is everything that makes one output (Linear: `in_features`
 values, Conv: `in_channels / groups * kernel` values, Embedding: one entry). Each row is cut into blocks of
-`block_size` neighbouring values. Where `block_size` does not divide `columns`, the last block of every row is short;
-it is kept apart
-as the *tail*, so that the missing values take part in nothing: not in distances, not in centroids, not in errors.
+`block_size` neighbouring values. Where `block_size` does not divide `columns`, the last block of every row is short.
+Short blocks are kept apart as the *tail*, so that the missing values take part in nothing: not in distances, not in
+centroids, not in errors.
 
 Shapes
     matrix (rows, columns) -> body (rows * full_blocks, block_size), tail (rows, columns % block_size) or (0, ...)
@@ -25,18 +25,24 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pqcli.core.importance import Importance
+
 _JOIN_ELEMENTS = 1 << 22
 """Weights put together at a time: the padded blocks of a large tensor would be one more copy of it."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The vectors of one weight in float32: full blocks in `body`, short last blocks in `tail`."""
+    """The vectors of one weight in float32: full blocks in `body`, short last blocks in `tail`.
+
+    `importance` holds, cut likewise, how much the squared error of each value counts (None: all alike).
+    """
 
     body: Tensor
     tail: Tensor
     rows: int
     columns: int
+    importance: Blocks | None = None
 
     @property
     def block_size(self) -> int:
@@ -58,6 +64,17 @@ class Blocks:
         """The non-empty groups of equally long vectors: the body, then the tail."""
         return tuple(part for part in (self.body, self.tail) if part.numel())
 
+    @property
+    def importance_parts(self) -> tuple[Tensor, ...] | tuple[None, ...]:
+        """For each of the parts its values' importance, or None."""
+        return (None,) * len(self.parts) if self.importance is None else self.importance.parts
+
+    def pick(self, chosen: Tensor) -> Blocks:
+        """The full blocks of these indices (n,), as the rows of a matrix one block wide."""
+        importance = None if self.importance is None else self.importance.pick(chosen)
+        body, tail = self.body.index_select(0, chosen), self.tail[:0]
+        return Blocks(body, tail, rows=len(chosen), columns=self.block_size, importance=importance)
+
     def join(self, per_part: list[Tensor]) -> Tensor:
         """One value per vector, given part by part, in the order of `assignments`."""
         if len(per_part) == 1:
@@ -66,17 +83,26 @@ class Blocks:
         return torch.cat([body.view(self.rows, -1), tail.view(self.rows, 1)], dim=1).flatten()
 
 
-def cut(matrix: Tensor, block_size: int) -> Blocks:
+def cut(matrix: Tensor, block_size: int, importance: Importance | None = None) -> Blocks:
     """The blocks of `matrix` (rows, columns), any floating dtype, in float32.
 
-    Shares memory with a float32 `matrix` whose columns divide; copies otherwise.
+    Shares memory with a float32 `matrix` whose columns divide; copies otherwise. `importance`, unless it is uniform,
+    takes as much memory again; only its ratios matter. Raises ValueError where it is that of another shape.
     """
     rows, columns = matrix.shape
+    weighed = None
+    if importance is not None:
+        if importance.shape != (rows, columns):
+            raise ValueError(f"importance of {importance.shape} for a matrix {rows} x {columns}")
+        if not importance.is_uniform:
+            known = importance.normalised()
+            by_row, by_column = (torch.from_numpy(f).to(matrix.device) for f in (known.rows, known.columns))
+            weighed = cut(torch.outer(by_row, by_column), block_size)
     n_full = columns // block_size
     width = n_full * block_size
     # not matrix.float() first: of a large half-precision tensor that would be one more copy
     body = _float32(matrix[:, :width]).view(rows * n_full, block_size)
-    return Blocks(body=body, tail=_float32(matrix[:, width:]), rows=rows, columns=columns)
+    return Blocks(body=body, tail=_float32(matrix[:, width:]), rows=rows, columns=columns, importance=weighed)
 
 
 def _float32(part: Tensor) -> Tensor:

@@ -2,21 +2,24 @@
 
     E-step  every vector takes the centroid that scores best,    argmax_j  x . c_j + b_j
     M-step  every centroid becomes the mean of its vectors, or (`Options.relaxation`) goes beyond it, as over-relaxation
-            does for linear systems: the way to the optimum is long and nearly straight
+            does for linear systems: the path to the optimum is long and nearly straight
 
-With b_j = -|c_j|^2 / 2 the best score is the least distance. (`ecpq` adds the price of the bits to b_j.)
+With b_j = -|c_j|^2 / 2 the best score is the least distance. (Entropy-constrained PQ adds the cost of bits to b_j.)
+
+Where values differ in importance w, the sum of w (x - c)^2 is minimised: the best score is then that of the features
+(w x, w) against (c, -c^2 / 2), and the sums of these features give the weighted means. So one primitive serves both.
 
 Shapes: vectors (n, d), codebook (k, d), assignments (n,) int32, counts (k,), sums (k, d) float64.
 
 Invariants, held by tests: the objective never rises from one iteration to the next; no cluster is left empty; the
 answer depends on the vectors, the options and the seed only.
 
-Empty clusters. The ancestor (fairseq) splits the most populated cluster by two points a hair (`eps`) to either side of
-its centroid. In the limit of a small hair this cuts the cluster by a plane through its mean, and that is how it is done
-here: exactly, for all empty clusters in one pass, with both halves' means known at once. The cluster of the largest
-squared error is cut first, because a crowd of identical vectors (pruned weights) cannot be cut at all. A cluster
-narrower than `eps` times the data counts as a single point. Where single points are all there is, the clusters that
-are still empty are dropped.
+Empty clusters. The ancestor (fairseq) splits the most populated cluster into two points at a tiny distance (`eps`) to
+either side of its centroid. As that distance goes to zero, the cluster is cut by a plane through its mean, and that is
+how it is done here: exactly, for all empty clusters in one pass, with both halves' means known at once. The cluster of
+the largest squared error is cut first, because a crowd of identical vectors (pruned weights) cannot be cut at all. A
+cluster narrower than `eps` times the data counts as a single point. Where single points are all there is, the clusters
+that are still empty are dropped.
 """
 
 from __future__ import annotations
@@ -42,10 +45,13 @@ MANY_CANDIDATES = 1 << 16
 REFINEMENTS = 2
 """Full iterations over all vectors after training on a sample."""
 RELAXATION = 1.85
-"""How far a centroid goes on its way to the mean of its vectors. 1 is Lloyd's step; up to 2 the objective cannot rise,
+"""How far a centroid moves towards the mean of its vectors. 1 is Lloyd's step; up to 2 the objective cannot rise,
 and this much takes about 12 iterations to the error that Lloyd's steps reach in 20."""
 SETTLING = 2
 """Last iterations, which go to the mean and no further."""
+_SMALLEST_COUNT = 1e-30
+"""An empty cluster's sums, which are zero, are divided by this."""
+_PIECE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -83,12 +89,11 @@ class _Sweep:
 
     assignments: list[Tensor]
     sums: Tensor
-    counts: Tensor  # (k, d): coordinate t of centroid j is the mean of counts[j, t] values
+    counts: (
+        Tensor  # (k, d): coordinate t of centroid j is the mean of counts[j, t] values (the sum of their importance)
+    )
+    population: Tensor  # (k,): vectors of each cluster
     objective: float
-
-    @property
-    def population(self) -> Tensor:
-        return self.counts[:, 0]
 
 
 def fit(blocks: Blocks, options: Options, codebook: Tensor | None = None) -> Fit:
@@ -126,8 +131,8 @@ def _fit_once(blocks: Blocks, options: Options, codebook: Tensor | None, seed: i
 def assign(blocks: Blocks, codebook: Tensor) -> Tensor:
     """The nearest centroid of every vector, (n_vectors,) int32 in the order of `Blocks`. Ties go to the lower index."""
     found = [
-        kernels.sweep(part, _leading(codebook, part), _bias(codebook, part), accumulate=False).assignments
-        for part in blocks.parts
+        _pass(part, importance, codebook, accumulate=False).assignments
+        for part, importance in zip(blocks.parts, blocks.importance_parts, strict=True)
     ]
     return blocks.join(found) if found else torch.zeros(0, dtype=torch.int32)
 
@@ -140,7 +145,7 @@ def lloyd(
     The last `settling` of them go to the mean and no further, whatever the relaxation.
     """
     codebook = codebook.float().clone()
-    energy = sum(float(part.double().square_().sum()) for part in _chunks(blocks))
+    energy = _energy(blocks)
     objective: list[float] = []
     for i in range(options.n_iter):
         sweep = _sweep(blocks, codebook, energy)
@@ -149,7 +154,7 @@ def lloyd(
         empty = sweep.population == 0
         if bool(empty.any()):
             sweep = _fill_empty(blocks, sweep, options, generator)
-            # the centroid of an empty cluster may have been anywhere: no way to go further on
+            # the centroid of an empty cluster may have been anywhere: nothing to extrapolate
             steps = torch.where(empty, 1.0, step).double()
             codebook = _moved(codebook, sweep, steps[:, None])[sweep.population > 0]
         else:
@@ -160,15 +165,15 @@ def lloyd(
 
 
 def _moved(codebook: Tensor, sweep: _Sweep, step: Tensor | float) -> Tensor:
-    """The M-step: every centroid goes `step` (one for all, or (k, 1)) times the way to the mean of its vectors.
+    """The M-step: every centroid moves by `step` (one for all, or (k, 1)) times what it lacks to its vectors' mean.
 
     With squared errors J(c) of given clusters, J(c + s (mean - c)) - J(mean) = (1 - s)^2 (J(c) - J(mean)): no step from
     0 to 2 makes it worse.
     """
     before = codebook.double()
     mean = sweep.sums / sweep.counts
-    way = torch.nan_to_num_(mean - before, nan=0.0)  # 0 / 0 where a coordinate has no values
-    return before.add_(way.mul_(step)).float()
+    shift = torch.nan_to_num_(mean - before, nan=0.0)  # 0 / 0 where a coordinate has no values
+    return before.add_(shift.mul_(step)).float()
 
 
 # --- start -----------------------------------------------------------------------------------------------------------
@@ -222,8 +227,7 @@ def sample(blocks: Blocks, n: int | None, generator: torch.Generator) -> Blocks:
     if n is None or n >= len(blocks.body):
         return blocks
     chosen = torch.randperm(len(blocks.body), generator=generator)[:n].sort().values.to(blocks.body.device)
-    body = blocks.body[chosen]
-    return replace(blocks, body=body, tail=blocks.tail[:0], rows=n, columns=blocks.block_size)
+    return blocks.pick(chosen)
 
 
 def spread_sample(blocks: Blocks, n: int, generator: torch.Generator) -> Blocks:
@@ -236,8 +240,7 @@ def spread_sample(blocks: Blocks, n: int, generator: torch.Generator) -> Blocks:
         return blocks
     n = len(blocks.body) // stretch
     chosen = torch.randint(stretch, (n,), generator=generator).add_(torch.arange(0, n * stretch, stretch))
-    body = blocks.body.index_select(0, chosen.to(blocks.body.device))
-    return replace(blocks, body=body, tail=blocks.tail[:0], rows=n, columns=blocks.block_size)
+    return blocks.pick(chosen.to(blocks.body.device))
 
 
 def _distinct(vectors: Tensor) -> Tensor:
@@ -274,15 +277,31 @@ def _bias(codebook: Tensor, part: Tensor) -> Tensor:
 
 
 def _sweep(blocks: Blocks, codebook: Tensor, energy: float) -> _Sweep:
-    passes = [kernels.sweep(part, _leading(codebook, part), _bias(codebook, part)) for part in blocks.parts]
+    passes = [
+        _pass(part, importance, codebook)
+        for part, importance in zip(blocks.parts, blocks.importance_parts, strict=True)
+    ]
     score = sum(found.score for found in passes)
-    sums, counts = _added(passes, codebook)
-    return _Sweep([found.assignments for found in passes], sums, counts, max(energy - 2 * score, 0.0))
+    sums, counts = _added(passes, codebook, is_weighed=blocks.importance is not None)
+    population = sum((found.counts for found in passes if found.counts is not None), torch.zeros_like(counts[:, 0]))
+    return _Sweep([found.assignments for found in passes], sums, counts, population, max(energy - 2 * score, 0.0))
 
 
-def _added(passes: list[kernels.Pass], codebook: Tensor) -> tuple[Tensor, Tensor]:
+def _pass(part: Tensor, importance: Tensor | None, codebook: Tensor, *, accumulate: bool = True) -> kernels.Pass:
+    """The sweep over one part; with `importance`, sums are (k, 2 * d): of weighted values, and of their weights."""
+    centroids = _leading(codebook, part)
+    if importance is None:
+        return kernels.sweep(part, centroids, _bias(codebook, part), accumulate=accumulate)
+    features = torch.cat([importance * part, importance], dim=1)
+    scores = torch.cat([centroids, -0.5 * centroids.square()], dim=1)
+    return kernels.sweep(features, scores, torch.zeros_like(centroids[:, 0]), accumulate=accumulate)
+
+
+def _added(passes: list[kernels.Pass], codebook: Tensor, *, is_weighed: bool) -> tuple[Tensor, Tensor]:
     """Sums and counts (k, d) over all parts."""
     totals = [(p.sums, p.counts[:, None]) for p in passes if p.sums is not None and p.counts is not None]
+    if is_weighed:
+        totals = [(both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]) for both, _ in totals]
     if len(totals) == 1 and totals[0][0].shape == codebook.shape:  # the usual case, without copies
         return totals[0][0], totals[0][1].expand(codebook.shape)
     sums, counts = (torch.zeros_like(codebook, dtype=torch.float64) for _ in range(2))
@@ -325,9 +344,9 @@ def _fill_empty(blocks: Blocks, sweep: _Sweep, options: Options, generator: torc
 def _squared_spread(blocks: Blocks, sweep: _Sweep) -> Tensor:
     """Sum of squared distances to the mean within every cluster, (k,) float64; clamped at float32's resolution."""
     squares = torch.zeros(len(sweep.counts), dtype=torch.float64, device=sweep.sums.device)
-    for part, assignments in zip(blocks.parts, sweep.assignments, strict=True):
-        squares.index_add_(0, assignments.long(), part.double().square().sum(1))
-    explained = (sweep.sums.square() / sweep.counts.clamp(min=1)).sum(1)
+    for part, importance, assignments in zip(blocks.parts, blocks.importance_parts, sweep.assignments, strict=True):
+        squares.index_add_(0, assignments.long(), _squares(part, importance).sum(1))
+    explained = (sweep.sums.square() / sweep.counts.clamp(min=_SMALLEST_COUNT)).sum(1)
     spread = squares - explained
     return torch.where(spread > 1e-12 * squares, spread, 0.0)
 
@@ -336,13 +355,13 @@ def _split(blocks: Blocks, sweep: _Sweep, donors: Tensor, empty: Tensor, generat
     """Every donor cut by a random plane through its mean; the far side goes to the empty cluster beside it."""
     k, d = sweep.sums.shape
     device = sweep.sums.device
-    mean = sweep.sums / sweep.counts.clamp(min=1)
+    mean = sweep.sums / sweep.counts.clamp(min=_SMALLEST_COUNT)
     normal = torch.zeros(k, d, dtype=torch.float64, device=device)
     normal[donors] = torch.randn(len(donors), d, generator=generator, dtype=torch.float64).to(device)
     heir = torch.full((k,), -1, dtype=torch.long, device=device)
     heir[donors] = empty
-    sums, counts, moved_all = sweep.sums.clone(), sweep.counts.clone(), []
-    for part, assignments in zip(blocks.parts, sweep.assignments, strict=True):
+    sums, counts, population, moved_all = sweep.sums.clone(), sweep.counts.clone(), sweep.population.clone(), []
+    for part, importance, assignments in zip(blocks.parts, blocks.importance_parts, sweep.assignments, strict=True):
         t = part.shape[1]
         member = (heir[assignments.long()] >= 0).nonzero().flatten()
         old = assignments[member].long()
@@ -350,15 +369,28 @@ def _split(blocks: Blocks, sweep: _Sweep, donors: Tensor, empty: Tensor, generat
         member, old = member[side > 0], old[side > 0]
         new = heir[old]
         values = part[member].double()
+        factors = torch.ones_like(values) if importance is None else importance[member].double()
         for target, sign in ((new, 1.0), (old, -1.0)):
-            sums[:, :t].index_add_(0, target, sign * values)
-            counts[:, :t].index_add_(0, target, torch.full_like(values, sign))
+            sums[:, :t].index_add_(0, target, sign * factors * values)
+            counts[:, :t].index_add_(0, target, sign * factors)
+            population.index_add_(0, target, torch.full_like(values[:, 0], sign))
         moved = assignments.clone()
         moved[member] = new.int()
         moved_all.append(moved)
-    return replace(sweep, assignments=moved_all, sums=sums, counts=counts)
+    return replace(sweep, assignments=moved_all, sums=sums, counts=counts, population=population)
 
 
-def _chunks(blocks: Blocks) -> list[Tensor]:
-    """The parts in pieces whose float64 copies fit into a cache."""
-    return [piece for part in blocks.parts for piece in part.split(1 << 15)]  # type: ignore[no-untyped-call]
+def _energy(blocks: Blocks) -> float:
+    """The sum of all squares, each times its importance; in pieces whose float64 copies fit into a cache."""
+    energy = 0.0
+    for part, importance in zip(blocks.parts, blocks.importance_parts, strict=True):
+        for start in range(0, len(part), _PIECE):
+            piece = slice(start, start + _PIECE)
+            energy += float(_squares(part[piece], None if importance is None else importance[piece]).sum())
+    return energy
+
+
+def _squares(part: Tensor, importance: Tensor | None) -> Tensor:
+    """The squares of a part's values times their importance, in float64."""
+    squares = part.double().square_()
+    return squares if importance is None else squares.mul_(importance)

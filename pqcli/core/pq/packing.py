@@ -1,8 +1,8 @@
 """Assignments <-> bytes: `n_bits` per assignment, dense, least significant bit first.
 
-Assignment i occupies the bits `[i * n_bits, (i + 1) * n_bits)` of the byte string, bit 0 being the lowest bit of
-byte 0.
-So 8 bits are plain bytes, 16 bits are little-endian words, and a codebook with a single centroid costs nothing at all.
+Assignment i occupies the bits `[i * n_bits, (i + 1) * n_bits)` of the byte string, bit 0 being the lowest bit of byte
+0. So 8 bits are plain bytes, 16 bits are little-endian words, and a codebook with a single centroid costs nothing at
+all.
 
 Eight assignments always fill `n_bits` whole bytes; packing works on such groups, in one or two 64-bit words.
 """

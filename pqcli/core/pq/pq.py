@@ -23,6 +23,8 @@ from pqcli.core.pq import em
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pqcli.core.importance import Importance
+
 LOG = logging.getLogger("pqcli")
 FP16_LOSS = 1e-6
 """Largest share of the codebook's energy that rounding to float16 may cost; beyond it the codebook stays float32."""
@@ -75,22 +77,26 @@ def encode(
     options: em.Options,
     codebook_dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
+    importance: Importance | None = None,
 ) -> Encoded:
     """`weight` (any shape and floating dtype) as a codebook and assignments; EM runs on `device` in float32.
 
     A float16 codebook that would overflow, or lose small weights, is kept in float32 instead.
+    With `importance`, of the matrix, EM minimises the squared errors that it weighs; the objective counts them relative
+    to its geometric mean, `error` counts all alike.
     Raises ValueError if `weight` holds NaN or infinity, and EmptyClusterResolveError as `em.fit` does.
     """
     matrix = weight.detach().reshape(matrix_shape).to(device)
     exponent = _exponent(matrix)
-    cut = block_layout.cut(torch.ldexp(matrix.float(), torch.tensor(-exponent)) if exponent else matrix, block_size)
+    scaled = torch.ldexp(matrix.float(), torch.tensor(-exponent)) if exponent else matrix
+    cut = block_layout.cut(scaled, block_size, importance)
     fitted = em.fit(cut, options)
     codebook, dtype = _rounded(fitted.codebook, exponent, codebook_dtype)
     assignments = em.assign(cut, codebook)
     stored = torch.ldexp(codebook, torch.tensor(exponent)) if exponent else codebook
     tensor = PQTensor(tuple(weight.shape), weight.dtype, matrix_shape, stored.to(dtype).cpu(), assignments.cpu())
     scale = 4.0**exponent
-    del cut, matrix  # the decoded tensor takes their place in memory
+    del cut, scaled, matrix  # the decoded tensor takes their place in memory
     decoded = decode(tensor)
     objective = tuple(scale * value for value in fitted.objective)
     return Encoded(tensor, decoded, metrics.compare(weight, decoded), objective)

@@ -304,11 +304,11 @@ def code_levels_mixed(
 
 
 @kernel
-def lean(weights, guesses, share):
-    """Move weights, in steps, by `share` of the way to their guesses, but never by more than `share`. In place."""
+def shrink(weights, guesses, share):
+    """Move weights, in steps, by the fraction `share` towards their guesses, at most by `share`. In place."""
     one = np.float32(1.0)
     unit = np.float32(1.0 / 65536)
     for r in range(weights.shape[0]):
         for j in range(weights.shape[1]):
-            way = np.float32(guesses[r, j]) * unit - weights[r, j]
-            weights[r, j] += share * min(max(way, -one), one)
+            offset = np.float32(guesses[r, j]) * unit - weights[r, j]
+            weights[r, j] += share * min(max(offset, -one), one)

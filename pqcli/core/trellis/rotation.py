@@ -15,7 +15,7 @@ operations, and never by LAPACK, whose answer differs from machine to machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -78,6 +78,12 @@ class Rotations:
     items: tuple[Rotation, ...] = ()
     use: Mapping[str, int] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+
+    def only(self, keys: Collection[str]) -> Rotations:
+        """The rotations of these sources alone."""
+        used = sorted({self.use[key] for key in keys if key in self.use})
+        use = {key: used.index(self.use[key]) for key in keys if key in self.use}
+        return Rotations(tuple(self.items[i] for i in used), use, self.transposed.intersection(keys))
 
 
 def fit_rotations(

@@ -9,49 +9,54 @@ import numpy as np
 from pqcli.core.compiled.jit import kernel
 from pqcli.core.trellis.loops import N_POINTS
 from pqcli.core.trellis.viterbi_loops import (
+    METRIC_UNIT,
     N_BINS,
     REACH,
     RESOLUTION,
     best_level,
     class_of,
-    fill_prices,
-    packed_prices,
+    fill_metrics,
+    packed_metrics,
 )
 
 
 @kernel
-def price_row(
+def branch_metrics_of_row(
     row, row_scale, column_scale, label, first, last,
-    cost, slope, reconstruction, rate_weight, price_table, level_table, is_filled, prices,
+    cost, slope, reconstruction, rate_weight, metric_table, level_table, is_filled, branch_metrics,
 ):  # fmt: skip
-    """prices[j - first] of columns first to last; fills the rows of the tables it needs."""
+    """branch_metrics[j - first] of columns first to last; fills the rows of the tables it needs."""
     for j in range(first, last):
         weight = row[j]
         scale = class_of(row_scale, column_scale[j])
         place = 2 * scale + label
         if not is_filled[place]:
             is_filled[place] = 1
-            fill_prices(place, label, cost[scale], slope[scale], reconstruction, rate_weight, price_table, level_table)
+            fill_metrics(
+                place, label, cost[scale], slope[scale], reconstruction, rate_weight, metric_table, level_table
+            )
         if abs(weight) < REACH:
             bin_ = int((weight + np.float32(REACH)) * np.float32(RESOLUTION))
-            prices[j - first] = price_table[place, min(bin_, N_BINS - 1)]
+            branch_metrics[j - first] = metric_table[place, min(bin_, N_BINS - 1)]
         else:
-            prices[j - first] = packed_prices(weight, label, cost[scale], slope[scale], reconstruction, rate_weight)
+            branch_metrics[j - first] = packed_metrics(
+                weight, label, cost[scale], slope[scale], reconstruction, rate_weight, METRIC_UNIT
+            )
 
 
 @kernel
 def trace_row(
     row, row_scale, column_scale, label, first, last,
     cost, slope, reconstruction, rate_weight, level_table,
-    metrics, taken, crossing, branch_crossing, chunk, levels, decoded,
+    path_metrics, taken, crossing, branch_crossing, chunk, levels, decoded,
 ):  # fmt: skip
     """Write the levels of columns first to last along the best path, and the points that they stand for."""
-    n_states = len(metrics)
+    n_states = len(path_metrics)
     half = n_states // 2
     word = max(chunk // 8, 1)
     best = 0
     for i in range(n_states):
-        if metrics[i] < metrics[best]:
+        if path_metrics[i] < path_metrics[best]:
             best = i
     state = 2 * best if best < half else 2 * (best - half) + 1
     for j in range(last - 1, first - 1, -1):

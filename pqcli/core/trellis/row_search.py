@@ -7,9 +7,9 @@ of itself, crossed (xor) with constants of the trellis:
     even states 2 t: to t and t ^ h1, the lower half of the states; odd states 2 t + 1: to the upper half likewise
 
 so the two origins of consecutive states are consecutive, but for a crossing of lanes that is the same at every step.
-Path costs lie in memory even states first, then the odd ones.
+Path metrics lie in memory even states first, then the odd ones.
 
-Shapes: prices (n_steps,) int64, those of four subsets, 16 bits each; metrics (2, n_states) uint16; taken
+Shapes: branch_metrics (n_steps,) int64, those of four subsets, 16 bits each; path_metrics (2, n_states) uint16; taken
 (n_steps, words) uint8 or wider, a bit for each state: whether its better origin is the first one.
 """
 
@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 
 from pqcli.core.compiled.ir import Code, Compiled, compile_function
 from pqcli.core.trellis.loops import N_CLASSES, RUN_COLUMNS
-from pqcli.core.trellis.row_loops import price_row, trace_row
+from pqcli.core.trellis.row_loops import branch_metrics_of_row, trace_row
 from pqcli.core.trellis.viterbi import Costs
 from pqcli.core.trellis.viterbi_loops import N_BINS
 
 Matrix = NDArray[np.float32]
 
 _REST_EVERY = 16
-"""Steps after which the least path cost is taken off all, see `viterbi`."""
+"""Steps after which the least path metric is taken off all, see `viterbi`."""
 _UNREACHED = 65535
 _CHUNK = 64
 """States handled by one instruction of the emitted code; processors of narrower registers take several."""
@@ -64,21 +64,21 @@ class Crossings:
 
 
 class RowSearch:
-    """Searches single rows at one set of costs, remembering the prices looked up before."""
+    """Searches single rows at one set of costs, remembering the branch metrics looked up before."""
 
     def __init__(self, costs: Costs, next_state: NDArray[np.int64], n_columns: int) -> None:
         self._crossings = Crossings.of(next_state)
         n_states, chunk = self._crossings.n_states, self._crossings.chunk
         self._costs = costs.bits, costs.slope, costs.points, np.float32(costs.rate_weight)
-        self._price_table = np.empty((2 * N_CLASSES, N_BINS), np.int64)
+        self._metric_table = np.empty((2 * N_CLASSES, N_BINS), np.int64)
         self._level_table = np.empty((2 * N_CLASSES, N_BINS, 4), np.int8)
         self._is_filled = np.zeros(2 * N_CLASSES, np.uint8)
         width = min(n_columns, RUN_COLUMNS)
-        self._prices = np.empty(width, np.int64)
+        self._branch_metrics = np.empty(width, np.int64)
         self._taken = np.empty((width, n_states // chunk * max(chunk // 8, 1)), np.uint8)
-        self._metrics = np.empty((2, n_states), np.uint16)
+        self._path_metrics = np.empty((2, n_states), np.uint16)
         self._walk = _walk(self._crossings)
-        self._addresses = self._prices.ctypes.data, self._metrics.ctypes.data, self._taken.ctypes.data
+        self._addresses = self._branch_metrics.ctypes.data, self._path_metrics.ctypes.data, self._taken.ctypes.data
 
     def fill(
         self,
@@ -93,26 +93,28 @@ class RowSearch:
 
         row, column_scale, levels, decoded (columns,); scales in quarter octaves.
         """
-        tables = self._price_table, self._level_table, self._is_filled
-        prices, metrics, taken = self._addresses
+        tables = self._metric_table, self._level_table, self._is_filled
+        branch_metrics, metrics, taken = self._addresses
         for first in range(0, len(row), RUN_COLUMNS):
             last = min(first + RUN_COLUMNS, len(row))
-            price_row(row, row_scale, column_scale, label, first, last, *self._costs, *tables, self._prices)
-            self._metrics[0] = _UNREACHED
-            self._metrics[0, 0] = 0
-            self._walk.call(prices, last - first, metrics, metrics + 2 * self._crossings.n_states, taken)
+            branch_metrics_of_row(
+                row, row_scale, column_scale, label, first, last, *self._costs, *tables, self._branch_metrics
+            )
+            self._path_metrics[0] = _UNREACHED
+            self._path_metrics[0, 0] = 0
+            self._walk.call(branch_metrics, last - first, metrics, metrics + 2 * self._crossings.n_states, taken)
             trace_row(
                 row, row_scale, column_scale, label, first, last, *self._costs, self._level_table,
-                self._metrics[(last - first) % 2], self._taken, self._crossings.first, self._crossings.second,
+                self._path_metrics[(last - first) % 2], self._taken, self._crossings.first, self._crossings.second,
                 self._crossings.chunk, levels, decoded,
             )  # fmt: skip
 
 
 @functools.lru_cache(16)
 def _walk(crossings: Crossings) -> Compiled:
-    """walk(prices, n_steps, metrics, other metrics, taken), n_steps > 0: fills `taken`.
+    """walk(branch_metrics, n_steps, metrics, other metrics, taken), n_steps > 0: fills `taken`.
 
-    The path costs are left in `metrics` after an even number of steps, in the other ones after an odd number.
+    The path metrics are left in `metrics` after an even number of steps, in the other ones after an odd number.
     """
     n_states, chunk = crossings.n_states, crossings.chunk
     half = n_states // 2
@@ -124,8 +126,8 @@ def _walk(crossings: Crossings) -> Compiled:
         steps.following = [there, here]
         with code.when(code.let(f"icmp eq i64 {code.let(f'and i64 {steps.index}, {_REST_EVERY - 1}')}, 0")):
             _take_off_least(code, here, n_states)
-        price = code.at("i64", "%prices", steps.index)
-        prices = [code.splat("i16", code.load("i16", code.at("i16", price, i), 2), chunk) for i in range(4)]
+        four = code.at("i64", "%branch_metrics", steps.index)
+        metrics = [code.splat("i16", code.load("i16", code.at("i16", four, i), 2), chunk) for i in range(4)]
         decisions = code.at(word, "%taken", code.let(f"mul i64 {steps.index}, {n_states // chunk}"))
         for place, to in enumerate(range(0, n_states, chunk)):
             is_odd = to >= half
@@ -137,7 +139,7 @@ def _walk(crossings: Crossings) -> Compiled:
                 origin = code.load(lanes, code.at("i16", here, (half if is_odd else 0) + base), 2)
                 if cross:
                     origin = code.shuffle(origin, origin, chunk, [i ^ cross for i in range(chunk)], "i16")
-                paths.append(_call(code, "llvm.uadd.sat", origin, prices[2 * is_odd + branch], chunk))
+                paths.append(_call(code, "llvm.uadd.sat", origin, metrics[2 * is_odd + branch], chunk))
             least = _call(code, "llvm.umin", paths[0], paths[1], chunk)
             for parity in range(2):
                 some = code.shuffle(least, least, chunk, range(parity, chunk, 2), "i16")
@@ -150,14 +152,14 @@ def _walk(crossings: Crossings) -> Compiled:
     names = f"@{{}}.v{chunk}i16({lanes}, {lanes})"
     functions = [f"declare {lanes} {names.format(name)}" for name in ("llvm.uadd.sat", "llvm.usub.sat", "llvm.umin")]
     functions.append(f"declare i16 @llvm.vector.reduce.umin.v{chunk}i16({lanes})")
-    signature = "ptr %prices, i64 %n_steps, ptr %here, ptr %there, ptr %taken"
+    signature = "ptr %branch_metrics, i64 %n_steps, ptr %here, ptr %there, ptr %taken"
     module = "\n".join([*functions, f"define void @walk({signature}) {{", *code.lines, "  ret void", "}"])
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     return compile_function(module, "walk", [pointer, number, pointer, pointer, pointer])
 
 
 def _take_off_least(code: Code, metrics: str, n_states: int) -> None:
-    """Subtract the least path cost from all."""
+    """Subtract the least path metric from all."""
     chunk = code.lanes
     lanes = f"<{chunk} x i16>"
     places = [code.at("i16", metrics, first) for first in range(0, n_states, chunk)]
@@ -171,6 +173,6 @@ def _take_off_least(code: Code, metrics: str, n_states: int) -> None:
 
 
 def _call(code: Code, name: str, a: str, b: str, chunk: int) -> str:
-    """An intrinsic of two vectors of path costs."""
+    """An intrinsic of two vectors of path metrics."""
     lanes = f"<{chunk} x i16>"
     return code.let(f"call {lanes} @{name}.v{chunk}i16({lanes} {a}, {lanes} {b})")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.core.importance import Importance
 from pqcli.core.trellis.feedback import Feeding, fill
 from pqcli.core.trellis.loops import N_CLASSES, N_POINTS, RUN_LENGTH
 from pqcli.core.trellis.params import LABEL_GROUP, TrellisParams, next_states
@@ -54,6 +55,7 @@ class Block:
     rows: Rows
     feedback: Feeding | None = None
     unfed: Matrix | None = None
+    importance: Importance | None = None
 
     def unscaled(self) -> Matrix:
         """The weights in steps of the source."""
@@ -64,7 +66,13 @@ class Block:
         return self.weights * self.rows.steps(np.float32(1))[:, None]
 
 
-def block(weights: Matrix, period: int, rows: Rows, feedback: Feeding | None = None) -> Block:
+def block(
+    weights: Matrix,
+    period: int,
+    rows: Rows,
+    feedback: Feeding | None = None,
+    importance: Importance | None = None,
+) -> Block:
     """Scales by row and by column (shrunk towards their mean, as they are estimates), and the labels they suggest.
 
     Takes weights in steps of the source, and divides them by those of rows.
@@ -100,6 +108,7 @@ def block(weights: Matrix, period: int, rows: Rows, feedback: Feeding | None = N
         rows,
         feedback,
         unfed if feedback else None,
+        importance,
     )
 
 
@@ -123,15 +132,14 @@ def search(blocks: Sequence[Block], params: TrellisParams) -> Matrix:
         counts = np.zeros((N_CLASSES, 3, N_COSTS))
         sums = np.zeros((3, N_POINTS, 2))
         for block in some:
+            scales = block.row_scale, block.column_scale
             if block.feedback:
                 _fill_feeding(block, block.feedback, costs, next_state)
             else:
-                viterbi.fill(block.weights, block.row_scale, block.column_scale, block.labels, block.levels)
+                viterbi.fill(block.weights, *scales, block.labels, block.levels, block.importance)
             run = block.rows.run_rows(block.weights.shape[1])
             labels = block.labels, block.rows.labels
-            gather(
-                block.weights, block.row_scale, block.column_scale, block.levels, *labels, run, next_state, counts, sums
-            )
+            gather(block.weights, *scales, block.levels, *labels, run, next_state, counts, sums)
         seen = counts.copy()
         seen[1:] += 0.25 * counts[:-1]
         seen[:-1] += 0.25 * counts[1:]
@@ -168,6 +176,7 @@ def _sample(block: Block) -> Block:
     return replace(
         block, weights=weights, row_scale=block.row_scale[rows], levels=np.zeros(weights.shape, np.int32),
         rows=Rows(block.rows.kind, block.rows.exponents[rows], block.rows.labels[rows]),
+        importance=block.importance and replace(block.importance, rows=block.importance.rows[rows]),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.core.importance import Importance
 from pqcli.core.trellis import slots
 from pqcli.core.trellis.feedback import Feedback, RowSteps, kind_of
 from pqcli.core.trellis.loops import scale_rows, scale_up, sets
@@ -21,7 +22,14 @@ from pqcli.core.trellis.rows import RowKind, Rows, exponents_of
 from pqcli.core.trellis.search import Block, block, search
 from pqcli.core.trellis.side import Side
 from pqcli.core.trellis.sources import Source
-from pqcli.core.trellis.stream_fields import LEANS, Decoded, code_block, code_lean, code_points, level_code
+from pqcli.core.trellis.stream_fields import (
+    SHRINKAGE_STEPS,
+    Decoded,
+    code_block,
+    code_points,
+    code_shrinkage,
+    level_code,
+)
 from pqcli.core.trellis.streams import Segment, height, period
 
 Matrix = NDArray[np.float32]
@@ -47,16 +55,19 @@ def encode_stream(
     sources: Sequence[Source],
     params: TrellisParams,
     rotations: Rotations,
+    importances: Sequence[Importance | None] | None = None,
     second_order: Mapping[str, RowSteps] | None = None,
 ) -> EncodedStream:
     """The stream that holds `weights`, for each segment its rows of the coded matrix in steps; they are overwritten.
 
     `second_order` has, by key, the steps of rows and the feedback between them. A source with feedback must be in the
-    stream as a whole; see `encode_split`.
+    stream as a whole; see `encode_split`. `importances` has one for each segment (see `trellis.segment_importance`;
+    None: all weights alike). Only what the encoder chooses depends on it; no decoder needs it. Raises ValueError where
+    a rotation mixes columns of different importance, and for a source with both feedback and importance.
     """
     blocks = [
-        _block(matrix, segment, sources, rotations, second_order or {})
-        for matrix, segment in zip(weights, segments, strict=True)
+        _block(matrix, segment, sources, rotations, second_order or {}, importance)
+        for matrix, segment, importance in zip(weights, segments, importances or [None] * len(segments), strict=True)
     ]
     return _smaller(blocks, search(blocks, params), params)
 
@@ -92,16 +103,31 @@ def _block(
     sources: Sequence[Source],
     rotations: Rotations,
     second_order: Mapping[str, RowSteps],
+    importance: Importance | None = None,
 ) -> Block:
     source = sources[segment.source]
+    given = second_order.get(source.key)
+    _check_importance(importance, matrix, source, rotations)
+    if importance is not None and isinstance(given, Feedback):
+        raise ValueError(f"{source.key!r} has both feedback and importance")
     if source.key in rotations.use:
         apply(matrix, rotations.items[rotations.use[source.key]], inverse=False)
-    given = second_order.get(source.key)
     rows = Rows.empty(kind_of(given), len(matrix))
     if given is not None:
         rows.exponents[:] = exponents_of(given.steps[segment.start : segment.stop], given.grain)
     feedback = given.feeding() if isinstance(given, Feedback) else None
-    return block(matrix, period(source, rotations.transposed), rows, feedback)
+    return block(matrix, period(source, rotations.transposed), rows, feedback, importance)
+
+
+def _check_importance(importance: Importance | None, matrix: Matrix, source: Source, rotations: Rotations) -> None:
+    if importance is None:
+        return
+    if importance.shape != matrix.shape:
+        raise ValueError(f"importance of a matrix {importance.shape} for {matrix.shape[0]} x {matrix.shape[1]} weights")
+    if source.key in rotations.use:
+        mixed = importance.columns.reshape(-1, rotations.items[rotations.use[source.key]].size)
+        if not (mixed == mixed[:, :1]).all():
+            raise ValueError(f"{source.key!r} has columns of different importance that its rotation mixes")
 
 
 def _smaller(blocks: Sequence[Block], points: Matrix, params: TrellisParams) -> EncodedStream:
@@ -135,8 +161,8 @@ def _written(blocks: Sequence[Block], points: Matrix, params: TrellisParams, *, 
         decoded = Decoded.empty(searched.levels, searched.labels, points, searched.rows, is_mixed=is_mixed)
         previous_class = code_block(coder, code, decoded, searched.period, previous_class, next_state)
         if is_mixed:
-            lean = 0 if searched.feedback else _best_lean(decoded, searched.weights, next_state)
-            decoded = code_lean(coder, decoded, lean)
+            shrinkage = 0 if searched.feedback else _best_shrinkage(decoded, searched.weights, next_state)
+            decoded = code_shrinkage(coder, decoded, shrinkage)
         ends.append(int(coder.window[3]))
         difference = decoded.weights(next_state)
         if searched.rows.kind != RowKind.PLAIN:
@@ -152,13 +178,17 @@ def _written(blocks: Sequence[Block], points: Matrix, params: TrellisParams, *, 
 _Piece = tuple[Segment, Decoded]
 
 
-def _best_lean(decoded: Decoded, weights: Matrix, next_state: NDArray[np.int64]) -> int:
-    """How far weights lie from their points towards the guesses: the share that leaves the least squared error."""
+def _best_shrinkage(decoded: Decoded, weights: Matrix, next_state: NDArray[np.int64]) -> int:
+    """The shrinkage towards the guesses that leaves the least squared error."""
     points = decoded.weights(next_state)
-    ways = np.clip(decoded.guesses / np.float32(65536) - points, -1, 1)
-    energy = float(np.sum(np.square(ways, dtype=np.float64)))
+    offsets = np.clip(decoded.guesses / np.float32(65536) - points, -1, 1)
+    energy = float(np.sum(np.square(offsets, dtype=np.float64)))
     return int(
-        np.clip(round(LEANS * float(np.sum((weights - points) * ways, dtype=np.float64)) / max(energy, 1e-9)), 0, LEANS)
+        np.clip(
+            round(SHRINKAGE_STEPS * float(np.sum((weights - points) * offsets, dtype=np.float64)) / max(energy, 1e-9)),
+            0,
+            SHRINKAGE_STEPS,
+        )
     )
 
 
@@ -249,7 +279,7 @@ def _levels_of_stream(
         previous_class = code_block(
             coder, code, decoded, period(source, side.rotations.transposed), previous_class, next_state
         )
-        yield segment, code_lean(coder, decoded) if is_mixed else decoded
+        yield segment, code_shrinkage(coder, decoded) if is_mixed else decoded
     coder.finish()
 
 

@@ -1,8 +1,8 @@
 """The fields of one stream, each written or read by one piece of code.
 
 A stream holds the reconstruction points of its sets, then segment by segment the class of its mean magnitude, its
-labels, what its rows have of their own (`rows`), its levels, and behind levels that are mixed how far weights lie
-towards what was guessed of them.
+labels, what its rows have of their own (`rows`) and its levels; levels that are coded by mixing are followed by the
+shrinkage, the share by which weights are moved towards what was guessed of them.
 """
 
 from __future__ import annotations
@@ -21,36 +21,37 @@ from pqcli.core.trellis.slots import StreamSlots
 
 Matrix = NDArray[np.float32]
 
-LEANS = 64
+SHRINKAGE_STEPS = 64
+"""Shrinkage towards what was guessed (`lean` in FORMAT.md) counts in 1/64."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A segment as a reader has it; `guesses`, as many as levels, and `lean`, in 1/64, only where levels are mixed."""
+    """A segment as a reader has it; only where levels are mixed, `guesses` (as many as levels) and `shrinkage`."""
 
     levels: NDArray[np.int32]
     labels: NDArray[np.uint8]
     points: Matrix
     guesses: NDArray[np.int32]
     rows: Rows
-    lean: int = 0
+    shrinkage: int = 0
 
     @classmethod
     def empty(
         cls, levels: NDArray[np.int32], labels: NDArray[np.uint8], points: Matrix, rows: Rows, *, is_mixed: bool
     ) -> Decoded:
-        """With room for guesses where there will be some."""
+        """A segment with room for guesses where there will be some."""
         return cls(levels, labels, points, np.zeros(levels.shape if is_mixed else (0, 0), np.int32), rows)
 
     def weights(self, next_state: NDArray[np.int64]) -> Matrix:
-        """In steps of their rows: the points of the levels, moved towards what was guessed of them."""
+        """The weights in steps of their rows: the points of the levels, moved towards what was guessed of them."""
         weights = np.empty(self.levels.shape, np.float32)
         run = self.rows.run_rows(len(self.labels))
         dequantize(self.levels, self.labels, self.rows.labels, run, next_state, self.points, weights)
-        if self.lean:
-            from pqcli.core.trellis.mixing_loops import lean
+        if self.shrinkage:
+            from pqcli.core.trellis.mixing_loops import shrink
 
-            lean(weights, self.guesses, np.float32(self.lean / LEANS))
+            shrink(weights, self.guesses, np.float32(self.shrinkage / SHRINKAGE_STEPS))
         return weights
 
 
@@ -81,11 +82,11 @@ def rounded_points(points: Matrix) -> Matrix:
 
 
 LevelCode = Callable[[Decoded, int, int, NDArray[np.int64]], bool]
-"""(decoded, period, scale0, next_state): writes or reads a segment's levels; False where these are nonsense."""
+"""(decoded, period, scale0, next_state): writes or reads a segment's levels; False where no stream can hold these."""
 
 
 def level_code(coder: RangeCoder, *, is_mixed: bool) -> LevelCode:
-    """How the levels of one stream are coded; what is learned from one segment serves the next."""
+    """The coder of one stream's levels; what it learns from one segment serves the next."""
     encoding, window, buffer = coder.encoding, coder.window, coder.buffer
 
     def matrix(decoded: Decoded) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.uint8], int]:
@@ -102,12 +103,12 @@ def level_code(coder: RangeCoder, *, is_mixed: bool) -> LevelCode:
     )
 
 
-def code_lean(coder: RangeCoder, decoded: Decoded, lean: int = 0) -> Decoded:
-    """Behind the levels of a segment that are mixed: how far its weights lie towards the guesses."""
-    lean = coder.integer(StreamSlots.POINT, lean)
-    if lean > LEANS:
-        raise ValueError(f"weights moved by {lean}/{LEANS}")
-    return replace(decoded, lean=lean)
+def code_shrinkage(coder: RangeCoder, decoded: Decoded, shrinkage: int = 0) -> Decoded:
+    """The shrinkage, which follows the levels of a segment that are mixed. Raises ValueError if it exceeds one."""
+    shrinkage = coder.integer(StreamSlots.POINT, shrinkage)
+    if shrinkage > SHRINKAGE_STEPS:
+        raise ValueError(f"weights moved by {shrinkage}/{SHRINKAGE_STEPS}")
+    return replace(decoded, shrinkage=shrinkage)
 
 
 def code_block(
@@ -118,7 +119,10 @@ def code_block(
     previous_class: int,
     next_state: NDArray[np.int64],
 ) -> int:
-    """One segment: the class of its mean magnitude, labels, what rows have, levels. Gives back the class."""
+    """Write or read one segment: the class of its mean magnitude, its labels, what rows have, its levels.
+
+    The class that is returned is what the next segment's is coded relative to.
+    """
     levels, labels = decoded.levels, decoded.labels
     scale_class = 0
     if coder.encoding:

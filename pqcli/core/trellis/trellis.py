@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from pqcli.core.importance import Importance
 from pqcli.core.lookahead import in_order
 from pqcli.core.trellis import side as side_information
 from pqcli.core.trellis.feedback import Feedback, RowSteps, kind_of
@@ -54,6 +55,8 @@ __all__ = [
     "encode",
     "entropies",
     "fit_rotations",
+    "gather_streams",
+    "segment_importance",
     "segment_weights",
 ]
 
@@ -62,6 +65,8 @@ _T = TypeVar("_T")
 
 _MAX_SIZE = float(1 << 29)
 """Largest weight in steps; a level must stay an int32."""
+_MOST_IMPORTANT = np.float32(8.0)
+"""Of a row, or of a column, against their geometric mean: path metrics have 16 bits and saturate."""
 _LEAST_QUOTIENT_STEP = 1e-30
 """Below, a float32 quotient would lose digits."""
 
@@ -75,7 +80,7 @@ class EncodedStreams:
     """
 
     side: bytes
-    streams: tuple[bytes, ...]
+    streams: Sequence[bytes]
     squared_errors: Mapping[str, float] = field(default_factory=dict, compare=False)
     coded_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
 
@@ -102,6 +107,7 @@ def encode(
     rotations: Rotations,
     steps: Mapping[str, float] | None = None,
     n_threads: int = 2,
+    importance: Mapping[str, Importance] | None = None,
     second_order: Mapping[str, RowSteps] | None = None,
 ) -> EncodedStreams:
     """The sources as streams. `read(key)` is called once per source, in order; it gives (rows, columns) float32.
@@ -109,6 +115,10 @@ def encode(
     `steps` gives a source a step of its own, rounded to params.step * 2^(i/8). At most `n_threads + 1` streams' weights
     are held beside the tensor just read; with `second_order` tensors' in place of streams'. The bytes do not depend on
     `n_threads`. Raises ValueError where a weight is too large for its step (2^29 steps).
+
+    With `importance`, by key and of the matrix (rows, columns), squared errors within a source count by it when levels
+    are chosen (between sources, steps decide). Raises ValueError where a rotation mixes columns that differ in it, and
+    for a source with feedback.
 
     `second_order` gives, by key, the steps of a source's rows and perhaps how errors are fed forward (`feedback`);
     sources with feedback are coded transposed.
@@ -123,7 +133,16 @@ def encode(
         streams, weights = job
         if len(streams) > 1:
             return encode_split(weights[0], [segment for (segment,) in streams], sources, params, rotations, given)
-        return [encode_stream(weights, streams[0], sources, params, rotations, given)]
+        named = [(segment, sources[segment.source]) for segment in streams[0]]
+        importances = [
+            segment_importance(
+                importance[source.key], segment, source, is_transposed=source.key in rotations.transposed
+            )
+            if importance and source.key in importance
+            else None
+            for segment, source in named
+        ]
+        return [encode_stream(weights, streams[0], sources, params, rotations, importances, given)]
 
     prepared = _prepared(_jobs(layout, sources, frozenset(sources_fed)), sources, read, side)
     with threadpool_limits(1, user_api="blas") if given else nullcontext():
@@ -276,7 +295,24 @@ def segment_weights(matrix: Matrix, segment: Segment, source: Source, side: Side
     if matrix.shape != (source.rows, source.columns):
         raise ValueError(f"{matrix.shape[0]} x {matrix.shape[1]} weights read; {source.rows} x {source.columns} said")
     coded = matrix.T if source.key in side.rotations.transposed else matrix
-    return _in_steps(coded[segment.start : segment.stop], side.step_of(segment.source))
+    return in_steps(coded[segment.start : segment.stop], side.step_of(segment.source))
+
+
+def segment_importance(
+    importance: Importance, segment: Segment, source: Source, *, is_transposed: bool
+) -> Importance | None:
+    """A segment's importance as `encode_stream` takes it: of rows of the coded matrix, relative to the whole source.
+
+    `importance` is that of the source's matrix (rows, columns). None where every weight counts alike; factors beyond
+    1/8 and 8 of their geometric mean count as these. Raises ValueError where the shape is another.
+    """
+    if importance.shape != (source.rows, source.columns):
+        raise ValueError(f"importance of {importance.shape} for {source.rows} x {source.columns} weights")
+    if importance.is_uniform:
+        return None
+    known = (importance.T if is_transposed else importance).normalised()
+    rows, columns = (np.clip(factors, 1 / _MOST_IMPORTANT, _MOST_IMPORTANT) for factors in (known.rows, known.columns))
+    return Importance(rows[segment.start : segment.stop], columns)
 
 
 def _prepared(
@@ -298,8 +334,8 @@ def _prepared(
         del weights  # the coder of the stream alone holds them
 
 
-def _in_steps(weights: Matrix, step: np.float32) -> Matrix:
-    """A fresh array of weights / step."""
+def in_steps(weights: Matrix, step: np.float32) -> Matrix:
+    """A fresh array of weights / step. Raises ValueError where a weight is too large for the step (2^29 steps)."""
     largest = float(np.max(np.abs(weights), initial=0.0))
     if largest > _MAX_SIZE * float(step):
         raise ValueError(f"a weight of magnitude {largest:g} is too large for the step {float(step):g}")

@@ -14,12 +14,12 @@ N_COSTS = 32
 LANES = 32
 """Runs searched side by side, one per SIMD lane."""
 RESOLUTION = 64
-"""Weights are rounded to 1/64 of a step before the search: 0.001 dB, and prices can be looked up."""
+"""Weights are rounded to 1/64 of a step before the search: it costs 0.001 dB, and branch metrics can be looked up."""
 REACH = 16
-"""Weights up to so many steps are looked up, larger ones priced one by one."""
+"""Weights up to so many steps are looked up, larger ones computed one by one."""
 N_BINS = 2 * REACH * RESOLUTION
-PRICE_UNIT = 512.0
-"""Prices are integers in 1/512 of a squared step."""
+METRIC_UNIT = 512.0
+"""Branch and path metrics are integers in 1/512 of a squared step."""
 _DEAREST = 16383
 _BLOCK_STEPS = 64
 
@@ -32,7 +32,7 @@ def class_of(row_scale, column_scale):
 
 @kernel
 def _cost_of(size, level, which, cost, slope, reconstruction, rate_weight):
-    """Squared error and price of the bits of one level (of either sign) for a weight of magnitude `size`."""
+    """Squared error and cost of the bits of one level (of either sign) for a weight of magnitude `size`."""
     magnitude = abs(level)
     entry = magnitude if magnitude < N_COSTS else N_COSTS - 2 + (magnitude & 1)
     beyond = np.float32(magnitude - entry)
@@ -66,26 +66,26 @@ def best_level(weight, subset, label, cost, slope, reconstruction, rate_weight):
 
 
 @kernel
-def packed_prices(weight, label, cost, slope, reconstruction, rate_weight):
-    """Prices of the four subsets above the cheapest of them, 16 bits each."""
+def packed_metrics(weight, label, cost, slope, reconstruction, rate_weight, unit):
+    """Branch metrics: what each of the four subsets costs more than the cheapest of them, 16 bits each."""
     a = best_level(weight, 0, label, cost, slope, reconstruction, rate_weight)[0]
     b = best_level(weight, 1, label, cost, slope, reconstruction, rate_weight)[0]
     c = best_level(weight, 2, label, cost, slope, reconstruction, rate_weight)[0]
     d = best_level(weight, 3, label, cost, slope, reconstruction, rate_weight)[0]
     least = min(min(a, b), min(c, d))
-    packed = np.int64(min((a - least) * PRICE_UNIT, _DEAREST))
-    packed |= np.int64(min((b - least) * PRICE_UNIT, _DEAREST)) << 16
-    packed |= np.int64(min((c - least) * PRICE_UNIT, _DEAREST)) << 32
-    packed |= np.int64(min((d - least) * PRICE_UNIT, _DEAREST)) << 48
+    packed = np.int64(min((a - least) * unit, _DEAREST))
+    packed |= np.int64(min((b - least) * unit, _DEAREST)) << 16
+    packed |= np.int64(min((c - least) * unit, _DEAREST)) << 32
+    packed |= np.int64(min((d - least) * unit, _DEAREST)) << 48
     return packed
 
 
 @kernel
-def fill_prices(row, label, cost, slope, reconstruction, rate_weight, price_table, level_table):
+def fill_metrics(row, label, cost, slope, reconstruction, rate_weight, metric_table, level_table):
     """One row of the tables: what weights of one class and label cost, bin by bin."""
     for place in range(N_BINS):
         weight = np.float32((place + 0.5) / RESOLUTION - REACH)
-        price_table[row, place] = packed_prices(weight, label, cost, slope, reconstruction, rate_weight)
+        metric_table[row, place] = packed_metrics(weight, label, cost, slope, reconstruction, rate_weight, METRIC_UNIT)
         for subset in range(4):
             level_table[row, place, subset] = best_level(
                 weight, subset, label, cost, slope, reconstruction, rate_weight
@@ -93,11 +93,11 @@ def fill_prices(row, label, cost, slope, reconstruction, rate_weight, price_tabl
 
 
 @kernel
-def look_up_prices(
+def look_up_branch_metrics(
     weights, row_scale, column_scale, labels, row0, column0, width, n_steps,
-    cost, slope, reconstruction, rate_weight, price_table, level_table, is_filled, prices,
+    cost, slope, reconstruction, rate_weight, metric_table, level_table, is_filled, branch_metrics,
 ):  # fmt: skip
-    """prices[step, lane] of every step of a batch of runs; fills the rows of the tables it needs."""
+    """Fill in branch_metrics[step, lane] of a batch of runs, and the rows of the tables that it needs."""
     n_rows = weights.shape[0]
     run_rows = max(1, RUN_LENGTH // max(1, weights.shape[1]))
     for first in range(0, n_steps, _BLOCK_STEPS):
@@ -115,15 +115,15 @@ def look_up_prices(
                 row = 2 * scale + label
                 if not is_filled[row]:
                     is_filled[row] = 1
-                    fill_prices(
-                        row, label, cost[scale], slope[scale], reconstruction, rate_weight, price_table, level_table
+                    fill_metrics(
+                        row, label, cost[scale], slope[scale], reconstruction, rate_weight, metric_table, level_table
                     )
                 if abs(weight) < REACH:
                     place = int((weight + np.float32(REACH)) * np.float32(RESOLUTION))
-                    prices[step, lane] = price_table[row, min(place, N_BINS - 1)]
+                    branch_metrics[step, lane] = metric_table[row, min(place, N_BINS - 1)]
                 else:
-                    prices[step, lane] = packed_prices(
-                        weight, label, cost[scale], slope[scale], reconstruction, rate_weight
+                    branch_metrics[step, lane] = packed_metrics(
+                        weight, label, cost[scale], slope[scale], reconstruction, rate_weight, METRIC_UNIT
                     )
                 j += 1
                 if j == column0 + width:
@@ -132,18 +132,50 @@ def look_up_prices(
 
 
 @kernel
+def weigh_branch_metrics(
+    weights, row_scale, column_scale, labels, row0, column0, width, n_steps,
+    cost, slope, reconstruction, rate_weight, row_importance, column_importance, branch_metrics,
+):  # fmt: skip
+    """As `look_up_branch_metrics`, but squared errors count by importance, and nothing is looked up.
+
+    importance * error^2 + rate_weight * bits is importance times the cost at a rate weight of rate_weight / importance.
+    """
+    n_rows = weights.shape[0]
+    run_rows = max(1, RUN_LENGTH // max(1, weights.shape[1]))
+    for step in range(n_steps):
+        j = column0 + step % width
+        label = labels[j]
+        for lane in range(LANES):
+            r = row0 + lane * run_rows + step // width
+            if r >= n_rows:
+                branch_metrics[step, lane] = 0
+                continue
+            scale = class_of(row_scale[r], column_scale[j])
+            factor = row_importance[r] * column_importance[j]
+            branch_metrics[step, lane] = packed_metrics(
+                weights[r, j], label, cost[scale], slope[scale], reconstruction, rate_weight / factor,
+                METRIC_UNIT * factor,
+            )  # fmt: skip
+
+
+@kernel
 def trace_back(
     weights, row_scale, column_scale, labels, row0, column0, width, n_steps,
-    cost, slope, reconstruction, rate_weight, level_table, metrics, taken, backward, levels,
+    cost, slope, reconstruction, rate_weight, level_table, row_importance, column_importance, path_metrics, taken,
+    backward, levels,
 ):  # fmt: skip
-    """Write the levels along the best path of every run of a batch, from its end to its start."""
+    """Write the levels along the best path of every run of a batch, from its end to its start.
+
+    With importances (arrays that are not empty) the levels are those of `weigh_branch_metrics`, else of the table.
+    """
+    is_weighed = row_importance.shape[0] > 0
     n_rows = weights.shape[0]
-    n_states = metrics.shape[0]
+    n_states = path_metrics.shape[0]
     run_rows = max(1, RUN_LENGTH // max(1, weights.shape[1]))
     state = np.zeros(LANES, np.int32)
     for lane in range(LANES):
         for s in range(n_states):
-            if metrics[s, lane] < metrics[state[lane], lane]:
+            if path_metrics[s, lane] < path_metrics[state[lane], lane]:
                 state[lane] = s
     for step in range(n_steps - 1, -1, -1):
         j = column0 + step % width
@@ -157,12 +189,15 @@ def trace_back(
             if r < n_rows:
                 weight = weights[r, j]
                 scale = class_of(row_scale[r], column_scale[j])
-                if abs(weight) < REACH:
+                if abs(weight) < REACH and not is_weighed:
                     place = int((weight + np.float32(REACH)) * np.float32(RESOLUTION))
                     levels[r, j] = level_table[2 * scale + label, min(place, N_BINS - 1), origin & 3]
                 else:
+                    own_rate_weight = rate_weight
+                    if is_weighed:
+                        own_rate_weight = rate_weight / (row_importance[r] * column_importance[j])
                     levels[r, j] = best_level(
-                        weight, origin & 3, label, cost[scale], slope[scale], reconstruction, rate_weight
+                        weight, origin & 3, label, cost[scale], slope[scale], reconstruction, own_rate_weight
                     )[1]
 
 

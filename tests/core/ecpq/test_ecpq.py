@@ -11,7 +11,7 @@ from pqcli.core import metrics
 from pqcli.core.ecpq import ecpq, lattice
 from pqcli.core.entropy import bitfields
 
-LAM = 0.05
+BIT_PRICE = 0.05
 
 
 def gaussian(rows, columns, seed=0, spread=1.0):
@@ -23,13 +23,13 @@ def gaussian(rows, columns, seed=0, spread=1.0):
 
 
 @functools.cache
-def model(lam=LAM):
-    return ecpq.fit([ecpq.draw(gaussian(64, 256)), ecpq.draw(gaussian(96, 36, seed=1))], lam)
+def model(bit_price=BIT_PRICE):
+    return ecpq.fit([ecpq.draw(gaussian(64, 256)), ecpq.draw(gaussian(96, 36, seed=1))], bit_price)
 
 
-def round_trip(matrix, of=None, lam=LAM, **options):
+def round_trip(matrix, of=None, bit_price=BIT_PRICE, **options):
     of = of or model()
-    encoded = ecpq.encode(matrix, of, lam, **options)
+    encoded = ecpq.encode(matrix, of, bit_price, **options)
     decoded = ecpq.decode(encoded.payload, of, *matrix.shape)
     assert torch.equal(decoded, encoded.decoded)
     assert decoded.shape == matrix.shape
@@ -41,7 +41,7 @@ def round_trip(matrix, of=None, lam=LAM, **options):
 def test_every_shape_comes_back_within_the_error_that_an_escape_would_leave(rows, columns, seed):
     matrix = gaussian(rows, columns, seed)
     encoded = round_trip(matrix)
-    assert metrics.compare(matrix, encoded.decoded).squared_error <= 3 * LAM * (
+    assert metrics.compare(matrix, encoded.decoded).squared_error <= 3 * BIT_PRICE * (
         8 * len(encoded.payload) + matrix.numel()
     )
 
@@ -49,14 +49,14 @@ def test_every_shape_comes_back_within_the_error_that_an_escape_would_leave(rows
 @pytest.mark.parametrize("matrix", [torch.zeros(7, 30), torch.full((16, 16), 0.7), torch.full((1, 1), -3.0)])
 def test_constant_tensors_come_back(matrix):
     decoded = round_trip(matrix).decoded
-    assert float((decoded - matrix).abs().max()) <= 2 * LAM**0.5
+    assert float((decoded - matrix).abs().max()) <= 2 * BIT_PRICE**0.5
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-3, 1e3, 1e10, 3e38])
 def test_weights_of_any_magnitude_come_back(magnitude):
     matrix = gaussian(8, 24, spread=0) / 4 * magnitude
     decoded = round_trip(matrix).decoded
-    assert float((decoded - matrix).abs().max()) <= 6 * LAM**0.5
+    assert float((decoded - matrix).abs().max()) <= 6 * BIT_PRICE**0.5
 
 
 def test_outliers_of_any_size_neither_cost_much_nor_ruin_their_neighbours():
@@ -78,19 +78,19 @@ def test_outliers_of_any_size_neither_cost_much_nor_ruin_their_neighbours():
 def test_columns_left_over_neither_pull_nor_ruin():
     matrix = gaussian(64, 257)
     of = model()
-    whole, left = ecpq.encode(matrix, of, LAM), (matrix - ecpq.encode(matrix, of, LAM).decoded)[:, 256]
-    body = ecpq.encode(matrix[:, :256].contiguous(), of, LAM)
+    whole, left = ecpq.encode(matrix, of, BIT_PRICE), (matrix - ecpq.encode(matrix, of, BIT_PRICE).decoded)[:, 256]
+    body = ecpq.encode(matrix[:, :256].contiguous(), of, BIT_PRICE)
     assert len(whole.payload) <= len(body.payload) + 64 * 2
-    assert float(left.square().mean()) <= 2 * LAM
+    assert float(left.square().mean()) <= 2 * BIT_PRICE
 
 
 def test_a_larger_rate_weight_gives_fewer_bytes_and_a_larger_error():
     matrix = gaussian(128, 256, spread=0.5)
     sample = [ecpq.draw(matrix)]
     sizes, errors = [], []
-    for lam in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
-        of = ecpq.fit(sample, lam)
-        encoded = round_trip(matrix, of, lam)
+    for bit_price in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5):
+        of = ecpq.fit(sample, bit_price)
+        encoded = round_trip(matrix, of, bit_price)
         sizes.append(len(encoded.payload) + len(of.to_bytes()))
         errors.append(metrics.compare(matrix, encoded.decoded).squared_error)
     assert sizes == sorted(sizes, reverse=True)
@@ -100,7 +100,7 @@ def test_a_larger_rate_weight_gives_fewer_bytes_and_a_larger_error():
 def test_the_estimate_is_what_encoding_costs():
     matrix = gaussian(256, 256, seed=5, spread=0.5)
     samples = [ecpq.draw(matrix)]
-    estimate = ecpq.estimate(samples, model(), LAM)
+    estimate = ecpq.estimate(samples, model(), BIT_PRICE)
     encoded = round_trip(matrix)
     assert 8 * len(encoded.payload) == pytest.approx(estimate.bits, rel=0.02)
     assert metrics.compare(matrix, encoded.decoded).squared_error == pytest.approx(estimate.squared_error, rel=0.02)
@@ -109,8 +109,8 @@ def test_the_estimate_is_what_encoding_costs():
 def test_the_entropy_of_symbols_is_what_one_table_would_take_and_classes_take_less():
     even, uneven = gaussian(256, 256, spread=0), gaussian(256, 256)
     for matrix, least in ((even, 0.97), (uneven, 1.02)):
-        of = ecpq.fit([ecpq.draw(matrix)], LAM)
-        payload = ecpq.encode(matrix, of, LAM).payload
+        of = ecpq.fit([ecpq.draw(matrix)], BIT_PRICE)
+        payload = ecpq.encode(matrix, of, BIT_PRICE).payload
         assert least < ecpq.entropy(payload, of, 256, 256) / (8 * len(payload)) < least + 0.2
     assert ecpq.entropy(b"", model(), 0, 4) == 0
 
@@ -127,9 +127,9 @@ def test_a_gaussian_is_coded_within_1_4_db_of_the_shannon_bound_model_included()
 def test_everything_scales_with_the_weights():
     matrix = gaussian(32, 64)
     for factor in (2.0**-40, 2.0**40):
-        of = ecpq.fit([ecpq.draw(matrix * factor)], LAM * factor**2)
-        plain = ecpq.fit([ecpq.draw(matrix)], LAM)
-        scaled = round_trip(matrix * factor, of, LAM * factor**2)
+        of = ecpq.fit([ecpq.draw(matrix * factor)], BIT_PRICE * factor**2)
+        plain = ecpq.fit([ecpq.draw(matrix)], BIT_PRICE)
+        scaled = round_trip(matrix * factor, of, BIT_PRICE * factor**2)
         assert torch.equal(scaled.decoded, round_trip(matrix, plain).decoded * factor)
 
 
@@ -147,7 +147,7 @@ def test_the_same_input_gives_the_same_bytes_for_any_number_of_threads(monkeypat
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            of = ecpq.fit([ecpq.draw(matrix)], LAM)
+            of = ecpq.fit([ecpq.draw(matrix)], BIT_PRICE)
             models.add(of.to_bytes())
             payloads.add(round_trip(matrix, of).payload)
     finally:
@@ -160,20 +160,20 @@ def test_a_model_comes_back_from_its_bytes_and_decodes_alike():
     back = ecpq.Model.from_bytes(of.to_bytes())
     assert back.to_bytes() == of.to_bytes()
     matrix = gaussian(32, 64)
-    encoded = ecpq.encode(matrix, of, LAM)
+    encoded = ecpq.encode(matrix, of, BIT_PRICE)
     assert torch.equal(ecpq.decode(encoded.payload, back, 32, 64), encoded.decoded)
 
 
 def test_a_model_of_nothing_still_encodes_what_turns_up():
-    of = ecpq.fit([], LAM)
+    of = ecpq.fit([], BIT_PRICE)
     round_trip(gaussian(5, 9), ecpq.Model.from_bytes(of.to_bytes()))
 
 
 def test_a_fit_may_start_from_the_model_of_a_nearby_rate_weight():
     samples = [ecpq.draw(gaussian(64, 256))]
-    cold, warm = ecpq.fit(samples, 1.1 * LAM), ecpq.fit(samples, 1.1 * LAM, start=model())
-    a, b = (ecpq.estimate(samples, of, 1.1 * LAM) for of in (cold, warm))
-    assert a.squared_error + LAM * a.bits == pytest.approx(b.squared_error + LAM * b.bits, rel=0.01)
+    cold, warm = ecpq.fit(samples, 1.1 * BIT_PRICE), ecpq.fit(samples, 1.1 * BIT_PRICE, start=model())
+    a, b = (ecpq.estimate(samples, of, 1.1 * BIT_PRICE) for of in (cold, warm))
+    assert a.squared_error + BIT_PRICE * a.bits == pytest.approx(b.squared_error + BIT_PRICE * b.bits, rel=0.01)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -181,13 +181,13 @@ def test_weights_that_are_not_finite_are_refused(value):
     matrix = gaussian(4, 8)
     matrix[1, 2] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
-        ecpq.encode(matrix, model(), LAM)
+        ecpq.encode(matrix, model(), BIT_PRICE)
 
 
-@pytest.mark.parametrize("lam", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_rate_weight_that_cannot_be_meant_is_refused(lam):
+@pytest.mark.parametrize("bit_price", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_weight_that_cannot_be_meant_is_refused(bit_price):
     with pytest.raises(ValueError, match="rate weight"):
-        ecpq.fit([], lam)
+        ecpq.fit([], bit_price)
 
 
 # --- hostile bytes ---------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_a_rate_weight_that_cannot_be_meant_is_refused(lam):
 
 @functools.cache
 def payload():
-    return ecpq.encode(gaussian(24, 37), model(), LAM).payload
+    return ecpq.encode(gaussian(24, 37), model(), BIT_PRICE).payload
 
 
 def decodes_or_refuses(data, of):
@@ -326,8 +326,8 @@ def slow_decode(payload, of, rows, columns):
     body = [(r, b * d, b) for r in range(rows) for b in range(n_full)]
     tail = [(r, c, n_full) for r in range(rows) for c in range(n_full * d, columns)]
     for vectors, size in ((body, d), (tail, 1)):
-        book = of.book(size)
-        m, frequencies = book.magnitudes.tolist(), book.tables.frequencies.tolist()
+        codebook = of.codebook(size)
+        m, frequencies = codebook.magnitudes.tolist(), codebook.tables.frequencies.tolist()
         n_streams = -(-len(vectors) // 2**20)
         for i in range(n_streams):
             part = vectors[i * len(vectors) // n_streams : (i + 1) * len(vectors) // n_streams]
@@ -336,7 +336,9 @@ def slow_decode(payload, of, rows, columns):
             words = iter(np.frombuffer(data.take(4 * n_words), "<u4").tolist())
             side = data.bits(n_side)
             for r, column, b in part:
-                f = frequencies[min(max(base + row_scale[r] + block_scale[b] - book.low, 0), book.n_classes - 1)]
+                f = frequencies[
+                    min(max(base + row_scale[r] + block_scale[b] - codebook.low, 0), codebook.n_classes - 1)
+                ]
                 slot, s, start = x % 32768, 0, 0
                 while start + f[s] <= slot:
                     start, s = start + f[s], s + 1
@@ -367,5 +369,5 @@ def slow_value(side, magnitude, grid):
 def test_a_second_decoder_reads_the_same_weights(columns, scale):
     matrix = gaussian(20, columns)
     matrix[4, columns // 2], matrix[7, 0] = -500.0, 1e30
-    encoded = ecpq.encode(matrix, model(), LAM, scale=scale)
+    encoded = ecpq.encode(matrix, model(), BIT_PRICE, scale=scale)
     assert np.array_equal(slow_decode(encoded.payload, model(), 20, columns), encoded.decoded.numpy())

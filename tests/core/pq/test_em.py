@@ -1,11 +1,14 @@
 """EM against a slow, obvious version, and the invariants that its docstring states."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pqcli.core.pq import blocks, em
+from pqcli.core import metrics
+from pqcli.core.importance import Importance
+from pqcli.core.pq import blocks, em, pq
 from pqcli.errors import EmptyClusterResolveError
 
 
@@ -190,3 +193,60 @@ def test_a_spread_sample_takes_one_vector_of_every_stretch():
     assert (drawn // 10).tolist() == list(range(100))
     assert len(set((drawn % 10).tolist())) > 5
     assert em.spread_sample(cut, 600, torch.Generator()) is cut
+
+
+def weighed_error(matrix, encoded, importance):
+    return metrics.weighted_squared_error(matrix, encoded.decoded, importance)
+
+
+@pytest.mark.parametrize(("columns", "block_size"), [(24, 4), (26, 4), (24, 8)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_importance_lowers_the_error_that_it_weighs(columns, block_size, axis):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(300, columns, generator=generator)
+    factors = torch.exp(1.5 * torch.randn(matrix.shape[axis], generator=generator)).numpy()
+    importance = Importance.of_rows(factors, columns) if axis == 0 else Importance.of_columns(factors, 300)
+    options = em.Options(n_centroids=16, n_iter=15)
+    plain = pq.encode(matrix, (300, columns), block_size, options)
+    weighed = pq.encode(matrix, (300, columns), block_size, options, importance=importance)
+    assert weighed_error(matrix, weighed, importance) < 0.97 * weighed_error(matrix, plain, importance)
+    assert weighed.error.squared_error > plain.error.squared_error
+    assert all(b <= a * (1 + 1e-5) for a, b in zip(weighed.objective, weighed.objective[1:], strict=False))
+
+
+def test_uniform_importance_is_none():
+    matrix = torch.randn(100, 26, generator=torch.Generator().manual_seed(0))
+    importance = Importance(np.full(100, 3.0, np.float32), np.ones(26, np.float32))
+    options = em.Options(n_centroids=16, n_iter=5)
+    one, other = (pq.encode(matrix, (100, 26), 4, options, importance=i) for i in (None, importance))
+    assert torch.equal(one.decoded, other.decoded)
+    assert one.objective == other.objective
+
+
+def test_the_centroid_with_the_least_weighed_error_is_taken():
+    generator = torch.Generator().manual_seed(2)
+    matrix, codebook = torch.randn(40, 9, generator=generator), torch.randn(7, 4, generator=generator)
+    rows, columns = (torch.rand(n, generator=generator).add(0.1) for n in (40, 9))
+    cut = blocks.cut(matrix, 4, Importance(rows.numpy(), columns.numpy()))
+    assignments = em.assign(cut, codebook).view(40, 3)
+    for b, part in enumerate((slice(0, 4), slice(4, 8), slice(8, 9))):
+        differences = matrix[:, None, part] - codebook[None, :, : part.stop - part.start]
+        assert torch.equal(assignments[:, b].long(), (differences.square() * columns[part]).sum(2).argmin(1))
+
+
+def test_no_cluster_is_left_empty_where_values_are_weighed():
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(60, 10, generator=generator).round(decimals=0)
+    factors = torch.rand(10, generator=generator).add(0.1).numpy()
+    cut = blocks.cut(matrix, 4, Importance.of_columns(factors, 60))
+    codebook = em.lloyd(cut, torch.full((12, 4), 9.0), em.Options(n_centroids=12, n_iter=30), generator).codebook
+    counts = torch.bincount(em.assign(cut, codebook).long(), minlength=len(codebook))
+    assert len(codebook) == 12
+    assert counts.min() > 0
+
+
+def test_importance_of_another_shape_or_not_positive_is_refused():
+    with pytest.raises(ValueError, match=r"importance of \(3, 4\) for a matrix 4 x 4"):
+        blocks.cut(torch.zeros(4, 4), 2, Importance.of_columns(np.ones(4, np.float32), 3))
+    with pytest.raises(ValueError, match="importance of every column must be a positive number"):
+        Importance.of_columns(np.array([1, 0], np.float32), 3)

@@ -36,7 +36,9 @@ def damage(weights, decoded, h):
 def encoded(weights, second_order, step=0.5, n_threads=2, **options):
     sources = [source(key, *matrix.shape) for key, matrix in weights.items()]
     params = TrellisParams(step, n_states=32, mixing_gain=1.0, **options)
-    return sources, encode(sources, weights.__getitem__, params, Rotations(), None, n_threads, second_order)
+    return sources, encode(
+        sources, weights.__getitem__, params, Rotations(), None, n_threads, second_order=second_order
+    )
 
 
 def gaussian(rows, columns, seed=0):

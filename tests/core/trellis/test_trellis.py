@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqcli.core.entropy.rangecoder import RATES, RangeCoder
+from pqcli.core.importance import Importance
 from pqcli.core.trellis.loops import BYTES_PER_LEVEL
 from pqcli.core.trellis.mixing_loops import Mixing, code_levels_mixed
 from pqcli.core.trellis.params import N_STATES, TrellisParams
@@ -310,6 +311,60 @@ def small(mixing_gain):
     sources = [s for s in sources if s.key in ("conv", "low rank", "row", "no rows")]
     params = TrellisParams(0.5, 32, stream_weights=4096, mixing_gain=mixing_gain)
     return sources, round_trip(sources, weights, params)[0]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_what_counts_more_comes_back_with_less_error(axis, is_transposed):
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((160, 96)).astype(np.float32)
+    source = Source("w", w.shape, *w.shape)
+    rotations = Rotations(transposed=frozenset({"w"} if is_transposed else ()))
+
+    def errors(factor):
+        factors = np.ones(w.shape[axis], np.float32)
+        factors[:20] = factor
+        importance = (Importance.of_rows if axis == 0 else Importance.of_columns)(factors, w.shape[1 - axis])
+        params = TrellisParams(0.8, 32, stream_weights=4096)
+        encoded = encode([source], lambda _: w, params, rotations, importance={"w": importance})
+        ((_, decoded),) = decode(encoded, [source])
+        by_axis = np.mean((w - decoded) ** 2, axis=1 - axis)
+        return by_axis[:20].mean(), by_axis[20:].mean(), encoded
+
+    plain, more, most = errors(1.0), errors(2.0), errors(6.0)
+    assert plain[0] > more[0] > most[0]
+    assert plain[1] < most[1]
+    assert errors(3.0)[2] != plain[2]
+    assert plain[2] == encode([source], lambda _: w, TrellisParams(0.8, 32, stream_weights=4096), rotations)
+
+
+def test_importance_lowers_the_error_that_it_weighs_at_the_same_rate():
+    rng = np.random.default_rng(1)
+    w = rng.standard_normal((256, 128)).astype(np.float32)
+    importance = Importance.of_columns(np.exp(rng.normal(0, 0.7, 128)).astype(np.float32), 256)
+    source = Source("w", w.shape, *w.shape)
+
+    def score(step, importance_used):
+        used = {"w": importance_used} if importance_used else None
+        encoded = encode([source], lambda _: w, TrellisParams(step, 32), Rotations(), importance=used)
+        ((_, decoded),) = decode(encoded, [source])
+        error = float(np.sum((w - decoded) ** 2 * importance.columns))
+        return 10 * np.log10(error) + 6.02 * encoded.n_bytes * 8 / w.size  # dB at one rate
+
+    assert score(0.8, importance) < score(0.8, None) - 0.5
+
+
+def test_importance_of_columns_that_a_rotation_mixes_is_refused():
+    w = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+    rotations = Rotations((Rotation(np.eye(8, dtype=np.int32)[:2] * 8, (3, 3)),), {"w": 0})
+    source = Source("w", (20, 8), 20, 8)
+    rows, columns = (np.arange(1, n + 1).astype(np.float32) for n in (20, 8))
+    params = TrellisParams(0.5, 8)
+    encode([source], lambda _: w, params, rotations, importance={"w": Importance.of_rows(rows, 8)})
+    with pytest.raises(ValueError, match="'w' has columns of different importance that its rotation mixes"):
+        encode([source], lambda _: w, params, rotations, importance={"w": Importance.of_columns(columns, 20)})
+    with pytest.raises(ValueError, match=r"importance of \(8, 20\) for 20 x 8 weights"):
+        encode([source], lambda _: w, params, rotations, importance={"w": Importance.of_columns(columns, 20).T})
 
 
 SMALL = {}

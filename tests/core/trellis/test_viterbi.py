@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from pqcli.core.importance import Importance
 from pqcli.core.trellis.loops import N_CLASSES, N_POINTS
 from pqcli.core.trellis.params import N_STATES, next_states
 from pqcli.core.trellis.search import bits_of, prior_probabilities
 from pqcli.core.trellis.viterbi import Costs, Search, Trellis
-from pqcli.core.trellis.viterbi_loops import N_COSTS, PRICE_UNIT, REACH, RESOLUTION
+from pqcli.core.trellis.viterbi_loops import METRIC_UNIT, N_COSTS, REACH, RESOLUTION
 
 RATE_WEIGHT = 0.3
 POINTS = np.tile(np.arange(N_POINTS, dtype=np.float32), (3, 1))
@@ -18,11 +19,11 @@ SCALE = 24.0
 """Class 24: levels of mean magnitude one."""
 
 
-def searched(weights, labels, n_states, scale=SCALE):
+def searched(weights, labels, n_states, scale=SCALE, importance=None):
     levels = np.full(weights.shape, 99, np.int32)
     rows, columns = weights.shape
     scales = np.zeros(rows, np.float32), np.full(columns, scale, np.float32)
-    Search(COSTS, next_states(n_states)).fill(np.float32(weights), *scales, np.uint8(labels), levels)
+    Search(COSTS, next_states(n_states)).fill(np.float32(weights), *scales, np.uint8(labels), levels, importance)
     return levels
 
 
@@ -33,50 +34,62 @@ def branch(level, parity, label):
     return (level - 1) // 2 % 2 if label else int(abs(level) % 4 == 1)
 
 
-def cost(weight, level, parity, label, scale=SCALE):
+def cost(weight, level, parity, label, factor=1.0, scale=SCALE):
     which = parity + (parity and label)
     bits = float(BITS[int(scale), which, min(abs(level), N_COSTS - 1)])
-    return (weight - level) ** 2 + RATE_WEIGHT * bits
+    return factor * (weight - level) ** 2 + RATE_WEIGHT * bits
 
 
 def allowed(parity, label, largest=9):
     return [n for n in range(-largest, largest + 1) if n % 2 == parity or (parity and not label and n == 0)]
 
 
-def walk_cost(weights, labels, levels, n_states):
+def walk_cost(weights, labels, levels, n_states, factors):
     """The cost of the levels of one run; fails where the trellis does not allow one."""
     table, state, total = next_states(n_states), 0, 0.0
-    for weight, label, level in zip(weights, labels, levels, strict=True):
+    for weight, label, level, factor in zip(weights, labels, levels, factors, strict=True):
         parity = state & 1
         assert level in allowed(parity, label), "a level that the state does not open"
-        total += cost(weight, int(level), parity, label)
+        total += cost(weight, int(level), parity, label, factor)
         state = table[state, branch(int(level), parity, label)]
     return total
 
 
-def least_cost(weights, labels, n_states):
+def least_cost(weights, labels, n_states, factors):
     """Viterbi's algorithm, one state and one level at a time."""
     table, best = next_states(n_states), {0: 0.0}
-    for weight, label in zip(weights, labels, strict=True):
+    for weight, label, factor in zip(weights, labels, factors, strict=True):
         following: dict[int, float] = {}
         for state, so_far in best.items():
             parity = state & 1
             for level in allowed(parity, label):
                 to = int(table[state, branch(level, parity, label)])
-                following[to] = min(following.get(to, np.inf), so_far + cost(weight, level, parity, label))
+                following[to] = min(following.get(to, np.inf), so_far + cost(weight, level, parity, label, factor))
         best = following
     return min(best.values())
 
 
 @pytest.mark.parametrize("n_states", [4, 8, 64])
 @pytest.mark.parametrize("label", [0, 1])
-def test_the_walk_found_costs_as_little_as_any(n_states, label):
-    weights = np.random.default_rng(n_states).normal(0, 1.3, (1, 60))
+@pytest.mark.parametrize("is_weighed", [False, True])
+def test_the_walk_found_costs_as_little_as_any(n_states, label, is_weighed):
+    rng = np.random.default_rng(n_states)
+    weights = rng.normal(0, 1.3, (1, 60))
     labels = np.full(60, label)
-    levels = searched(weights, labels, n_states)
-    found = walk_cost(weights[0], labels, levels[0], n_states)
-    rounding = 60 * (2 / PRICE_UNIT + 1 / RESOLUTION**2)
-    assert found <= least_cost(weights[0], labels, n_states) + rounding
+    factors = rng.uniform(0.3, 3, 60) if is_weighed else np.ones(60)
+    importance = Importance(np.float32([1]), np.float32(factors)) if is_weighed else None
+    levels = searched(weights, labels, n_states, importance=importance)
+    found = walk_cost(weights[0], labels, levels[0], n_states, factors)
+    rounding = 60 * (2 / METRIC_UNIT + 1 / RESOLUTION**2)
+    assert found <= least_cost(weights[0], labels, n_states, factors) + rounding
+
+
+def test_importance_of_one_finds_what_no_importance_finds():
+    weights = np.round(np.random.default_rng(0).normal(0, 2, (150, 300)) * RESOLUTION - 0.5) / RESOLUTION
+    weights += 0.5 / RESOLUTION  # the middles of the table's bins
+    labels = np.arange(300) // 16 % 2
+    ones = Importance(np.ones(150, np.float32), np.ones(300, np.float32))
+    assert np.array_equal(searched(weights, labels, 32, importance=ones), searched(weights, labels, 32))
 
 
 def test_runs_side_by_side_do_not_touch_each_other():

@@ -19,14 +19,10 @@ A report is built by whoever has measured something (compressing, or comparing t
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-
-from pqcli.errors import UsageError
+from dataclasses import dataclass, field, fields
 
 INT4_GROUP = 128
 """Weights that share a scale in the int4 baseline; the scale takes two bytes."""
@@ -111,7 +107,6 @@ class Report:
     tensors: tuple[TensorReport, ...]
     seconds: float | None = None
     dropped: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
     recipe: Mapping[str, object] = field(default_factory=dict)
     paper_bytes: int | None = None
 
@@ -241,7 +236,7 @@ class Report:
             },
             "recipe": self.recipe,
             "dropped": self.dropped,
-            "warnings": self.warnings,
+            "warnings": (),  # nothing fills it any more; a field of this document is never removed
             "tensors": [tensor.to_json() for tensor in self.tensors],
         }
         return {key: _jsonable(value) for key, value in document.items()}
@@ -308,114 +303,6 @@ def shannon_gap_db(relative_mse: float | None, bits_per_weight: float | None) ->
     """
     reached = sqnr_db(relative_mse)
     return None if reached is None or bits_per_weight is None else DB_PER_BIT * bits_per_weight - reached
-
-
-TEXT_KEYS = ("name", "kind", "dtype", "action", "scheme")
-NUMBER_KEYS = (
-    "n_weights", "original_bytes", "bytes", "block_size", "n_centroids", "bits_per_weight", "relative_mse", "sqnr_db",
-    "shannon_gap_db", "cosine", "max_abs_error", "energy", "centroids_used", "assignment_entropy", "assignment_bytes",
-    "entropy_bytes",
-)  # fmt: skip
-SORT_KEYS = (*TEXT_KEYS, *NUMBER_KEYS)
-SMALL_IS_BAD = ("sqnr_db", "cosine")
-
-
-def sort(report: Report, key: str) -> Report:
-    """The report with its tensors ordered by `key`: text from a to z, numbers with the costliest or worst first.
-
-    That is the largest first, but the smallest first for `sqnr_db` and `cosine`. An undefined number (nan) counts as
-    the worst of all, tensors without the number come last, and equal ones stay in the checkpoint's order.
-    """
-    check_sortable(key)
-    if key in TEXT_KEYS:
-        return replace(report, tensors=tuple(sorted(report.tensors, key=lambda tensor: str(getattr(tensor, key)))))
-    sign = 1 if key in SMALL_IS_BAD else -1
-
-    def badness(tensor: TensorReport) -> tuple[bool, bool, float]:
-        value = getattr(tensor, key)
-        if value is None:
-            return True, False, 0.0
-        return False, not math.isnan(value), 0.0 if math.isnan(value) else sign * value
-
-    return replace(report, tensors=tuple(sorted(report.tensors, key=badness)))
-
-
-def check_sortable(key: str) -> None:
-    """Raise `UsageError` for a key that `sort` does not know."""
-    if key not in SORT_KEYS:
-        raise UsageError(f"cannot sort by {key!r}{_close(key, SORT_KEYS)}; keys: {', '.join(SORT_KEYS)}")
-
-
-LAYER_LIMITS = ("relative_mse", "max_abs_error", "bits_per_weight", "shannon_gap_db")
-FILE_LIMITS = ("compressed_bytes",)
-N_WORST = 5
-"""How many layers a failed check names."""
-
-
-def check(report: Report, condition: str) -> str | None:
-    """What is above the limit of `condition`, written KEY=X; None when nothing is.
-
-    It fails when any quantized tensor, or all of them together, is above X (`compressed_bytes` looks at the file
-    only). A figure that is unknown or undefined fails too: what could not be measured has not been shown to hold.
-    Raises `UsageError` for a condition that cannot be meant.
-    """
-    key, limit = _parse(condition)
-    total: float | None = getattr(report, key)
-    if key in FILE_LIMITS:
-        return f"{key} {total} is above {limit:g}" if total is None or total > limit else None
-    values = {tensor.name: getattr(tensor, key) for tensor in report.quantized}
-    if not values:
-        return None
-    unknown = [name for name, value in values.items() if value is None]
-    if unknown:
-        return f"{key} is unknown for {len(unknown)} of {len(values)} quantized tensors: {_some(unknown)}"
-    worst = sort(replace(report, tensors=report.quantized), key).tensors
-    above = [tensor for tensor in worst if not getattr(tensor, key) <= limit]
-    if not above and total is not None and total <= limit:
-        return None
-    layers = _some([f"{tensor.name} ({getattr(tensor, key):.4g})" for tensor in above])
-    detail = f"{len(above)} of {len(values)} quantized tensors are: {layers}" if above else "no single tensor is"
-    whole = "unknown" if total is None else f"{total:.4g}"
-    return f"{key} is above {limit:g} (all quantized weights together: {whole}); {detail}"
-
-
-def check_condition(condition: str) -> None:
-    """Raise `UsageError` for a condition that `check` could not mean anything by."""
-    _parse(condition)
-
-
-def _parse(condition: str) -> tuple[str, float]:
-    key, equals, text = condition.partition("=")
-    keys = (*LAYER_LIMITS, *FILE_LIMITS)
-    if not equals:
-        raise UsageError(f"the condition {condition!r} is not of the form KEY=X; keys: {', '.join(keys)}")
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII) or not math.isfinite(float(text)):
-        raise UsageError(f"the limit {text!r} of {key!r} is not a number; write for example relative_mse=0.05")
-    limit = float(text)
-    if key == "sqnr_db":
-        raise UsageError(
-            f"sqnr_db is good when it is high; for at least {limit:g} dB use relative_mse={_mse(limit):.4g}"
-        )
-    if key not in keys:
-        raise UsageError(f"cannot check {key!r}{_close(key, keys)}; keys: {', '.join(keys)}")
-    if limit < 0 and key != "shannon_gap_db":
-        raise UsageError(f"{key} is never negative, so a limit of {limit:g} cannot be meant")
-    return key, limit
-
-
-def _mse(sqnr: float) -> float:
-    """The relative MSE of an SQNR in dB, whatever the user wrote."""
-    return math.pow(10, min(300.0, max(-300.0, -sqnr / 10)))
-
-
-def _some(items: list[str]) -> str:
-    more = len(items) - N_WORST
-    return ", ".join(items[:N_WORST]) + (f" and {more} more" if more > 0 else "")
-
-
-def _close(key: str, keys: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(key, keys, n=2)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _jsonable(value: object) -> object:

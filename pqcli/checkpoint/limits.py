@@ -1,0 +1,95 @@
+"""How much a stranger's header may cost: budgets that are checked before each step, not after it.
+
+A small file can describe a very large structure: a pickle that doubles what it remembers, nested JSON, a text that
+a million entries refer to. Every reader spends from a `Budget` as it goes on; what hits a limit is refused with the
+limit's number and name, so that who trusts the file can raise it: `checkpoint.open(path, limits=Limits(...))`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from pqcli.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the header of one file may cost.
+
+    `n_operations` of a pickle (20 million: about a million tensors); `n_entries` of the structure after everything
+    that occurs several times is written out; `depth` of its nesting; `n_bytes` of text and binary data outside
+    tensors, written out likewise; `seconds` for understanding the header.
+    """
+
+    n_operations: int = 20_000_000
+    n_entries: int = 2_000_000
+    depth: int = 100
+    n_bytes: int = 256 << 20
+    seconds: float = 120.0
+
+
+_TICKS = 1 << 12
+"""The clock is looked at once in so many steps."""
+_SEPARATORS = re.compile(rb"[\[{,]")
+_JSON_SLICE = 1 << 20
+
+
+class Budget:
+    """The limits of one file, and what has been spent of them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.n_operations = self.n_entries = self.n_bytes = 0
+        self._steps = 0
+        self._deadline = time.monotonic() + limits.seconds
+
+    def operation(self) -> None:
+        """One operation of a pickle."""
+        self.n_operations += 1
+        if self.n_operations > self.limits.n_operations:
+            raise _exceeded(f"its pickle has more than {self.limits.n_operations:,} operations", "n_operations")
+        self._tick()
+
+    def entries(self, n: int = 1) -> None:
+        """So many entries of the structure."""
+        self.n_entries += n
+        if self.n_entries > self.limits.n_entries:
+            raise _exceeded(f"its structure has more than {self.limits.n_entries:,} entries", "n_entries")
+        self._tick()
+
+    def text(self, n_bytes: int) -> None:
+        """So many bytes that will be written out."""
+        self.n_bytes += n_bytes
+        if self.n_bytes > self.limits.n_bytes:
+            raise _exceeded(
+                f"its structure holds more than {self.limits.n_bytes:,} bytes of text and data outside its tensors",
+                "n_bytes",
+            )
+
+    def level(self, depth: int) -> None:
+        """An entry at this depth."""
+        if depth > self.limits.depth:
+            raise _exceeded(f"its structure is nested more than {self.limits.depth} levels deep", "depth")
+
+    def json(self, text: bytes, **options: Any) -> Any:
+        """The value of a JSON text (as `json.loads`), whose entries are counted before any of them is built.
+
+        Raises what `json.loads` raises (ValueError, RecursionError) and `CheckpointError`.
+        """
+        self.text(len(text))
+        for start in range(0, len(text), _JSON_SLICE):
+            self.entries(len(_SEPARATORS.findall(text[start : start + _JSON_SLICE])))
+        return json.loads(text.decode("utf-8"), **options)
+
+    def _tick(self) -> None:
+        self._steps += 1
+        if self._steps % _TICKS == 0 and time.monotonic() > self._deadline:
+            raise _exceeded(f"its structure takes more than {self.limits.seconds:g} seconds to understand", "seconds")
+
+
+def _exceeded(fact: str, name: str) -> CheckpointError:
+    return CheckpointError(f"{fact}; refused (where you trust the file, raise {name} of checkpoint.Limits)")

@@ -1,0 +1,159 @@
+"""The options of the command line: those that several commands share, and those made from the fields of `Recipe`.
+
+A command that takes a recipe has a parameter `**settings`. `takes_recipe` puts one option for each setting in its place
+in the signature that Typer reads, with the field's own help, default and panel; the command gets those that were given.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from pqcli.recipe.recipe import Recipe
+from pqcli.recipe.settings import MAIN, PLAIN, Setting, options_of
+
+RUNNING = "Files and messages"
+"""The panel of options that every command has some of."""
+
+
+class Command(TyperCommand):
+    """A command whose help shows no type for `--help` and other options that take no value."""
+
+    def get_help_option(self, ctx: Any) -> TyperOption | None:
+        """The option `--help`."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.metavar = ""
+            option.rich_help_panel = RUNNING
+        return option
+
+
+class Dtype(StrEnum):
+    """Dtypes that `decode --dtype` converts to."""
+
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Format(StrEnum):
+    """Forms a report can take."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    html = "html"
+
+
+def flag(*names: str, help: str, panel: str = RUNNING) -> Any:  # noqa: A002 - named like Typer's
+    """An option that takes no value."""
+    return typer.Option(*names, help=help, metavar="", rich_help_panel=panel)
+
+
+def _preset_names() -> list[str]:
+    from pqcli.recipe import loading
+
+    return list(loading.preset_names())
+
+
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SRC", help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a Hugging Face folder."),
+]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A .pq.safetensors file.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--output", metavar="FILE", rich_help_panel=MAIN,
+        help="Where to write; without it, STEM.pq.safetensors beside SRC.",
+    ),
+]  # fmt: skip
+Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|PRESET", rich_help_panel=MAIN, autocompletion=_preset_names,
+        help="A recipe: a YAML file, or a preset's name (see `pqcli presets`).",
+    ),
+]  # fmt: skip
+DryRun = Annotated[bool, flag("--dry-run", help="Show what would be done, and write nothing.", panel=MAIN)]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE", rich_help_panel=PLAIN, autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
+        help="Where the EM of plain PQ runs: auto, cpu, cuda, cuda:0, mps.",
+    ),
+]  # fmt: skip
+Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output.")]
+Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, flag("--quiet", "-q", help="Print nothing but errors and the asked-for result.")]
+Against = Annotated[
+    Path | None,
+    typer.Option(help="The original checkpoint: measure everything again from the two files.", metavar="ORIGINAL"),
+]
+
+
+def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each setting of a recipe, between its positional and its keyword parameters.
+
+    It is called with those settings alone that were given: a default shown in help is the recipe's own and must not
+    override a configuration.
+    """
+    options = [_parameter(setting) for setting in options_of(Recipe)]
+    names = [option.name for option in options]
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    first = [parameter for parameter in own if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    last = [parameter for parameter in own if parameter.kind is parameter.KEYWORD_ONLY]
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in options]
+
+    @functools.wraps(command)
+    def called(context: typer.Context, **values: Any) -> None:
+        given = {name: values.pop(name) for name in names}
+        command(**values, **{name: value for name, value in given.items() if was_given(context, name)})
+
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    signature = inspect.Signature([context, *first, *keywords, *last])
+    called.__signature__ = signature  # type: ignore[attr-defined]
+    called.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    del called.__wrapped__  # or its annotations would be taken for these
+    return called
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    """The parameter that Typer makes an option of; a value stays text, which the recipe reads."""
+    default = setting.default
+    kind: Any = str | None
+    if isinstance(default, bool):
+        kind = bool
+    elif isinstance(default, tuple):
+        kind, default = list[str], list(default)
+    elif default is not None:
+        default = str(default)
+    choices = setting.choices
+    metavar = "" if kind is bool else setting.metavar
+    if choices and "|" not in metavar and len("|".join(choices())) <= len("pq|trellis|auto"):
+        metavar = "|".join(choices())
+    option = typer.Option(
+        setting.flag,
+        help=setting.help,
+        metavar=metavar,
+        rich_help_panel=setting.panel,
+        autocompletion=(lambda: list(choices())) if choices else None,
+    )
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation
+    )

@@ -1,0 +1,320 @@
+"""What every codec is: a few verbs that one loop (`pqcli.jobs.compress`) drives.
+
+    survey    find out what can be coded                          Codec.survey  -> Survey
+              (and what is better coded by itself                 Codec.set_apart)
+    fit       learn what tensors share                            Codec.fit     -> Session
+    draft     guess what a level would come to                    Session.draft
+    jobs      the work of a level, piece by piece                 Session.jobs  -> Job.run -> Piece or StreamPiece
+    finish    put the streams together                            Session.finish -> Streams
+    decode    one matrix at a time                                Codec.decoder -> Decoder
+
+A codec that treats every tensor by itself (plain PQ) gives finished tensors (`Piece`); one whose tensors share what was
+learned gives parts of streams (`StreamPiece`). The `level` says how coarse the result is: the quantization step in
+units of weights; times a tensor's own scale it is that tensor's step.
+
+Shapes: matrix (rows, columns) float32.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pqcli.codecs import registry
+from pqcli.core.trellis.sources import Source
+from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record
+
+if TYPE_CHECKING:
+    import torch
+
+    from pqcli.core.importance import Importance
+    from pqcli.core.metrics import Error
+    from pqcli.plan.plan import PlanEntry
+    from pqcli.recipe.recipe import Recipe
+
+Matrix = NDArray[np.float32]
+
+
+# --- what is coded ----------------------------------------------------------------------------------------------------
+
+
+class Readable(Protocol):
+    """An open checkpoint, as far as codecs need it. It can be pickled: another process opens the file anew."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+
+    def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some elements of a tensor, in row-major order."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is coded, what decoded weights become, and what these are compared with.
+
+    Here all three are the checkpoint's tensors. Where weights are coded as a difference to some base, `coded` gives the
+    difference and `restored` adds the base; `original` stays what the user has.
+    """
+
+    checkpoint: Readable
+
+    def original(self, name: str) -> torch.Tensor:
+        """The tensor that the user has."""
+        return self.checkpoint.read(name)
+
+    def coded(self, name: str) -> torch.Tensor:
+        """The tensor that is coded in its place."""
+        return self.checkpoint.read(name)
+
+    def coded_rows(self, name: str, start: int, stop: int, columns: int) -> torch.Tensor:
+        """Rows `start` to `stop` of it as a matrix of so many columns."""
+        return self.checkpoint.read_flat(name, start * columns, stop * columns).view(-1, columns)
+
+    def importance(self, name: str) -> Importance | None:  # noqa: ARG002 - statistics would be asked by name
+        """How much the errors of its rows and columns count; None where all weights count alike, as they do here."""
+        return None
+
+    def restored(
+        self,
+        name: str,  # noqa: ARG002 - a base would be asked by name
+        decoded: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the user gets of what was decoded, in the original's shape and dtype."""
+        return decoded
+
+
+def record_of(entry: PlanEntry) -> Record:
+    """The record of a tensor that becomes what is planned."""
+    info, scheme = entry.info, entry.scheme
+    rows = None if not info.shape or entry.rows == info.shape[0] else entry.rows
+    coding: Coding
+    if info.alias_of is not None:
+        coding = Alias(info.alias_of)
+    elif entry.action == "keep":
+        coding = Kept()
+    elif scheme is not None:
+        coding = Plain(scheme.block_size, scheme.n_centroids, scheme.codebook_dtype, rows)
+    else:
+        coding = Coded(entry.action, rows, kernel_of(info.shape, entry.rows))
+    return Record(info, coding, entry.reason, entry.kind)
+
+
+def source_of(record: Record) -> Source:
+    """A record's tensor as a matrix."""
+    rows, columns = record.matrix_shape
+    return Source(record.name, record.info.shape, rows, columns, getattr(record.coding, "kernel", 1))
+
+
+def as_matrix(weight: torch.Tensor, record: Record) -> Matrix:
+    """A tensor as codecs take it: (rows, columns) float32."""
+    matrix: Matrix = weight.reshape(record.matrix_shape).float().numpy()
+    return matrix
+
+
+def kernel_of(shape: tuple[int, ...], rows: int) -> int:
+    """Kernel positions of a convolution's weight; 1 for anything else."""
+    is_convolution = len(shape) > 2 and rows == shape[0]
+    return math.prod(shape[2:]) if is_convolution else 1
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a tensor's assignments are spread: centroids that occur, entropy in bits per assignment and in all."""
+
+    centroids: int | None
+    entropy: float | None
+    entropy_bits: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One finished tensor: its record, the bytes of its own entries by key, and what was measured.
+
+    `bundled` are the bytes of a small kept tensor, which shares an entry with others.
+    """
+
+    record: Record
+    digest: bytes
+    entries: tuple[tuple[str, bytes | NDArray[np.uint8]], ...] = ()
+    bundled: NDArray[np.uint8] | None = None
+    error: Error | None = None
+    use: Use | None = None
+
+
+@dataclass(frozen=True)
+class StreamPiece:
+    """One stream: its place among the session's, its bytes, and whatever `Session.finish` wants to know."""
+
+    index: int
+    data: bytes
+    about: Any = None
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a codec made of all the tensors that share something.
+
+    `tensor_bytes` tells each one's share, by name, and is not data. `features` are those that the file needs beside the
+    codec's own.
+    """
+
+    shared: bytes
+    streams: Sequence[bytes]
+    tensor_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
+    features: tuple[str, ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all of it."""
+        return len(self.shared) + sum(map(len, self.streams))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """About what encoding at some level would give."""
+
+    n_bytes: float
+    relative_mse: float
+
+
+# --- the verbs --------------------------------------------------------------------------------------------------------
+
+
+class Job(Protocol):
+    """A unit of work. It can be pickled, and depends on nothing but its fields."""
+
+    @property
+    def name(self) -> str:
+        """What to show while it runs."""
+
+    @property
+    def n_weights(self) -> int:
+        """How much work it is."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that it takes while it runs and until its result is written."""
+
+    def run(self, device: torch.device) -> Piece | StreamPiece:
+        """Do it; `device` is where matrix work may run."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found out about the tensors that are to be coded: their plan, and the `spread` of their weights.
+
+    `rejected` are the records of those that their values rule out, kept now, with the reason.
+    """
+
+    entries: tuple[PlanEntry, ...]
+    spreads: Mapping[str, float] = field(default_factory=dict)
+    rejected: tuple[Record, ...] = ()
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        """The tensors' records, as the plan has them."""
+        return tuple(map(record_of, self.entries))
+
+    @property
+    def unit(self) -> float:
+        """The typical magnitude of a weight, the yardstick of levels: geometric mean of the tensors' spreads, by size.
+
+        A few tensors that hold most of the energy hardly move it. 1 where all weights are zero.
+        """
+        known = [(record.info.numel, self.spreads.get(record.name)) for record in self.records]
+        sizes = [(size, spread) for size, spread in known if spread]
+        n = sum(size for size, _ in sizes)
+        return math.exp(sum(size * math.log(spread) for size, spread in sizes) / n) if n else 1.0
+
+    def without(self, names: frozenset[str]) -> Survey:
+        """The survey of the other tensors."""
+        entries = tuple(entry for entry in self.entries if entry.info.name not in names)
+        return replace(self, entries=entries)
+
+
+class Session(ABC):
+    """A codec at work on one checkpoint: all it has learned, and what it remembers from one level to the next."""
+
+    survey: Survey
+    """What is left for `jobs`: the tensors that share something."""
+
+    @abstractmethod
+    def jobs(self, level: float) -> Sequence[Job]:
+        """The work of this level, in the order of its streams."""
+
+    @abstractmethod
+    def finish(self, level: float, pieces: Sequence[StreamPiece]) -> Streams | None:
+        """The streams of this level put together; None for a codec that has none."""
+
+    @abstractmethod
+    def draft(self, level: float) -> Draft:
+        """What the level would come to, in less time and a few percent off: for finding a level."""
+
+
+class Decoder(ABC):
+    """One matrix at a time. Raises ValueError for bytes that no encoder wrote."""
+
+    @abstractmethod
+    def matrix(self, key: str) -> Matrix:
+        """The matrix of that source. Asking in the sources' order is quickest."""
+
+    @abstractmethod
+    def entropy(self, key: str) -> float:
+        """Bits that the source's symbols would take at their order-0 entropy: a table of its own, and no context."""
+
+
+Tell = Callable[[int, str], None]
+"""`tell(n_weights, name)`: so much more is done."""
+
+
+class Codec(ABC):
+    """What turns weights into bytes, and back."""
+
+    is_compact: bool = True
+    """Whether its files code kept tensors without loss and have short hashes."""
+
+    @abstractmethod
+    def survey(self, entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:
+        """Which of the planned tensors can be coded, and what levels must know of them."""
+
+    def set_apart(
+        self,
+        survey: Survey,
+        weights: Weights,  # noqa: ARG002 - for those who look at them
+        recipe: Recipe,  # noqa: ARG002
+        level: float,  # noqa: ARG002
+    ) -> tuple[Sequence[Job], Survey]:
+        """Jobs for tensors that are better coded by themselves, and the survey of the rest. Usually there are none."""
+        return (), survey
+
+    @abstractmethod
+    def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> Session:
+        """A session with what the tensors share; `first_level` is the first that will be asked for."""
+
+
+def load(name: str) -> Codec:
+    """The codec of that name in the table."""
+    codec: Codec = importlib.import_module(registry.row(name).home).CODEC
+    return codec
+
+
+class StreamCodec(Codec):
+    """A codec whose tensors share something: their bytes are streams, with what is shared before them."""
+
+    @abstractmethod
+    def decoder(self, streams: Streams, sources: Sequence[Source], *, counting: bool = False) -> Decoder:
+        """Reads what `Session.finish` gave. `streams.streams` is indexed as needed, so it may fetch a stream then.
+
+        A decoder that is `counting` knows the entropy of a matrix that it has just given.
+        """

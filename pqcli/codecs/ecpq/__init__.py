@@ -1,0 +1,173 @@
+"""Entropy-constrained PQ: shared codebooks learned under a price for bits, and entropy-coded assignments.
+
+A job is a tensor, whose bytes are a stream of its own. What tensors share is a model, learned anew for each level from
+samples that are drawn once (`pqcli.core.ecpq`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pqcli.codecs.base import (
+    Decoder,
+    Draft,
+    Matrix,
+    Session,
+    StreamCodec,
+    StreamPiece,
+    Streams,
+    Survey,
+    Tell,
+    Weights,
+    as_matrix,
+)
+from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
+from pqcli.codecs.rate.survey import survey_weights
+from pqcli.core.digests import seed_of
+from pqcli.core.ecpq import ecpq
+
+if TYPE_CHECKING:
+    from pqcli.core.trellis.sources import Source
+    from pqcli.plan.plan import PlanEntry
+    from pqcli.recipe.recipe import Recipe
+    from pqcli.tensors.records import Record
+
+SEED_BYTES = 7
+WORKING_COPIES = 4
+
+
+@dataclass(frozen=True)
+class EcpqJob:
+    """Encode one tensor with a model; `price` is what a bit may cost, in squared units of scaled weights."""
+
+    index: int
+    record: Record
+    weights: Weights
+    model: ecpq.Model
+    price: float
+    scale: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+        return self.record.name
+
+    @property
+    def n_weights(self) -> int:
+        """The tensor's."""
+        return self.record.info.numel
+
+    @property
+    def n_bytes(self) -> int:
+        """Copies of the tensor in float32."""
+        return WORKING_COPIES * 4 * self.n_weights
+
+    def run(self, device: torch.device) -> StreamPiece:  # noqa: ARG002 - symbols are searched for on the CPU
+        """The tensor's stream."""
+        matrix = _matrix(self.weights, self.record)
+        encoded = ecpq.encode(matrix, self.model, self.price, scale=self.scale, seed=self.seed)
+        return StreamPiece(self.index, encoded.payload)
+
+
+@dataclass
+class EcpqSession(Session):
+    """Samples and the newest model, from which the next level's is learned."""
+
+    survey: Survey
+    weights: Weights
+    seed: int
+    steps: Steps
+    _samples: dict[tuple[str, float], ecpq.Sample] = field(default_factory=dict)
+    _model: ecpq.Model | None = None
+
+    def jobs(self, level: float) -> list[EcpqJob]:
+        """Learn the level's model; then a job for every tensor."""
+        samples, model, price = self._learned(level)
+        return [
+            EcpqJob(i, record, self.weights, model, price, scale, self._seed(record.name))
+            for i, (record, (_, scale)) in enumerate(zip(self.survey.records, samples, strict=True))
+        ]
+
+    def finish(self, level: float, pieces: Sequence[StreamPiece]) -> Streams:  # noqa: ARG002 - the model is the level's
+        """The model, then the tensors' streams."""
+        if self._model is None:
+            raise ValueError("streams without a model: call jobs first")
+        streams = [piece.data for piece in sorted(pieces, key=lambda piece: piece.index)]
+        sizes = {record.name: len(stream) for record, stream in zip(self.survey.records, streams, strict=True)}
+        return Streams(self._model.to_bytes(), streams, sizes)
+
+    def draft(self, level: float) -> Draft:
+        """From the samples that codebooks are learned from."""
+        samples, model, price = self._learned(level)
+        n_bytes, error, energy = float(len(model.to_bytes())), 0.0, 0.0
+        for (_, scale), sample in samples.items():
+            estimate = ecpq.estimate([sample], model, price)
+            n_bytes += estimate.bits / 8
+            error += scale**2 * estimate.squared_error
+            energy += scale**2 * sample.factor * float(np.sum(np.square(sample.pieces, dtype=np.float64)))
+        return Draft(n_bytes, error / energy if energy else 0.0)
+
+    def _learned(self, level: float) -> tuple[dict[tuple[str, float], ecpq.Sample], ecpq.Model, float]:
+        """Samples by key and scale, the model for this level (that of the level before is its start), a bit's price."""
+        price = RATE_WEIGHT * level**2
+        scales = {key: step / level for key, step in self.steps.at(level).items()}
+        records = {record.name: record for record in self.survey.records}
+        self._samples = {
+            (key, scale): self._samples.get((key, scale))
+            or ecpq.draw(_matrix(self.weights, records[key]), scale=scale, seed=self._seed(key))
+            for key, scale in scales.items()
+        }
+        self._model = ecpq.fit(self._samples.values(), price, start=self._model)
+        return self._samples, self._model, price
+
+    def _seed(self, key: str) -> int:
+        return seed_of(self.seed, key, n_bytes=SEED_BYTES)
+
+
+def _matrix(weights: Weights, record: Record) -> torch.Tensor:
+    return torch.from_numpy(as_matrix(weights.coded(record.name), record))
+
+
+class EcpqDecoder(Decoder):
+    """Random access: every tensor has a stream of its own."""
+
+    def __init__(self, streams: Streams, sources: Sequence[Source]) -> None:
+        self._model = ecpq.Model.from_bytes(streams.shared)
+        self._streams = streams.streams
+        self._sources = {source.key: (i, source) for i, source in enumerate(sources)}
+
+    def matrix(self, key: str) -> Matrix:
+        """The matrix of that source."""
+        i, source = self._sources[key]
+        found: Matrix = ecpq.decode(self._streams[i], self._model, source.rows, source.columns).numpy()
+        return found
+
+    def entropy(self, key: str) -> float:
+        """Bits at the order-0 entropy."""
+        i, source = self._sources[key]
+        return ecpq.entropy(self._streams[i], self._model, source.rows, source.columns)
+
+
+class EcpqCodec(StreamCodec):
+    """PQ to a budget."""
+
+    def survey(self, entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:
+        """Every tensor read once."""
+        return survey_weights(entries, weights, tell)
+
+    def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> EcpqSession:  # noqa: ARG002
+        """A session; its models follow from the levels."""
+        return EcpqSession(survey, weights, recipe.seed, steps_of(survey, recipe.objective))
+
+    def decoder(self, streams: Streams, sources: Sequence[Source], *, counting: bool = False) -> EcpqDecoder:  # noqa: ARG002
+        """Decodes a tensor when it is asked for; it counts when it is asked to."""
+        return EcpqDecoder(streams, sources)
+
+
+CODEC = EcpqCodec()

@@ -1,0 +1,77 @@
+"""What no codec takes: tensors bit for bit, and other names of tensors that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pqcli.codecs.base import Piece, Weights
+from pqcli.core.digests import HASH_BYTES, tensor_bytes, tensor_hash
+from pqcli.core.entropy import lossless
+from pqcli.tensors.info import ITEM_BYTES
+from pqcli.tensors.records import Kept, Record
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class KeptJob:
+    """Read a tensor to be kept; `is_compact`: code it without loss, unless it is so small that it will be bundled."""
+
+    record: Record
+    weights: Weights
+    is_compact: bool
+
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+        return self.record.name
+
+    @property
+    def n_weights(self) -> int:
+        """The tensor's."""
+        return self.record.info.numel
+
+    @property
+    def n_bytes(self) -> int:
+        """The tensor, and its copy without loss."""
+        return 2 * self.record.info.n_bytes
+
+    def run(self, device: torch.device) -> Piece:  # noqa: ARG002 - nothing to compute
+        """The tensor's bytes."""
+        return kept_piece(self.record, self.weights.original(self.record.name), is_compact=self.is_compact)
+
+
+def kept_piece(record: Record, tensor: torch.Tensor, *, is_compact: bool) -> Piece:
+    """A tensor bit for bit."""
+    data, digest = tensor_bytes(tensor), tensor_hash(tensor)
+    if record.is_bundled:
+        return Piece(record, digest, bundled=data.copy())
+    if not is_compact:
+        return Piece(record, digest, ((f"keep/{record.name}", data),))
+    coded = lossless.compress([as_words(data, record.info.dtype)])
+    return Piece(replace(record, coding=Kept(len(coded))), digest, ((f"keep/{record.name}", coded),))
+
+
+def alias_piece(record: Record) -> Piece:
+    """Another name of a tensor that is there already."""
+    return Piece(record, bytes(HASH_BYTES))
+
+
+def bundle(pieces: Iterable[Piece], *, is_compact: bool) -> bytes:
+    """The small kept tensors end to end, as they share an entry."""
+    bundled = [(piece.bundled, piece.record.info.dtype) for piece in pieces if piece.bundled is not None]
+    if not is_compact:
+        return b"".join(data.tobytes() for data, _ in bundled)
+    return lossless.compress([as_words(data, dtype) for data, dtype in bundled])
+
+
+def as_words(data: NDArray[np.uint8], dtype: str) -> NDArray[np.generic]:
+    """The bytes of a tensor as unsigned words of its item size, which is all that the lossless coder looks at."""
+    size = ITEM_BYTES[dtype]
+    return data.view("V16" if size == 16 else f"<u{size}")

@@ -1,0 +1,165 @@
+"""Plain PQ: every tensor by itself, a codebook and packed assignments in entries of its own, random access.
+
+A job is a tensor. Nothing is shared, so there is nothing to fit and no level to find.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from pqcli.codecs.base import Codec, Draft, Piece, Session, StreamPiece, Survey, Tell, Use, Weights, record_of
+from pqcli.codecs.kept import kept_piece
+from pqcli.codecs.rate.survey import NOT_FINITE
+from pqcli.core import metrics
+from pqcli.core.digests import seed_of, tensor_bytes, tensor_hash
+from pqcli.core.pq import em, packing, pq
+from pqcli.errors import PQError
+from pqcli.tensors.records import Plain, Record
+
+if TYPE_CHECKING:
+    from pqcli.plan.plan import PlanEntry
+    from pqcli.recipe.recipe import Recipe
+
+WORKING_COPIES = 2
+"""Memory that encoding a tensor takes, in copies of the tensor: the weights, and what they decode to."""
+
+
+@dataclass(frozen=True)
+class PlainJob:
+    """Learn a tensor's codebook, and keep the tensor where that turns out not to pay."""
+
+    record: Record
+    weights: Weights
+    options: em.Options
+    is_compact: bool = False
+
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+        return self.record.name
+
+    @property
+    def n_weights(self) -> int:
+        """The tensor's."""
+        return self.record.info.numel
+
+    @property
+    def n_bytes(self) -> int:
+        """Working copies of the tensor."""
+        return WORKING_COPIES * self.record.info.n_bytes
+
+    def run(self, device: torch.device) -> Piece:
+        """The tensor as plain PQ; EM runs on `device`."""
+        weight = self.weights.coded(self.record.name)
+        if not pq.is_finite(weight):
+            return self._kept(NOT_FINITE)
+        encoded = self._encoded(weight, device)
+        tensor = encoded.tensor
+        record = replace(self.record, coding=_fitted(self.record, tensor))
+        if record.payload_bytes >= record.info.n_bytes:
+            return self._kept(f"would not get smaller: {record.payload_bytes} B as PQ, {record.info.n_bytes} B dense")
+        packed = packing.pack(tensor.assignments.numpy(), packing.n_bits(tensor.n_centroids))
+        return Piece(
+            record,
+            tensor_hash(encoded.decoded),
+            ((f"pq/{record.name}/codebook", tensor_bytes(tensor.codebook)), (f"pq/{record.name}/assignments", packed)),
+            error=encoded.error,
+            use=use_of(tensor),
+        )
+
+    def _encoded(self, weight: torch.Tensor, device: torch.device) -> pq.Encoded:
+        coding = self.record.coding
+        if not isinstance(coding, Plain):
+            raise TypeError(f"a plain job for a tensor that is {coding}")
+        dtype = getattr(torch, coding.codebook_dtype)
+        try:
+            return pq.encode(
+                weight,
+                self.record.matrix_shape,
+                coding.block_size,
+                self.options,
+                dtype,
+                device,
+                importance=self.weights.importance(self.record.name),
+            )
+        except PQError as error:
+            raise type(error)(f"tensor {self.record.name!r}: {error}") from None
+
+    def _kept(self, reason: str) -> Piece:
+        record = self.record.kept(reason)
+        return kept_piece(record, self.weights.original(record.name), is_compact=self.is_compact)
+
+
+def _fitted(record: Record, tensor: pq.PQTensor) -> Plain:
+    """How the tensor is coded after all: EM may have found fewer centroids, or none that float16 can hold."""
+    rows = record.coding.rows if isinstance(record.coding, Plain) else None
+    return Plain(tensor.block_size, tensor.n_centroids, str(tensor.codebook.dtype).removeprefix("torch."), rows)
+
+
+def use_of(tensor: pq.PQTensor) -> Use:
+    """How the tensor's assignments are spread over its centroids."""
+    counts = torch.bincount(tensor.assignments, minlength=tensor.n_centroids)
+    entropy = metrics.entropy(counts)
+    return Use(int((counts > 0).sum()), entropy, entropy * tensor.assignments.numel())
+
+
+def options_of(entry: PlanEntry, recipe: Recipe) -> em.Options:
+    """What the plan of a tensor asks of EM."""
+    scheme = entry.scheme
+    if scheme is None:
+        raise TypeError(f"tensor {entry.info.name!r} was planned without a scheme")
+    return em.Options(
+        n_centroids=scheme.n_centroids,
+        n_iter=scheme.n_iter,
+        eps=recipe.eps,
+        max_tentatives=recipe.max_tentatives,
+        seed=seed_of(recipe.seed, entry.info.name),
+        sample=scheme.sample,
+        stages=scheme.stages,
+        relaxation=em.RELAXATION,
+        restarts=recipe.restarts,
+    )
+
+
+@dataclass
+class PlainSession(Session):
+    """A job a tensor, and no streams to finish."""
+
+    survey: Survey
+    weights: Weights
+    recipe: Recipe
+
+    def jobs(self, level: float) -> Sequence[PlainJob]:  # noqa: ARG002 - plain PQ has no levels
+        """A job for every tensor."""
+        return [
+            PlainJob(record_of(entry), self.weights, options_of(entry, self.recipe)) for entry in self.survey.entries
+        ]
+
+    def finish(self, level: float, pieces: Sequence[StreamPiece]) -> None:
+        """Nothing: every tensor was finished by its job."""
+
+    def draft(self, level: float) -> Draft:  # noqa: ARG002 - as above
+        """The bytes, which are exact; what the error will be, only EM finds out."""
+        return Draft(sum(record.payload_bytes for record in self.survey.records), math.nan)
+
+
+class PlainCodec(Codec):
+    """Plain PQ."""
+
+    is_compact = False
+
+    def survey(self, entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:  # noqa: ARG002
+        """All of them, unread: whether values can be quantized is found out by the jobs, which read anyway."""
+        return Survey(tuple(entries))
+
+    def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> PlainSession:  # noqa: ARG002
+        """A session; nothing is shared."""
+        return PlainSession(survey, weights, recipe)
+
+
+CODEC = PlainCodec()

@@ -1,0 +1,57 @@
+"""Steps: how coarsely each tensor is quantized at a level, so that one level serves a whole checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pqcli.codecs.base import Survey
+
+RATE_WEIGHT: Final = 0.3
+"""What a bit may cost, in squared steps: close to the slope of the rate-distortion curve at all rates of interest."""
+LARGEST_STEP: Final = 2.0
+"""Largest step of a tensor by its own spread, in units of the typical step by the typical spread."""
+CEILING: Final = 1.4
+"""Largest step of a tensor by its own spread: a relative MSE of at most about 0.5."""
+SMALLEST_STEP: Final = 2.0**-10
+"""Likewise the smallest: what no trained tensor needs, and where weights in steps still are numbers a coder holds."""
+SIZE_WEIGHT: Final = 0.5
+"""How much steps grow with a tensor's size, between the two ends of the objective."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The step of every tensor at a level: level * scale, but never above its ceiling, so that no tensor is lost."""
+
+    scales: Mapping[str, float]
+    ceilings: Mapping[str, float]
+
+    def at(self, level: float) -> dict[str, float]:
+        """Steps by key."""
+        return {key: min(level * scale, self.ceilings[key]) for key, scale in self.scales.items()}
+
+
+def steps_of(survey: Survey, objective: float) -> Steps:
+    """How steps differ between tensors: as spread ** objective, and slightly with size.
+
+    A tensor adds noise to a network's output about in proportion to its relative error, whatever its size; to keep the
+    sum of these small, a bit is better spent on a small tensor than on a large one. At either end of the scale (0: one
+    absolute error, 1: one relative error) the user has said otherwise, and sizes do not matter. Short of the absolute
+    end, no tensor's step is more than `LARGEST_STEP` times the typical one relative to its weights: the weak tensors of
+    a model whose energy sits in a few strong ones are not lost. Nor is any step above `CEILING` times the tensor's own
+    spread, however small the budget.
+    """
+    records, spreads = survey.records, survey.spreads
+    unit, mean_size = survey.unit, sum(r.info.numel for r in records) / max(len(records), 1)
+    size_exponent = objective * (1 - objective) * SIZE_WEIGHT
+    found = {}
+    for record in records:
+        relative = (spreads[record.name] or unit) / unit
+        scale = relative**objective * (record.info.numel / mean_size) ** size_exponent
+        bounded = min(scale, LARGEST_STEP * relative) if objective else scale
+        found[record.name] = max(bounded, SMALLEST_STEP * relative)
+    ceilings = {name: CEILING * spread if spread and objective else math.inf for name, spread in spreads.items()}
+    return Steps(found, ceilings)

@@ -1,0 +1,271 @@
+"""Encoding with the trellis: one level after another over the same rotations."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from pqcli.codecs.base import Draft, Matrix, Session, StreamPiece, Streams, Survey, Tell, Weights, as_matrix, source_of
+from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
+from pqcli.core.threads import n_threads
+from pqcli.core.trellis.params import TrellisParams
+from pqcli.core.trellis.rotation import Rotations, fit_rotations
+from pqcli.core.trellis.side import Side, make_side, write_side
+from pqcli.core.trellis.stream import encode_stream
+from pqcli.core.trellis.streams import Segment, stream_layout
+from pqcli.core.trellis.trellis import encode, in_steps, segment_importance
+
+if TYPE_CHECKING:
+    import torch
+
+    from pqcli.core.importance import Importance
+    from pqcli.core.trellis.sources import Source
+    from pqcli.recipe.recipe import Recipe
+    from pqcli.tensors.records import Record
+
+MIXING: Final = "trellis-mixing"
+"""The feature of files of which a stream is coded by mixing."""
+STATES_BELOW: Final = ((4e6, 2048), (64e6, 1024), (math.inf, 256))
+"""Trellis states by the number of weights: doubling them finds 0.03 dB, and the time of the search doubles."""
+DRAFT_STATES: Final = 64
+DRAFT_WEIGHTS: Final = 1 << 22
+DRAFT_WEIGHTS_EACH: Final = 1 << 17
+DRAFT_TENSORS: Final = 128
+"""Drafts look at so many weights in all, but so many at least of each tensor, of so many tensors."""
+SAMPLING_EXCESS: Final = 0.004
+"""A sample takes more bytes by this fraction than its share: contexts learn less from it."""
+DRAFT_EXCESS: Final = 0.025
+"""What more error the few states of a draft leave, as a fraction."""
+MIXING_GAINS: Final = ((8e6, 0.0), (math.inf, 0.06))
+"""What mixing must save of a stream's bytes to be used, by the number of weights: large checkpoints should not take
+three times as long to decode for less."""
+
+
+@dataclass
+class TrellisSession(Session):
+    """The tensors that share streams, their steps, and the rotations that were fitted to them."""
+
+    survey: Survey
+    weights: Weights
+    effort: int | None
+    steps: Steps
+    sources: tuple[Source, ...]
+    rotations: Rotations
+    _drafted: dict[str, Matrix] = field(default_factory=dict)
+
+    @classmethod
+    def fitted(cls, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> TrellisSession:
+        """A session whose rotations pay at `first_level`."""
+        records = {record.name: record for record in survey.records}
+        sources = tuple(map(source_of, survey.records))
+        steps = steps_of(survey, recipe.objective)
+
+        def read(key: str) -> Matrix:
+            tell(records[key].info.numel, key)
+            return as_matrix(weights.coded(key), records[key])
+
+        rotations = fit_rotations(sources, read, steps.at(first_level), n_threads())
+        return cls(survey, weights, recipe.effort, steps, sources, rotations)
+
+    def jobs(self, level: float) -> list[StreamJob]:
+        """A job for every stream."""
+        side, params = self._side(level), self._params(level)
+        layout = stream_layout(self.sources, self.rotations.transposed, params.stream_weights)
+        flipped = {
+            source.key: WholeMatrix(self.weights, record)
+            for source, record in zip(self.sources, self.survey.records, strict=True)
+            if source.key in self.rotations.transposed
+        }
+        return [
+            StreamJob.of(index, segments, self.sources, side, params, self.weights, flipped)
+            for index, segments in enumerate(layout)
+        ]
+
+    def finish(self, level: float, pieces: Sequence[StreamPiece]) -> Streams:
+        """The streams in order, and before them what they share."""
+        ordered = sorted(pieces, key=lambda piece: piece.index)
+        sizes = {source.key: 0 for source in self.sources}
+        for piece in ordered:
+            for key, length in piece.about.lengths:
+                sizes[key] += length
+        mixed = frozenset(piece.index for piece in ordered if piece.about.is_mixed)
+        side = replace(self._side(level), mixed=mixed)
+        shared = write_side(side, self.sources, len(ordered))
+        return Streams(shared, [piece.data for piece in ordered], sizes, (MIXING,) if mixed else ())
+
+    def draft(self, level: float) -> Draft:
+        """From some rows of every large tensor, with few states; the rows are read once and kept in memory."""
+        if not self._drafted:
+            most = _draft_weights([source.n_weights for source in self.sources])
+            for source, record, n in zip(self.sources, self.survey.records, most, strict=True):
+                matrix = as_matrix(self.weights.coded(source.key), record)
+                self._drafted[source.key] = _some_rows(matrix, n, source.key in self.rotations.transposed)
+        sources = [
+            replace(source, rows=self._drafted[source.key].shape[0], columns=self._drafted[source.key].shape[1])
+            for source in self.sources
+        ]
+        params = replace(self._params(level), n_states=min(self._n_states, DRAFT_STATES))
+        encoded = encode(sources, self._drafted.__getitem__, params, self.rotations, self.steps.at(level), n_threads())
+        n_bytes, error, energy = float(len(encoded.side)), 0.0, 0.0
+        for source in self.sources:
+            rows = self._drafted[source.key]
+            factor = source.n_weights / max(rows.size, 1)
+            n_bytes += factor * encoded.coded_bytes[source.key]
+            error += factor * encoded.squared_errors[source.key]
+            energy += factor * float(np.sum(np.square(rows, dtype=np.float64)))
+        is_sample = sum(rows.size for rows in self._drafted.values()) < self._n_weights
+        return Draft(
+            n_bytes / (1 + SAMPLING_EXCESS * is_sample), error / energy / (1 + DRAFT_EXCESS) if energy else 0.0
+        )
+
+    @property
+    def _n_weights(self) -> int:
+        return sum(source.n_weights for source in self.sources)
+
+    @property
+    def _n_states(self) -> int:
+        return self.effort or next(states for below, states in STATES_BELOW if self._n_weights < below)
+
+    def _params(self, level: float) -> TrellisParams:
+        gain = next(gain for below, gain in MIXING_GAINS if self._n_weights < below)
+        return TrellisParams(level, self._n_states, RATE_WEIGHT, mixing_gain=gain)
+
+    def _side(self, level: float) -> Side:
+        return make_side(self.sources, self._params(level), self.rotations, self.steps.at(level))
+
+
+class WholeMatrix:
+    """A matrix that several streams need as a whole: read once for all that are at work, and for no longer."""
+
+    def __init__(self, weights: Weights, record: Record) -> None:
+        self._weights, self._record = weights, record
+        self._reading = threading.Lock()
+        self._held: weakref.ref[Matrix] | None = None
+
+    def __reduce__(self) -> tuple[type[WholeMatrix], tuple[Weights, Record]]:
+        return type(self), (self._weights, self._record)
+
+    def get(self) -> Matrix:
+        """(rows, columns) float32, not to be written to."""
+        with self._reading:
+            matrix = self._held() if self._held else None
+            if matrix is None:
+                matrix = as_matrix(self._weights.coded(self._record.name), self._record)
+                self._held = weakref.ref(matrix)
+            return matrix
+
+
+@dataclass(frozen=True)
+class StreamFacts:
+    """What `TrellisSession.finish` must know of a stream beside its bytes: each segment's key with its length."""
+
+    is_mixed: bool
+    lengths: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class StreamJob:
+    """Encode one stream. It knows the sources, steps and rotations of its own segments only.
+
+    `segments` count among `sources`, which are those of this stream; `flipped` has the matrices that are coded
+    transposed, of which no range of rows would do.
+    """
+
+    index: int
+    segments: tuple[Segment, ...]
+    sources: tuple[Source, ...]
+    steps: tuple[np.float32, ...]
+    rotations: Rotations
+    params: TrellisParams
+    weights: Weights
+    flipped: Mapping[str, WholeMatrix]
+
+    @classmethod
+    def of(
+        cls,
+        index: int,
+        segments: Sequence[Segment],
+        sources: Sequence[Source],
+        side: Side,
+        params: TrellisParams,
+        weights: Weights,
+        flipped: Mapping[str, WholeMatrix],
+    ) -> StreamJob:
+        """The job of a stream of the whole checkpoint's layout."""
+        own = tuple(sources[segment.source] for segment in segments)
+        return cls(
+            index,
+            tuple(replace(segment, source=i) for i, segment in enumerate(segments)),
+            own,
+            tuple(side.step_of(segment.source) for segment in segments),
+            side.rotations.only([source.key for source in own]),
+            params,
+            weights,
+            {source.key: flipped[source.key] for source in own if source.key in flipped},
+        )
+
+    @property
+    def name(self) -> str:
+        """The first tensor's."""
+        return self.sources[0].key
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all segments."""
+        return sum(self._n_weights(segment) for segment in self.segments)
+
+    @property
+    def n_bytes(self) -> int:
+        """The weights in float32, what the search knows of them, and levels; a matrix read as a whole not counted."""
+        return 16 * self.n_weights
+
+    def run(self, device: torch.device) -> StreamPiece:  # noqa: ARG002 - the search runs on the CPU
+        """The stream."""
+        matrices = [self._in_steps(segment) for segment in self.segments]
+        importances = [self._importance(segment) for segment in self.segments]
+        stream = encode_stream(matrices, self.segments, self.sources, self.params, self.rotations, importances)
+        lengths = tuple((source.key, n) for source, n in zip(self.sources, stream.lengths, strict=True))
+        return StreamPiece(self.index, stream.data, StreamFacts(stream.is_mixed, lengths))
+
+    def _in_steps(self, segment: Segment) -> Matrix:
+        """The segment's weights in steps, as they are coded."""
+        source, step = self.sources[segment.source], self.steps[segment.source]
+        if source.key in self.flipped:
+            return in_steps(self.flipped[source.key].get().T[segment.start : segment.stop], step)
+        rows = self.weights.coded_rows(source.key, segment.start, segment.stop, source.columns)
+        return in_steps(rows.float().numpy(), step)
+
+    def _importance(self, segment: Segment) -> Importance | None:
+        source = self.sources[segment.source]
+        importance = self.weights.importance(source.key)
+        if importance is None:
+            return None
+        return segment_importance(importance, segment, source, is_transposed=source.key in self.flipped)
+
+    def _n_weights(self, segment: Segment) -> int:
+        source = self.sources[segment.source]
+        width = source.rows if source.key in self.flipped else source.columns
+        return (segment.stop - segment.start) * width
+
+
+def _draft_weights(sizes: Sequence[int]) -> list[int]:
+    """How many weights of each tensor a draft looks at: all of small ones, a share of large ones."""
+    share = DRAFT_WEIGHTS / max(sum(sizes), 1)
+    least = DRAFT_WEIGHTS_EACH * min(1.0, DRAFT_TENSORS / max(len(sizes), 1))
+    return [min(size, int(max(share * size, least))) for size in sizes]
+
+
+def _some_rows(matrix: Matrix, n_weights: int, is_transposed: bool) -> Matrix:
+    """Evenly spread rows (columns where the matrix is coded transposed), about `n_weights` weights, as a copy."""
+    if matrix.size <= n_weights:
+        return matrix.copy()
+    axis = 1 if is_transposed else 0
+    n_rows = max(1, n_weights * matrix.shape[axis] // matrix.size)
+    chosen = np.linspace(0, matrix.shape[axis] - 1, n_rows).astype(np.int64)
+    return np.ascontiguousarray(np.take(matrix, chosen, axis))

@@ -1,0 +1,308 @@
+"""`compress`: one loop for every codec.
+
+    survey -> keep what is kept -> set apart -> fit -> find the level (its jobs run each time) -> measure -> write
+
+A codec fills in the verbs (`pqcli.codecs.base`); what it does not need (plain PQ has no level, and measures in its
+jobs) comes to nothing, but nowhere does the loop ask which codec it drives.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pqcli import checkpoint as checkpoints
+from pqcli.atomic import check_target
+from pqcli.checkpoint import Checkpoint
+from pqcli.codecs import registry
+from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
+from pqcli.codecs.kept import KeptJob, alias_piece
+from pqcli.codecs.rate.level import Frame, first_level, reach
+from pqcli.codecs.rate.measuring import measured_pieces, relative_mse, with_shares
+from pqcli.container.peek import SUFFIX
+from pqcli.container.writer import About, Writer
+from pqcli.errors import CheckpointError, OutputError
+from pqcli.jobs import executors
+from pqcli.jobs.devices import at_work, resolve_device, workers
+from pqcli.jobs.events import Event, Hook, Stage, ignore
+from pqcli.jobs.report import paper_bytes_of, tensor_report
+from pqcli.plan import plan as plans
+from pqcli.plan.plan import Plan
+from pqcli.recipe import documents
+from pqcli.recipe.recipe import Recipe
+from pqcli.reports.figures import Report, TensorReport
+from pqcli.tensors.records import Record, StoredError, with_bundle_shares
+
+BASE_MEMORY_BYTES = 400 << 20
+"""Memory of a process that has torch loaded and kernels compiled."""
+
+
+def compress(
+    source: str | Path,
+    output: str | Path | None = None,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    progress: Hook | None = None,
+) -> Report:
+    """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
+
+    Tensors are read one at a time. With plain PQ each is written as soon as it is encoded, and peak memory is about the
+    largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
+    whole or not at all. `progress` is told of every stage (`pqcli.jobs.events.Event`).
+
+    Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
+    """
+    recipe = recipe or Recipe()
+    with opened(source, recipe) as checkpoint:
+        return compress_opened(checkpoint, output, recipe, resolve_device(device), force=force, hook=progress)
+
+
+def save(
+    state_dict: Mapping[str, Any],
+    file: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    force: bool = False,
+) -> Report:
+    """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script.
+
+    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give.
+    """
+    check_target(Path(file), force=force)
+    with tempfile.NamedTemporaryFile(dir=Path(file).parent, suffix=".pt") as dense:
+        torch.save(state_dict, dense)
+        dense.flush()
+        return replace(compress(dense.name, file, recipe, device=device, force=force), source="")
+
+
+def opened(source: str | Path, recipe: Recipe) -> Checkpoint:
+    """The checkpoint, or as much of it as the recipe asks for."""
+    checkpoint = checkpoints.open(source)
+    if not recipe.model_only:
+        return checkpoint
+    try:
+        return checkpoint.model_only()
+    except CheckpointError:
+        checkpoint.close()
+        raise
+
+
+def default_output(source: Path) -> Path:
+    """`STEM.pq.safetensors` beside a checkpoint file or folder."""
+    source = source.resolve() if source.name in {"", ".", ".."} else source
+    stem = source.name if source.is_dir() else source.stem
+    return source.with_name(stem + SUFFIX)
+
+
+def check_output(output: Path, source: Path, *, force: bool) -> None:
+    """Refuse what cannot be written before any work is done."""
+    if output.exists() and source.exists() and output.samefile(source):
+        raise OutputError(f"'{output}' is the input itself; use -o to write elsewhere")
+    check_target(output, force=force)
+
+
+def about(checkpoint: Checkpoint, recipe: Recipe) -> About:
+    """What the file of this checkpoint says beside its tensors."""
+    source = {
+        "format": checkpoint.format,
+        "n_bytes": checkpoint.n_bytes,
+        "skeleton": checkpoint.skeleton,
+        "dropped": _left_out(checkpoint),
+    }
+    return About(tuple(info.name for info in checkpoint.tensors), source, documents.to_json(recipe))
+
+
+def dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the source holds and the file does not, each with the reason."""
+    return tuple(f"{path} ({reason})" for path, reason in _left_out(checkpoint))
+
+
+def _left_out(checkpoint: Checkpoint) -> list[list[str]]:
+    """What the container does not hold: entries that JSON cannot carry, and files of a folder that are no weights."""
+    entries = [[item.path, item.reason] for item in checkpoint.dropped]
+    return entries + [[name, "a file beside the weights; copy it yourself"] for name in checkpoint.side_files]
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def compress_opened(
+    checkpoint: Checkpoint,
+    output: str | Path | None,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    force: bool = False,
+    hook: Hook | None = None,
+) -> Report:
+    """Compress an open checkpoint."""
+    started = time.perf_counter()
+    target = Path(output) if output else default_output(checkpoint.path)
+    plan = plans.make(recipe, checkpoint.tensors)
+    check_output(target, checkpoint.path, force=force)
+    with compression(checkpoint, plan, recipe, device, target, force=force, hook=hook) as work:
+        size = work.finish(work.coded(work.prepared()))
+        records, tensors = work.writer.records, work.tensor_reports()
+    return Report(
+        source=str(checkpoint.path),
+        output=str(target),
+        original_bytes=checkpoint.n_bytes,
+        compressed_bytes=size,
+        seconds=time.perf_counter() - started,
+        tensors=tensors,
+        dropped=dropped(checkpoint),
+        recipe=documents.to_json(recipe),
+        paper_bytes=paper_bytes_of(records),
+    )
+
+
+@contextmanager
+def compression(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    recipe: Recipe,
+    device: torch.device,
+    target: Path,
+    *,
+    force: bool = False,
+    hook: Hook | None = None,
+) -> Iterator[Compression]:
+    """The work of compressing `checkpoint` into `target`; what is not finished leaves nothing behind."""
+    row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
+    codec = load(row.name)
+    with Writer(target, about(checkpoint, recipe), force, compact=codec.is_compact) as writer:
+        weights = Weights(checkpoint)
+        run = _runner(device, recipe)
+        yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook or ignore)
+
+
+Run = Callable[[Sequence[Job], Stage], Iterator[Piece | StreamPiece]]
+
+
+@dataclass
+class Compression:
+    """The steps of the loop, over what they all need. `run` is the executor's: jobs in, results out as they come."""
+
+    plan: Plan
+    recipe: Recipe
+    codec: Codec
+    codec_name: str
+    weights: Weights
+    original_bytes: int
+    writer: Writer
+    run: Run
+    hook: Hook
+
+    def prepared(self) -> Survey:
+        """Read what the codec wants to know, write what is kept; the survey of what is to be coded."""
+        entries = [entry for entry in self.plan.entries if entry.action not in {"keep", "alias"}]
+        records = [record_of(entry) for entry in self.plan.entries if entry.action in {"keep", "alias"}]
+        for record in records:
+            if record.action == "alias":
+                self.writer.add(alias_piece(record))
+        survey = self.codec.survey(
+            entries, self.weights, Stage(self.hook, "reading", sum(entry.info.numel for entry in entries))
+        )
+        kept = [record for record in [*records, *survey.rejected] if record.action == "keep"]
+        self._write([KeptJob(record, self.weights, self.codec.is_compact) for record in kept], "keeping")
+        return survey
+
+    def coded(self, survey: Survey) -> Streams | None:
+        """Code what was surveyed: tensors set apart, then the rest at the level, or to the budget, asked for."""
+        apart, survey = self.codec.set_apart(survey, self.weights, self.recipe, self.first_level(survey))
+        self._write(apart, "encoding")
+        if not survey.entries:
+            return None
+        learning = self._stage("learning", survey.records)
+        session = self.codec.fit(survey, self.weights, self.recipe, self.first_level(survey), learning)
+
+        def encode(level: float) -> Streams | None:
+            return session.finish(level, self._write(session.jobs(level), "encoding"))
+
+        streams = reach(session, self.recipe, self._frame(), encode, self._measure(survey), self._drafted)
+        if streams is not None and isinstance(self.codec, StreamCodec):
+            measuring = self._stage("measuring", survey.records)
+            shared_out = with_shares(survey.records, streams)
+            for piece in measured_pieces(self.codec, streams, shared_out, self.weights, measuring):
+                self.writer.add(piece)
+        return streams
+
+    def finish(self, streams: Streams | None) -> int:
+        """Write the file; its size in bytes."""
+        return self.writer.finish(self.codec_name, streams)
+
+    def tensor_reports(self) -> tuple[TensorReport, ...]:
+        """What became of every tensor of the finished file."""
+        pieces = self.writer.pieces
+        records = with_bundle_shares([piece.record for piece in pieces], len(self.writer.bundle))
+        return tuple(
+            tensor_report(record, StoredError.of(piece.error) if piece.error else None, piece.use)
+            for record, piece in zip(records, pieces, strict=True)
+        )
+
+    def first_level(self, survey: Survey) -> float:
+        """The level that is tried first."""
+        return first_level(survey, self.recipe, self._frame())
+
+    def _frame(self) -> Frame:
+        """The file around the tensors that are still to be coded."""
+
+        def file_bytes(streams: Streams, records: Sequence[Record]) -> int:
+            return self.writer.layout(self.codec_name, streams, records).n_bytes
+
+        kept = [record for record in self.writer.records if record.action == "keep"]
+        return Frame(self.original_bytes, len(self.writer.bundle), kept, file_bytes)
+
+    def _drafted(self, n: int, most: int) -> None:
+        self.hook(Event("searching", n, most))
+
+    def _measure(self, survey: Survey) -> Callable[[Streams], float]:
+        def measure(streams: Streams) -> float:
+            if not isinstance(self.codec, StreamCodec):
+                raise TypeError(f"{self.codec_name} has no streams to measure")
+            return relative_mse(self.codec, streams, survey.records, self.weights)
+
+        return measure
+
+    def _write(self, jobs: Sequence[Job], stage: str) -> list[StreamPiece]:
+        """Run jobs, and write the tensors that are finished by them; the streams are handed back."""
+        streams: list[StreamPiece] = []
+        if not jobs:
+            return streams
+        for piece in self.run(jobs, Stage(self.hook, stage, sum(job.n_weights for job in jobs))):
+            if isinstance(piece, StreamPiece):
+                streams.append(piece)
+            else:
+                self.writer.add(piece)
+        return streams
+
+    def _stage(self, stage: str, records: Sequence[Record]) -> Stage:
+        return Stage(self.hook, stage, sum(record.info.numel for record in records))
+
+
+def _runner(device: torch.device, recipe: Recipe) -> Run:
+    """Jobs on threads, one a worker, within the memory that the recipe allows."""
+    in_flight = executors.IN_FLIGHT_BYTES
+    if recipe.max_memory is not None:
+        in_flight = max(recipe.max_memory - BASE_MEMORY_BYTES, 0)
+
+    def work(job: Job, device: torch.device) -> tuple[Job, Piece | StreamPiece]:
+        with at_work(device):
+            return job, job.run(device)
+
+    def run(jobs: Sequence[Job], done: Stage) -> Iterator[Piece | StreamPiece]:
+        for job, piece in executors.largest_first(jobs, work, lambda job: job.n_bytes, workers(device), in_flight):
+            yield piece
+            done(job.n_weights, job.name)
+
+    return run

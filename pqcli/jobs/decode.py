@@ -1,0 +1,74 @@
+"""`decode` and `load`: container -> dense checkpoint, or dense tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pqcli import checkpoint as checkpoints
+from pqcli.checkpoint import formats
+from pqcli.container.peek import SUFFIX
+from pqcli.container.reader import open_container
+from pqcli.errors import UsageError
+from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.report import n_weights
+from pqcli.plan import plan as plans
+from pqcli.tensors.info import TensorInfo
+from pqcli.tensors.records import Alias
+
+
+def decode(
+    file: str | Path,
+    output: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: Hook | None = None,
+) -> Path:
+    """Rebuild the dense checkpoint: same keys, order, shapes and dtypes, kept tensors bit-identical.
+
+    `output` says the format by its suffix (.safetensors, .pt and its kin, none for a folder); by default it is
+    `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. Returns the path written.
+    """
+    if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
+        raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
+    with open_container(file) as container:
+        source = container.manifest.source
+        target = Path(output) if output else _default_output(Path(file), source)
+        format_ = formats.by_suffix(target) if output else source["format"]
+        infos = [_converted(info, dtype) for info in container.infos]
+        done = Stage(progress or ignore, "decoding", n_weights(container))
+
+        def read(name: str) -> torch.Tensor:
+            tensor = container.decode(name)
+            if dtype and tensor.is_floating_point():
+                tensor = tensor.to(getattr(torch, dtype))
+            done(tensor.numel(), name)
+            return tensor
+
+        checkpoints.write(target, infos, read, source["skeleton"], format=format_, force=force)
+        return target
+
+
+def load(file: str | Path) -> dict[str, torch.Tensor]:
+    """The dense tensors of a container by name; tied tensors share their memory."""
+    with open_container(file) as container:
+        tensors: dict[str, torch.Tensor] = {}
+        for record in container.records:
+            owner = record.coding.of if isinstance(record.coding, Alias) else None
+            tensors[record.name] = tensors[owner] if owner in tensors else container.decode(record.name)
+        return tensors
+
+
+def _default_output(file: Path, source: Mapping[str, Any]) -> Path:
+    name = file.name.removesuffix(SUFFIX) if file.name.endswith(SUFFIX) else file.stem
+    return file.with_name(f"{name}.decoded{checkpoints.default_suffix(source['format'], source['skeleton'])}")
+
+
+def _converted(info: TensorInfo, dtype: str | None) -> TensorInfo:
+    floating = "float" in info.dtype
+    return replace(info, dtype=dtype) if dtype and floating else info

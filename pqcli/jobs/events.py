@@ -1,0 +1,51 @@
+"""Events: what a long job tells of itself while it runs. A hook takes them; the command line makes a bar of them.
+
+reading     weights read, to find out about them             compress
+keeping     weights kept bit for bit                         compress
+learning    weights looked at for what tensors share         compress
+searching   drafts of levels, until a budget is nearly met   compress
+encoding    weights quantized and coded                      compress; once for each level tried
+measuring   weights decoded and compared                     compress, report
+decoding    weights decoded                                  decode
+verifying   weights decoded and checked                      verify
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Event:
+    """`done` of `total` units of a stage, the last of them on the tensor `name`. The unit is weights, or drafts."""
+
+    stage: str
+    done: int
+    total: int
+    name: str = ""
+
+
+Hook = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The hook of those who do not want to know."""
+
+
+class Stage:
+    """Counts what is done of one stage, and tells the hook; from any thread. Its start is told too."""
+
+    def __init__(self, hook: Hook, stage: str, total: int) -> None:
+        self._hook, self._stage, self._total = hook, stage, total
+        self._done = 0
+        self._counting = threading.Lock()
+        hook(Event(stage, 0, total))
+
+    def __call__(self, amount: int, name: str) -> None:
+        """So much more is done."""
+        with self._counting:
+            self._done += amount
+            event = Event(self._stage, self._done, max(self._total, self._done), name)
+        self._hook(event)

@@ -1,0 +1,188 @@
+"""`report` and `inspect`: what a container says of itself, or what two files say of each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pqcli import checkpoint as checkpoints
+from pqcli.atomic import atomic_writer
+from pqcli.checkpoint import Checkpoint
+from pqcli.codecs import registry
+from pqcli.codecs.base import Use
+from pqcli.codecs.plain import use_of
+from pqcli.container.manifest import StoredRecord
+from pqcli.container.reader import Container, open_container
+from pqcli.core import metrics, rtn
+from pqcli.errors import CheckpointError
+from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.plan.paper import paper_bytes
+from pqcli.reports.figures import INT4_GROUP, Report, TensorReport
+from pqcli.tensors.info import TensorInfo
+from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, StoredError, with_bundle_shares
+
+
+def report(file: str | Path, against: str | Path | None = None, *, progress: Hook | None = None) -> Report:
+    """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
+
+    With `against`, the original checkpoint, every error is measured again from the two files, and that of int4.
+    """
+    with open_container(file) as container:
+        records = with_bundle_shares(list(container.records), container.bundle_bytes)
+        if against is None:
+            tensors = tuple(_stored_report(container, record) for record in records)
+        else:
+            stage = Stage(progress or ignore, "measuring", n_weights(container))
+            with checkpoints.open(against) as original:
+                tensors = tuple(_measured_reports(container, records, original, stage))
+        source = container.manifest.source
+        return Report(
+            source=str(against or ""),
+            output=str(file),
+            original_bytes=source["n_bytes"],
+            compressed_bytes=Path(file).stat().st_size,
+            tensors=tensors,
+            dropped=tuple(f"{path} ({reason})" for path, reason in source["dropped"]),
+            recipe=container.manifest.recipe,
+            paper_bytes=paper_bytes_of(container.records),
+        )
+
+
+def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a container says of itself: version, features, source, recipe, and the records of `names` or of all."""
+    with open_container(file) as container:
+        records = [container.record(name) for name in names] if names else container.records
+        source = container.manifest.source
+        return {
+            "file": str(file),
+            "file_bytes": Path(file).stat().st_size,
+            "version": container.manifest.version,
+            "features": list(container.manifest.features),
+            "source": {key: source[key] for key in ("format", "n_bytes", "dropped")},
+            "recipe": container.manifest.recipe,
+            "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
+        }
+
+
+def write_text(path: Path, text: str, *, force: bool = False) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_writer(path, force=force) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def n_weights(container: Container) -> int:
+    """Weights that decoding a container has to rebuild."""
+    return sum(record.info.numel for record in container.records if not isinstance(record.coding, Alias))
+
+
+def describe(info: TensorInfo) -> str:
+    """A tensor's dtype and shape, as messages say it."""
+    return f"{info.dtype} {'x'.join(map(str, info.shape)) or 'scalar'}"
+
+
+def tensor_report(record: Record, error: StoredError | None, use: Use | None) -> TensorReport:
+    """What became of one tensor."""
+    info, coding, payload = record.info, record.coding, record.payload_bytes
+    is_alias = isinstance(coding, Alias)
+    return TensorReport(
+        name=info.name,
+        shape=info.shape,
+        dtype=info.dtype,
+        action=_action(record),
+        reason=record.reason,
+        scheme=_scheme(record),
+        block_size=coding.block_size if isinstance(coding, Plain) else None,
+        n_centroids=coding.n_centroids if isinstance(coding, Plain) else None,
+        n_weights=info.numel,
+        original_bytes=0 if is_alias else info.n_bytes,
+        bytes=payload,
+        bits_per_weight=8 * payload / info.numel if info.numel and not is_alias else None,
+        centroids_used=use.centroids if use else None,
+        assignment_entropy=use.entropy if use else None,
+        assignment_bytes=record.assignment_bytes if use else None,
+        entropy_bytes=math.ceil(use.entropy_bits / 8) if use else None,
+        alias_of=info.alias_of,
+        kind=record.kind,
+        **(_error_fields(error, record) if error else {}),
+    )
+
+
+def paper_bytes_of(records: Sequence[Record]) -> int | None:
+    """The papers' size; None where something is coded in a way that they do not count."""
+    if any(isinstance(record.coding, Coded) for record in records):
+        return None
+    return paper_bytes(
+        (
+            record.name,
+            record.info.numel,
+            (record.n_vectors, record.coding.n_centroids, record.coding.block_size)
+            if isinstance(record.coding, Plain)
+            else None,
+        )
+        for record in records
+        if not isinstance(record.coding, Alias) and record.info.role == "model"
+    )
+
+
+def _action(record: Record) -> str:
+    """What reports call the codec: one that is an ability of another goes by that one's name."""
+    if isinstance(record.coding, Coded):
+        return registry.row(record.coding.codec).reported_as or record.action
+    return record.action
+
+
+def _scheme(record: Record) -> str:
+    """What the tensor is coded as, as a person says it."""
+    coding = record.coding
+    if isinstance(coding, Plain):
+        return f"PQ {coding.block_size}x{coding.n_centroids}"
+    if isinstance(coding, Coded):
+        row = registry.row(coding.codec)
+        return row.label or row.name
+    return "kept" if isinstance(coding, Kept) else f"alias of {coding.of}"
+
+
+def _error_fields(error: StoredError, record: Record) -> dict[str, Any]:
+    return {
+        "relative_mse": error.relative_mse,
+        "cosine": error.cosine,
+        "max_abs_error": error.max_abs_error,
+        "energy": error.rms**2 * record.info.numel,
+    }
+
+
+def _stored_report(container: Container, record: Record) -> TensorReport:
+    use = None
+    if isinstance(record.coding, Plain):
+        use = use_of(container.pq_tensor(record.name))
+    elif isinstance(record.coding, Coded):
+        use = Use(None, None, container.entropy(record.name))
+    return tensor_report(record, container.error(record.name), use)
+
+
+def _measured_reports(
+    container: Container, records: Sequence[Record], original: Checkpoint, done: Stage
+) -> Iterator[TensorReport]:
+    known = {info.name: info for info in original.tensors}
+    for record in records:
+        info = known.get(record.name)
+        if info is None or info.shape != record.info.shape:
+            raise CheckpointError(
+                f"{original.path}: tensor {record.name!r} is {describe(info) if info else 'missing'}, the container "
+                f"has {describe(record.info)}; give the checkpoint that was compressed"
+            )
+        if not record.quantized:
+            yield _stored_report(container, record)
+        else:
+            weight = original.read(record.name)
+            error = metrics.compare(weight, container.decode(record.name))
+            yield replace(
+                _stored_report(container, record),
+                int4_relative_mse=rtn.error(weight, INT4_GROUP).relative_mse,
+                **_error_fields(StoredError.of(error), record),
+            )
+        if not isinstance(record.coding, Alias):
+            done(record.info.numel, record.name)

@@ -1,0 +1,102 @@
+"""`verify`: whether a container is what was compressed, and says of it what is so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from pqcli import checkpoint as checkpoints
+from pqcli.checkpoint import Checkpoint
+from pqcli.container.reader import Container, open_container
+from pqcli.core import metrics
+from pqcli.core.digests import tensor_hash
+from pqcli.errors import ContainerError
+from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.report import describe, n_weights
+from pqcli.tensors.records import Alias, Record, StoredError
+
+REPORTED_WITHIN = 1e-4
+SMALLEST_REPORTED = torch.finfo(torch.float32).tiny
+"""Errors are stored in float32: `verify` accepts this relative and this absolute difference."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that `verify` found wrong: with which tensor, and what."""
+
+    name: str
+    problem: str
+
+
+def verify(file: str | Path, against: str | Path | None = None, *, progress: Hook | None = None) -> list[Finding]:
+    """What is wrong with a container; an empty list if nothing is.
+
+    Checks its structure (raising ContainerError where it cannot even be opened) and the hash of every decoded tensor.
+    With `against`, also that kept tensors are identical to the original's and that errors are as reported; training
+    state that was left out on request is not missed (see `left_out`).
+    """
+    with open_container(file) as container:
+        stage = Stage(progress or ignore, "verifying", n_weights(container))
+        if against is None:
+            return [finding for record in container.records for finding in _checked(container, record, None, stage)]
+        with checkpoints.open(against) as original:
+            return list(_differences(container, original, stage))
+
+
+def left_out(file: str | Path) -> tuple[str, ...]:
+    """The training state that compression was asked to leave out, entry by entry."""
+    with open_container(file) as container:
+        if container.manifest.recipe.get("model_only") is not True:
+            return ()
+        dropped = container.manifest.source["dropped"]
+        return tuple(f"{path} ({reason})" for path, reason in dropped if reason.startswith(checkpoints.LEFT_OUT))
+
+
+def _differences(container: Container, original: Checkpoint, done: Stage) -> Iterator[Finding]:
+    is_asked_for = container.manifest.recipe.get("model_only") is True
+    known = {info.name: info for info in original.tensors if info.role == "model" or not is_asked_for}
+    held = {record.name for record in container.records}
+    for name in known:
+        if name not in held:
+            yield Finding(name, f"is in {original.path} but not in the container")
+    for record in container.records:
+        info = known.get(record.name)
+        if info is None or (info.shape, info.dtype) != (record.info.shape, record.info.dtype):
+            has = f"has {describe(info)} there" if info else "is missing there"
+            yield Finding(record.name, f"is {describe(record.info)} in the container, and {has} ({original.path})")
+            continue
+        yield from _checked(container, record, original, done)
+
+
+def _checked(container: Container, record: Record, original: Checkpoint | None, done: Stage) -> Iterator[Finding]:
+    """What is wrong with one tensor. It is decoded once, whatever is asked of it."""
+    if isinstance(record.coding, Alias):
+        return
+    try:
+        decoded = container.decode(record.name, check=False)
+    except ContainerError as error:
+        yield Finding(record.name, str(error))
+        return
+    if not container.is_intact(record.name, decoded):
+        yield Finding(record.name, "decodes to other bytes than were compressed")
+    if original is not None:
+        yield from _compared(container, record, original, decoded)
+    done(record.info.numel, record.name)
+
+
+def _compared(container: Container, record: Record, original: Checkpoint, decoded: torch.Tensor) -> Iterator[Finding]:
+    """What is wrong with a decoded tensor, given the one that was compressed."""
+    weight = original.read(record.name)
+    stored = container.error(record.name)
+    if stored is None:
+        if tensor_hash(weight) != tensor_hash(decoded):
+            yield Finding(record.name, f"is kept, but differs from {original.path}")
+        return
+    measured = StoredError.of(metrics.compare(weight, decoded))
+    for key, value in asdict(stored).items():
+        actual = getattr(measured, key)
+        if abs(actual - value) > REPORTED_WITHIN * max(abs(actual), abs(value)) + SMALLEST_REPORTED:
+            yield Finding(record.name, f"{key} is {actual:.6g} against {original.path}, and {value:.6g} as reported")
