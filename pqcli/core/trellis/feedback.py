@@ -39,6 +39,8 @@ LEAST_MOMENT = 1e-6
 """Second moments below this share of their mean are taken for this: inputs that a sample happens not to use."""
 _WIDE = 4096
 """Moments of more inputs are factored in float32."""
+_LEAST_REPAIR = 0.01
+"""The least shrinkage of moments that turned out not to be positive definite."""
 
 
 @dataclass(frozen=True)
@@ -151,20 +153,34 @@ def triangle(moments: Matrix, order: NDArray[np.int64], shrinkage: float) -> tup
     """(F, d) with F diag(d) F' = the moments, shrunk towards their diagonal, in that order; F unit upper triangular.
 
     Wide matrices are factored in float32, on the scale of correlations. Inputs that are always zero count next to
-    nothing. Raises numpy.linalg.LinAlgError where the moments are none (not finite, or far from semidefinite).
+    nothing. Where rounding has left the moments short of positive definite, they are shrunk more, until they are.
+    Raises numpy.linalg.LinAlgError where they are not finite.
     """
     diagonal = np.maximum(np.diag(moments).astype(np.float64), 0.0)
-    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * LEAST_MOMENT))
-    backwards = order[::-1]
-    exact: type[np.floating[Any]] = np.float64 if len(order) <= _WIDE else np.float32
-    kept = ((1 - shrinkage) / scale[backwards]).astype(exact)
-    correlations: NDArray[Any] = moments[np.ix_(backwards, backwards)].astype(exact, copy=False)
-    correlations *= kept[:, None]
-    correlations *= (1 / scale[backwards]).astype(exact)
-    np.fill_diagonal(correlations, 1.0)
-    lower: NDArray[Any] = np.linalg.cholesky(correlations)
+    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * LEAST_MOMENT))[order[::-1]]
+    while True:
+        correlations = _correlations(moments, order[::-1], scale, shrinkage)
+        try:
+            lower: NDArray[Any] = np.linalg.cholesky(correlations)
+        except np.linalg.LinAlgError:
+            if shrinkage >= 1:
+                raise
+            shrinkage = min(max(4 * shrinkage, _LEAST_REPAIR), 1.0)
+        else:
+            break
     del correlations
     pivots = np.diag(lower).astype(np.float64)
-    lower *= (scale[backwards][:, None] / (pivots * scale[backwards])).astype(exact)
-    factor = lower[::-1, ::-1].astype(np.float32)
-    return factor, ((pivots * scale[backwards]) ** 2)[::-1]
+    lower *= (scale[:, None] / (pivots * scale)).astype(lower.dtype)
+    return lower[::-1, ::-1].astype(np.float32), ((pivots * scale) ** 2)[::-1]
+
+
+def _correlations(
+    moments: Matrix, order: NDArray[np.int64], scale: NDArray[np.float64], shrinkage: float
+) -> NDArray[Any]:
+    """The moments over the scale (by place in the order) of either input, shrunk towards ones on the diagonal."""
+    exact: type[np.floating[Any]] = np.float64 if len(order) <= _WIDE else np.float32
+    correlations: NDArray[Any] = moments[np.ix_(order, order)].astype(exact, copy=False)
+    correlations *= ((1 - shrinkage) / scale).astype(exact)[:, None]
+    correlations *= (1 / scale).astype(exact)
+    np.fill_diagonal(correlations, 1.0)
+    return correlations
