@@ -31,6 +31,8 @@ Matrix = NDArray[np.float32]
 
 _BLOCK_ROWS = 128
 """Rows whose errors reach later rows one by one; beyond, they are added by one product of matrices for all."""
+_PRODUCT_ROWS = 1024
+"""Rows that such a product is for, to bound the memory that it takes."""
 _SHRINK = 4.0
 """A row's scale is estimated with the mean of all rows as so many more weights."""
 _PURE_ABOVE = 0.75
@@ -91,7 +93,7 @@ def kind_of(given: RowSteps | None) -> RowKind:
 
 @dataclass(frozen=True)
 class Filled:
-    """What feedback found: levels, the weights that were quantized in the end, in row steps, their scales, labels."""
+    """What feedback finds: levels, the weights that were quantized in the end, in row steps, their scales, labels."""
 
     levels: NDArray[np.int32]
     targets: Matrix
@@ -100,20 +102,20 @@ class Filled:
 
 
 def fill(
-    weights: Matrix, steps: Matrix, feedback: Feeding, column_scale: Matrix, costs: Costs, next_state: NDArray[np.int64]
-) -> Filled:
-    """Quantize the rows of `weights` in order, each with its step, feeding errors forward.
+    weights: Matrix,
+    steps: Matrix,
+    feedback: Feeding,
+    column_scale: Matrix,
+    costs: Costs,
+    next_state: NDArray[np.int64],
+    found: Filled,
+) -> None:
+    """Quantize the rows of `weights` in order, each with its step, feeding errors forward; fills the arrays of `found`.
 
     column_scale (columns,) in quarter octaves, as `search.Block` has it. Products of matrices are BLAS's: the caller
     sees to it that BLAS has one thread, or results depend on how many.
     """
     n_rows, n_columns = weights.shape
-    found = Filled(
-        np.zeros(weights.shape, np.int32),
-        np.empty(weights.shape, np.float32),
-        np.zeros(n_rows, np.float32),
-        np.zeros(n_rows, np.uint8),
-    )
     row_search = RowSearch(costs, next_state, n_columns)
     mean = float(np.mean(np.exp2((column_scale.astype(np.float64) - 24) / 2)))
     fed = np.zeros(weights.shape, np.float32)  # by place, not by row
@@ -144,9 +146,9 @@ def fill(
             )
             np.multiply(decoded, -steps[row], out=errors[done])
             errors[done] += weights[row]
-        if last < n_rows:
-            fed[last:] += feedback.factor[first:last, last:].T @ errors[: last - first]
-    return found
+        for start in range(last, n_rows, _PRODUCT_ROWS):
+            later = slice(start, start + _PRODUCT_ROWS)
+            fed[later] += feedback.factor[first:last, later].T @ errors[: last - first]
 
 
 def triangle(moments: Matrix, order: NDArray[np.int64], shrinkage: float) -> tuple[Matrix, NDArray[np.float64]]:
@@ -170,7 +172,8 @@ def triangle(moments: Matrix, order: NDArray[np.int64], shrinkage: float) -> tup
             break
     del correlations
     pivots = np.diag(lower).astype(np.float64)
-    lower *= (scale[:, None] / (pivots * scale)).astype(lower.dtype)
+    lower *= scale.astype(lower.dtype)[:, None]
+    lower /= (pivots * scale).astype(lower.dtype)
     return lower[::-1, ::-1].astype(np.float32), ((pivots * scale) ** 2)[::-1]
 
 
