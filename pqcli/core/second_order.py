@@ -1,9 +1,9 @@
 """Statistics of inputs become steps and feedback: which errors a network feels, in one unit for all of its layers.
 
-What is minimised over all tensors is damage + price * bits. A layer with weights W, second moments H of its inputs
-and gradient number g (mean squared gradient at one of its outputs) does damage N g tr(E H E') in N samples where
-weights are off by E; an embedding whose row v was looked up n_v times does g sum over v of n_v |e_v|^2. At one price
-all weights are to have the same damage, so with H = F D F' (`trellis.feedback`)
+What is minimised over all tensors is damage + price * bits. A layer with weights W, second moments H of its inputs and
+gradient number g (mean squared gradient at one of its outputs) does damage N g tr(E H E') in N samples if weights are
+off by E; an embedding whose row v was looked up n_v times does g sum over v of n_v |e_v|^2. At one price all of them
+are to have the same damage, so with H = F D F' (`trellis.feedback`)
 
     step of input j of a layer ~ (N g d_j)^(-1/2),     step of row v of an embedding ~ (g n_v)^(-1/2)
 

@@ -24,7 +24,7 @@ from pqcli.core.trellis import trellis
 from pqcli.core.trellis.sources import Source
 
 KIT = Path(os.environ.get("PQCLI_KIT", Path(__file__).parents[3] / "shared" / "kit"))
-RATE_WEIGHTS = {"plain": 0.3, "second order": 0.15}
+RATE_WEIGHT = 0.3
 
 
 def script(name):
@@ -135,10 +135,10 @@ def main():
         plan = second_order.prepare(plain, about)
         print(f"{name}: prepared in {time.monotonic() - started:.0f} s", flush=True)
 
-        def encoded(level, plan=plan, name=name):
+        def encoded(level, plan=plan):
             steps = {key: level * step for key, step in plan.steps.items()}
             rotations = plan.rotations(sources, read, steps)
-            params = trellis.TrellisParams(level, args.states, RATE_WEIGHTS[name], mixing_gain=1.0)
+            params = trellis.TrellisParams(level, args.states, RATE_WEIGHT, mixing_gain=1.0)
             return trellis.encode(sources, read, params, rotations, steps, second_order=plan.rows)
 
         def read(key):

@@ -31,6 +31,8 @@ Matrix = NDArray[np.float32]
 
 _BLOCK_ROWS = 128
 """Rows whose errors reach later rows one by one; beyond, they are added by one product of matrices for all."""
+_PRODUCT_ROWS = 1024
+"""Rows that such a product is for, to bound the memory that it takes."""
 _SHRINK = 4.0
 """A row's scale is estimated with the mean of all rows as so many more weights."""
 _PURE_ABOVE = 0.75
@@ -39,6 +41,8 @@ LEAST_MOMENT = 1e-6
 """Second moments below this share of their mean are taken for this: inputs that a sample happens not to use."""
 _WIDE = 4096
 """Moments of more inputs are factored in float32."""
+_LEAST_REPAIR = 0.01
+"""The least shrinkage of moments that turned out not to be positive definite."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def kind_of(given: RowSteps | None) -> RowKind:
 
 @dataclass(frozen=True)
 class Filled:
-    """What feedback found: levels, the weights that were quantized in the end, in row steps, their scales, labels."""
+    """What feedback finds: levels, the weights that were quantized in the end, in row steps, their scales, labels."""
 
     levels: NDArray[np.int32]
     targets: Matrix
@@ -98,20 +102,20 @@ class Filled:
 
 
 def fill(
-    weights: Matrix, steps: Matrix, feedback: Feeding, column_scale: Matrix, costs: Costs, next_state: NDArray[np.int64]
-) -> Filled:
-    """Quantize the rows of `weights` in order, each with its step, feeding errors forward.
+    weights: Matrix,
+    steps: Matrix,
+    feedback: Feeding,
+    column_scale: Matrix,
+    costs: Costs,
+    next_state: NDArray[np.int64],
+    found: Filled,
+) -> None:
+    """Quantize the rows of `weights` in order, each with its step, feeding errors forward; fills the arrays of `found`.
 
     column_scale (columns,) in quarter octaves, as `search.Block` has it. Products of matrices are BLAS's: the caller
     sees to it that BLAS has one thread, or results depend on how many.
     """
     n_rows, n_columns = weights.shape
-    found = Filled(
-        np.zeros(weights.shape, np.int32),
-        np.empty(weights.shape, np.float32),
-        np.zeros(n_rows, np.float32),
-        np.zeros(n_rows, np.uint8),
-    )
     row_search = RowSearch(costs, next_state, n_columns)
     mean = float(np.mean(np.exp2((column_scale.astype(np.float64) - 24) / 2)))
     fed = np.zeros(weights.shape, np.float32)  # by place, not by row
@@ -142,29 +146,44 @@ def fill(
             )
             np.multiply(decoded, -steps[row], out=errors[done])
             errors[done] += weights[row]
-        if last < n_rows:
-            fed[last:] += feedback.factor[first:last, last:].T @ errors[: last - first]
-    return found
+        for start in range(last, n_rows, _PRODUCT_ROWS):
+            later = slice(start, start + _PRODUCT_ROWS)
+            fed[later] += feedback.factor[first:last, later].T @ errors[: last - first]
 
 
 def triangle(moments: Matrix, order: NDArray[np.int64], shrinkage: float) -> tuple[Matrix, NDArray[np.float64]]:
     """(F, d) with F diag(d) F' = the moments, shrunk towards their diagonal, in that order; F unit upper triangular.
 
     Wide matrices are factored in float32, on the scale of correlations. Inputs that are always zero count next to
-    nothing. Raises numpy.linalg.LinAlgError where the moments are none (not finite, or far from semidefinite).
+    nothing. Where rounding has left the moments short of positive definite, they are shrunk more, until they are.
+    Raises numpy.linalg.LinAlgError where they are not finite.
     """
     diagonal = np.maximum(np.diag(moments).astype(np.float64), 0.0)
-    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * LEAST_MOMENT))
-    backwards = order[::-1]
-    exact: type[np.floating[Any]] = np.float64 if len(order) <= _WIDE else np.float32
-    kept = ((1 - shrinkage) / scale[backwards]).astype(exact)
-    correlations: NDArray[Any] = moments[np.ix_(backwards, backwards)].astype(exact, copy=False)
-    correlations *= kept[:, None]
-    correlations *= (1 / scale[backwards]).astype(exact)
-    np.fill_diagonal(correlations, 1.0)
-    lower: NDArray[Any] = np.linalg.cholesky(correlations)
+    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * LEAST_MOMENT))[order[::-1]]
+    while True:
+        correlations = _correlations(moments, order[::-1], scale, shrinkage)
+        try:
+            lower: NDArray[Any] = np.linalg.cholesky(correlations)
+        except np.linalg.LinAlgError:
+            if shrinkage >= 1:
+                raise
+            shrinkage = min(max(4 * shrinkage, _LEAST_REPAIR), 1.0)
+        else:
+            break
     del correlations
     pivots = np.diag(lower).astype(np.float64)
-    lower *= (scale[backwards][:, None] / (pivots * scale[backwards])).astype(exact)
-    factor = lower[::-1, ::-1].astype(np.float32)
-    return factor, ((pivots * scale[backwards]) ** 2)[::-1]
+    lower *= scale.astype(lower.dtype)[:, None]
+    lower /= (pivots * scale).astype(lower.dtype)
+    return lower[::-1, ::-1].astype(np.float32), ((pivots * scale) ** 2)[::-1]
+
+
+def _correlations(
+    moments: Matrix, order: NDArray[np.int64], scale: NDArray[np.float64], shrinkage: float
+) -> NDArray[Any]:
+    """The moments over the scale (by place in the order) of either input, shrunk towards ones on the diagonal."""
+    exact: type[np.floating[Any]] = np.float64 if len(order) <= _WIDE else np.float32
+    correlations: NDArray[Any] = moments[np.ix_(order, order)].astype(exact, copy=False)
+    correlations *= ((1 - shrinkage) / scale).astype(exact)[:, None]
+    correlations *= (1 / scale).astype(exact)
+    np.fill_diagonal(correlations, 1.0)
+    return correlations

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.core.importance import Importance
-from pqcli.core.trellis.feedback import Feeding, fill
+from pqcli.core.trellis.feedback import Feeding, Filled, fill
 from pqcli.core.trellis.loops import N_CLASSES, N_POINTS, RUN_LENGTH
 from pqcli.core.trellis.params import LABEL_GROUP, TrellisParams, next_states
 from pqcli.core.trellis.rows import RowKind, Rows
@@ -156,9 +156,8 @@ def _fill_feeding(block: Block, feedback: Feeding, costs: Costs, next_state: NDA
     if block.unfed is None:
         raise ValueError("feedback without the weights that it starts from")
     steps = block.rows.steps(np.float32(1))
-    found = fill(block.unfed, steps, feedback, block.column_scale, costs, next_state)
-    block.weights, block.levels, block.row_scale = found.targets, found.levels, found.row_scale
-    block.rows.labels[:] = found.row_labels
+    found = Filled(block.levels, block.weights, block.row_scale, block.rows.labels)
+    fill(block.unfed, steps, feedback, block.column_scale, costs, next_state, found)
 
 
 def _sample(block: Block) -> Block:
@@ -168,7 +167,12 @@ def _sample(block: Block) -> Block:
         chosen = slice(0, None, _TRIAL_SHARE if n_columns >= _TRIAL_COLUMNS else 1)
         unfed = np.ascontiguousarray(block.unfed[:, chosen])
         return replace(
-            block, weights=unfed, unfed=unfed, labels=block.labels[chosen], column_scale=block.column_scale[chosen]
+            block,
+            weights=np.empty_like(unfed),
+            levels=np.zeros(unfed.shape, np.int32),
+            unfed=unfed,
+            labels=block.labels[chosen],
+            column_scale=block.column_scale[chosen],
         )
     height = max(1, RUN_LENGTH // n_columns) * LANES
     rows = np.flatnonzero((np.arange(n_rows) // height) % _TRIAL_SHARE == 0)

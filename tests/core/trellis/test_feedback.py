@@ -54,6 +54,15 @@ def test_the_triangle_and_the_pivots_give_back_the_shrunk_moments(n):
     np.testing.assert_allclose((upper * d) @ upper.T, believed[np.ix_(order, order)], rtol=1e-4, atol=1e-4 * h.max())
 
 
+def test_moments_that_rounding_made_indefinite_are_shrunk_until_they_are_not():
+    half = np.ones((20, 20), np.float32) + 0.02 * np.triu(gaussian(20, 20), 1)
+    h = (half + half.T) / 2
+    assert np.linalg.eigvalsh(h)[0] < 0
+    factor, d = triangle(h, np.arange(20), 0.0)
+    assert np.isfinite(factor).all()
+    assert (d > 0).all()
+
+
 def test_inputs_that_are_always_zero_do_no_harm():
     h = moments(6)
     h[2], h[:, 2] = 0, 0
