@@ -47,9 +47,9 @@ def patches(
         corners.append((places % size * s).to(x.device))
         places = places // size
     corners.reverse()
+    everything: list[slice | torch.Tensor] = [slice(None), slice(None)]  # examples, channels
     taps = [
-        x[(slice(None), slice(None), *_places_of(corners, tap, dilation))]
-        for tap in product(*(range(k) for k in kernel))
+        x[tuple(everything + _places_of(corners, tap, dilation))] for tap in product(*(range(k) for k in kernel))
     ]  # each (examples, channels, places)
     rows = torch.stack(taps, dim=2)  # (examples, channels, taps, places)
     n, channels, n_taps, count = rows.shape
@@ -57,6 +57,6 @@ def patches(
     return rows.permute(0, 4, 1, 2, 3).reshape(n, count * groups, -1)
 
 
-def _places_of(corners: list[torch.Tensor], tap: Sequence[int], dilation: Sequence[int]) -> list[torch.Tensor]:
+def _places_of(corners: list[torch.Tensor], tap: Sequence[int], dilation: Sequence[int]) -> list[slice | torch.Tensor]:
     """Where the tap of the kernel lies when its first one lies at the corners."""
     return [corner + t * d for corner, t, d in zip(corners, tap, dilation, strict=True)]
