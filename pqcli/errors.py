@@ -37,6 +37,10 @@ class ContainerError(PQError):
     """A `.pq.safetensors` file that is damaged, or written by a newer pqcli."""
 
 
+class StatsError(PQError):
+    """Statistics that are damaged, that do not fit the model, or that cannot be collected."""
+
+
 class OutputError(PQError):
     """An output that exists already, or cannot be written."""
 
