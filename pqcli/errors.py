@@ -45,5 +45,9 @@ class OutputError(PQError):
     """An output that exists already, or cannot be written."""
 
 
+class MissingExtraError(PQError):
+    """An optional package is needed and not installed; the message names the pip command."""
+
+
 class EmptyClusterResolveError(PQError):
     """Splitting populated clusters could not fill every empty one within `max_tentatives` passes."""

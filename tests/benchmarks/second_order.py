@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pqcli.stats
 import torch
 from safetensors.torch import load_file
 
+import pqcli.stats
 from pqcli.core import second_order
 from pqcli.core.trellis import trellis
 from pqcli.core.trellis.sources import Source

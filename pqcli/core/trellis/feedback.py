@@ -58,15 +58,17 @@ class RowSteps:
 
 @dataclass(frozen=True)
 class Feedback(RowSteps):
-    """How the rows of a source that is coded transposed feed their errors forward.
+    """How the rows of a source's coded matrix feed their errors forward.
 
     `order[i]` is the row coded in place i. `moments` (rows, rows) are the second moments H, which sources may share;
-    `shrinkage` is the share of what is off their diagonal that is not believed.
+    `shrinkage` is the share of what is off their diagonal that is not believed. The coded matrix is the transpose of
+    the source's, so that its rows belong to inputs, unless these already do (not `is_transposed`).
     """
 
     order: NDArray[np.int64]
     moments: Matrix
     shrinkage: float
+    is_transposed: bool = True
 
     def feeding(self) -> Feeding:
         """What is fed forward; takes rows^3 / 3 multiplications, and as much memory as the moments twice."""

@@ -27,10 +27,10 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from pqcli.core.importance import Importance
 from pqcli.core.lookahead import in_order
+from pqcli.core.threads import lone_blas
 from pqcli.core.trellis import side as side_information
 from pqcli.core.trellis.feedback import Feedback, RowSteps, kind_of
 from pqcli.core.trellis.params import TrellisParams
@@ -121,11 +121,11 @@ def encode(
     for a source with feedback.
 
     `second_order` gives, by key, the steps of a source's rows and perhaps how errors are fed forward (`feedback`);
-    sources with feedback are coded transposed.
+    sources with feedback are coded transposed where that says so.
     """
     given = second_order or {}
     sources_fed = [source.key for source in sources if source.key in given and isinstance(given[source.key], Feedback)]
-    rotations = replace(rotations, transposed=rotations.transposed | set(sources_fed))
+    rotations = replace(rotations, transposed=rotations.transposed | turned(given).intersection(sources_fed))
     side = make_side(sources, params, rotations, steps, {key: kind_of(given[key]) for key in given})
     layout = stream_layout(sources, rotations.transposed, params.stream_weights)
 
@@ -144,13 +144,18 @@ def encode(
         ]
         return [encode_stream(weights, streams[0], sources, params, rotations, importances, given)]
 
-    prepared = _prepared(_jobs(layout, sources, frozenset(sources_fed)), sources, read, side)
-    with threadpool_limits(1, user_api="blas") if given else nullcontext():
+    prepared = _prepared(streams_together(layout, sources, frozenset(sources_fed)), sources, read, side)
+    with lone_blas() if given else nullcontext():
         done = in_order(prepared, work, n_threads, ahead=n_threads + 1)
         return gather_streams((stream for job in done for stream in job), layout, sources, side)
 
 
-def _jobs(
+def turned(second_order: Mapping[str, RowSteps]) -> frozenset[str]:
+    """The sources with feedback that are coded transposed."""
+    return frozenset(key for key, rows in second_order.items() if isinstance(rows, Feedback) and rows.is_transposed)
+
+
+def streams_together(
     layout: Sequence[tuple[Segment, ...]], sources: Sequence[Source], fed: Collection[str]
 ) -> Iterator[list[tuple[Segment, ...]]]:
     """The streams, those of a source whose errors are fed forward from one to the next together."""
