@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pqcli.jobs.verify import verify
     from pqcli.recipe.recipe import Recipe, Rule
     from pqcli.reports.figures import Report
+    from pqcli.stats.collecting import collect
+    from pqcli.stats.moments import Statistics
 
 _LAZY = {
     "PQ": ("pqcli.core.pq.pq", "PQ"),
@@ -36,6 +38,8 @@ _LAZY = {
     "Recipe": ("pqcli.recipe.recipe", "Recipe"),
     "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
+    "Statistics": ("pqcli.stats.moments", "Statistics"),
+    "collect": ("pqcli.stats.collecting", "collect"),
     "compress": ("pqcli.jobs.compress", "compress"),
     "decode": ("pqcli.jobs.decode", "decode"),
     "load": ("pqcli.jobs.decode", "load"),
@@ -47,13 +51,15 @@ _LAZY = {
 }
 
 __all__ = [
-    "PQ", "Container", "PQError", "Recipe", "Report", "Rule", "__version__", "compress", "decode", "load", "open",
-    "preview", "report", "save", "verify",
+    "PQ", "Container", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__", "collect", "compress",
+    "decode", "load", "open", "preview", "report", "save", "verify",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
+    if name == "stats":
+        return importlib.import_module("pqcli.stats")
     if name not in _LAZY:
         raise AttributeError(f"module 'pqcli' has no attribute {name!r}")
     module, attribute = _LAZY[name]

@@ -41,8 +41,16 @@ class DamagedError(ContainerError):
     """A `.pq.safetensors` file that cannot be what pqcli wrote: damaged, or made by someone else."""
 
 
+class StatsError(PQError):
+    """Statistics that are damaged, that do not fit the model, or that cannot be collected."""
+
+
 class OutputError(PQError):
     """An output that exists already, or cannot be written."""
+
+
+class MissingExtraError(PQError):
+    """An optional package is needed and not installed; the message names the pip command."""
 
 
 class EmptyClusterResolveError(PQError):

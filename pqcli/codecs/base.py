@@ -4,7 +4,7 @@
               (and what is better coded by itself                 Codec.set_apart)
     fit       learn what tensors share                            Codec.fit     -> Session
     draft     guess what a level would come to                    Session.draft
-    jobs      the work of a level, piece by piece                 Session.jobs  -> Job.run -> Piece or StreamPiece
+    jobs      the work of a level, piece by piece                 Session.jobs  -> Job.run -> Piece or StreamPieces
     finish    put the streams together                            Session.finish -> Streams
     decode    one matrix at a time                                Codec.decoder -> Decoder
 
@@ -206,7 +206,7 @@ class Job(Protocol):
     def n_bytes(self) -> int:
         """Memory that it takes while it runs and until its result is written."""
 
-    def run(self, device: torch.device) -> Piece | StreamPiece:
+    def run(self, device: torch.device) -> Piece | StreamPiece | list[StreamPiece]:
         """Do it; `device` is where matrix work may run."""
 
 

@@ -55,8 +55,15 @@ register(
         ),
     )
 )  # fmt: skip
-register(Row("trellis", "pqcli.codecs.trellis", features=("trellis-mixing",), settings=("objective", "effort")))
-register(Row("auto", "pqcli.codecs.auto", stored_as="trellis", settings=("objective", "effort")))
+register(
+    Row(
+        "trellis",
+        "pqcli.codecs.trellis",
+        features=("trellis-mixing", "trellis-rows"),
+        settings=("objective", "effort", "stats"),
+    )
+)
+register(Row("auto", "pqcli.codecs.auto", stored_as="trellis", settings=("objective", "effort", "stats")))
 register(
     Row("ecpq", "pqcli.codecs.ecpq", is_choosable=False, settings=("objective",), label="PQ, coded", reported_as=PLAIN)
 )

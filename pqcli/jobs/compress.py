@@ -210,7 +210,8 @@ def compression(
         yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook or ignore)
 
 
-Run = Callable[[Sequence[Job], Stage], Iterator[Piece | StreamPiece]]
+Result = Piece | StreamPiece | list[StreamPiece]
+Run = Callable[[Sequence[Job], Stage], Iterator[Result]]
 
 
 @dataclass
@@ -323,6 +324,8 @@ class Compression:
         for piece in self.run(jobs, Stage(self.hook, stage, sum(job.n_weights for job in jobs))):
             if isinstance(piece, StreamPiece):
                 streams.append(piece)
+            elif isinstance(piece, list):
+                streams += piece
             else:
                 self._check_finite(piece.record)
                 self.writer.add(piece)
@@ -370,11 +373,11 @@ def _runner(device: torch.device, recipe: Recipe) -> Run:
     if recipe.max_memory is not None:
         in_flight = max(recipe.max_memory - BASE_MEMORY_BYTES, 0)
 
-    def work(job: Job, device: torch.device) -> tuple[Job, Piece | StreamPiece]:
+    def work(job: Job, device: torch.device) -> tuple[Job, Result]:
         with at_work(device):
             return job, job.run(device)
 
-    def run(jobs: Sequence[Job], done: Stage) -> Iterator[Piece | StreamPiece]:
+    def run(jobs: Sequence[Job], done: Stage) -> Iterator[Result]:
         for job, piece in executors.largest_first(jobs, work, lambda job: job.n_bytes, workers(device), in_flight):
             yield piece
             done(job.n_weights, job.name)

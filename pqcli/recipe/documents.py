@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import PurePath
 from typing import Any
 
 from pqcli.errors import RecipeError
@@ -18,6 +19,8 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
     data = _differences(recipe)
     data.pop("description", None)
     data.pop("max_memory", None)  # where it ran is not what was done
+    if recipe.stats is not None:
+        data["stats"] = PurePath(recipe.stats).name  # where it lay is the user's own
     if recipe.rules:
         data["rules"] = [_differences(rule) for rule in recipe.rules]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}

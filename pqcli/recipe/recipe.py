@@ -162,6 +162,10 @@ class Recipe:
         help=f"States of the trellis, a power of two from {EFFORTS[0]} to {EFFORTS[-1]}: more find less error. "
         "Without it, by the number of weights.",
     )  # fmt: skip
+    stats: str | None = setting(
+        None, check=text, parse=str, metavar="FILE", panel=MAIN, place=2,
+        help="Statistics of the layers' inputs: bits are spent where the network's output feels them.",
+    )  # fmt: skip
     rate_weight: float | None = setting(
         None, check=positive, metavar="L", panel=BUDGET, place=1, spends=True,
         help="Price of a bit, in squares of the typical weight: 0.03 is about 2 bits.",

@@ -1,4 +1,4 @@
-"""A second reader of `trellis`, `trellis-mixing`, `kept-coded` and `checksum` files, written from FORMAT.md alone.
+"""A second reader of `trellis` files and their kin (rows, mixing, `kept-coded`, `checksum`), after FORMAT.md alone.
 
 Slow, plain Python. It shares no code with the package, so that whoever follows the specification gets the same tensors.
 """
@@ -16,6 +16,11 @@ from safetensors.numpy import load_file
 
 import pqcli
 from pqcli.codecs.trellis import session
+from pqcli.core.trellis.feedback import Feedback, RowSteps
+from pqcli.core.trellis.params import TrellisParams
+from pqcli.core.trellis.rotation import Rotations
+from pqcli.core.trellis.sources import Source
+from pqcli.core.trellis.trellis import decode, encode
 
 f32, f64 = np.float32, np.float64
 RATE = [655360 // (10 * n + 16) for n in range(501)]
@@ -84,8 +89,8 @@ class Models:
     """Fresh models of one byte string."""
 
     def __init__(self) -> None:
-        self.B = [[32768, 0], [32768, 0]]
-        self.I0, self.I1 = ([[32768, 0] for _ in range(33)] for _ in range(2))
+        self.B = [[32768, 0] for _ in range(4)]
+        self.I0, self.I1, self.I2 = ([[32768, 0] for _ in range(33)] for _ in range(3))
         self.L = [[[first_level(c, s, i) for i in range(15)] for s in range(3)] for c in range(80)]
 
 
@@ -107,7 +112,7 @@ def quarter(v: int) -> int:
     return min(4 * (o - 6) + (f >= 304) + (f >= 362) + (f >= 430), 79)
 
 
-def read_levels(coder, models, shape, labels, period, scale0, n_states):
+def read_levels(coder, models, shape, labels, row_labels, run, period, scale0, n_states):
     """FORMAT.md, "Levels": levels and the set each was read from."""
     rows, columns = shape
     h0, h1 = POLYNOMIALS[n_states]
@@ -116,7 +121,7 @@ def read_levels(coder, models, shape, labels, period, scale0, n_states):
     pm, pc = [scale0] * period, [1] * period
     state = 0
     for r in range(rows):
-        if r % max(1, 2048 // columns) == 0:
+        if r % run == 0:
             state = 0
         met = expected = 8 * scale0
         for j in range(columns):
@@ -127,7 +132,7 @@ def read_levels(coder, models, shape, labels, period, scale0, n_states):
             c = quarter(mean[j] * met // expected)
             h = max(0, (c - 38) >> 2)
             parity = state & 1
-            which = parity + (parity & labels[j])
+            which = parity + (parity & (labels[j] | row_labels[r]))
             n = 0
             while n < 15 and coder.adaptive(models.L[c][which][n]):
                 n += 1
@@ -242,7 +247,7 @@ def mixed(coder, a, b, c, w):
     return bit
 
 
-def read_mixed_levels(coder, state, shape, labels, period, scale0, n_states):
+def read_mixed_levels(coder, state, shape, labels, row_labels, run, period, scale0, n_states):
     """FORMAT.md, "Mixed levels": levels, the set each was read from, and guesses."""
     rows, columns = shape
     h0, h1 = POLYNOMIALS[n_states]
@@ -259,7 +264,7 @@ def read_mixed_levels(coder, state, shape, labels, period, scale0, n_states):
     above = [(scale0, scale0)] * (columns + 2)
     node = 0
     for r in range(rows):
-        if r % max(1, 2048 // columns) == 0:
+        if r % run == 0:
             node = 0
         rate = 131 + 2622 * 40000 // (40000 + state.seen)
         state.seen = min(state.seen + columns, 1 << 40)
@@ -298,7 +303,7 @@ def read_mixed_levels(coder, state, shape, labels, period, scale0, n_states):
             c = min((scale - 1536) >> 6, 79)
             h = max(0, (c - 38) >> 2)
             parity = node & 1
-            which = parity + (parity & labels[j])
+            which = parity + (parity & (labels[j] | row_labels[r]))
             first = state.A[min((plain - 1504) >> 6, 79)][which]
             second = state.G[c][clamp((sure >> 7) + 5, 0, 7)][which]
             third = state.F[min((scale - 1504) >> 7, 39)][p if period <= 32 else 0][which]
@@ -391,7 +396,7 @@ def undo(rotation, matrix):
 
 def read_side(data, sources, n_streams):
     step = np.frombuffer(data[:4], "<f4")[0]
-    n_states, stream_weights = 1 << (data[4] & 127), 1 << data[5]
+    n_states, stream_weights = 1 << (data[4] & 63), 1 << data[5]
     coder, models = Range(data[6:]), Models()
     fields, e = [], 0
     for _ in sources:
@@ -406,11 +411,12 @@ def read_side(data, sources, n_streams):
         for _ in range(k):
             precision += coder.signed(models.I1)
             precisions.append(precision)
-        levels, _ = read_levels(coder, models, (k, size), [1] * size, 1, 16384, 1)
+        levels, _ = read_levels(coder, models, (k, size), [1] * size, [0] * k, k, 1, 16384, 1)
         rotations.append(reflections((levels >> 1) * 2.0 ** -np.array(precisions, f64)[:, None]))
     is_mixed = [bool(data[4] & 128 and coder.adaptive(models.B[1])) for _ in range(n_streams)]
+    kinds = [coder.integer(models.I2) if data[4] & 64 else 0 for _ in sources]
     coder.end()
-    return step, n_states, stream_weights, fields, rotations, is_mixed
+    return step, n_states, stream_weights, fields, rotations, is_mixed, kinds
 
 
 def layout(shapes, stream_weights):
@@ -432,7 +438,23 @@ def layout(shapes, stream_weights):
     return streams + ([filling] if filling else [])
 
 
-def read_stream(data, is_mixed, segments, shapes, periods, n_states):
+def read_rows(coder, models, kind, n_rows):
+    """FORMAT.md, "Feature trellis-rows": exponents and labels of a segment's rows."""
+    exponents, labels = [0] * n_rows, [0] * n_rows
+    if kind:
+        grain, mean = coder.integer(models.I2), 0
+        for r in range(n_rows):
+            q = (mean >> 8) + coder.signed(models.I2)
+            exponents[r] = q << grain
+            mean += ((q << 8) + 128 - mean) >> 3
+    if kind == 2:
+        bit = 0
+        for r in range(n_rows):
+            bit = labels[r] = coder.adaptive(models.B[2 + bit])
+    return exponents, labels
+
+
+def read_stream(data, is_mixed, segments, shapes, periods, n_states, kinds):
     coder, models, mixing = Range(data), Models(), Mixing()
     points = np.zeros((3, 8), f32)
     for s, magnitudes in enumerate(((2, 4, 6), (1, 3, 5, 7), (1, 3, 5, 7))):
@@ -449,7 +471,9 @@ def read_stream(data, is_mixed, segments, shapes, periods, n_states):
         labels = [bits[j % period if period > 1 else j // 16] for j in range(columns)]
         o, q = divmod(g, 4)
         scale0 = ((4096, 4871, 5793, 6889)[q] << 6) >> (6 - o) if o < 6 else 4096 << o
-        matrix = (stop - start, columns), labels, period, scale0, n_states
+        exponents, row_labels = read_rows(coder, models, kinds[source], stop - start)
+        run = 1 if kinds[source] == 2 else max(1, 2048 // columns)
+        matrix = (stop - start, columns), labels, row_labels, run, period, scale0, n_states
         if is_mixed:
             levels, sets, guesses = read_mixed_levels(coder, mixing, *matrix)
             lean = coder.integer(models.I1)
@@ -460,29 +484,36 @@ def read_stream(data, is_mixed, segments, shapes, periods, n_states):
         values = np.where(levels < 0, -values, values).astype(f32)
         if is_mixed:
             values += f32(lean / 64) * np.clip((guesses / 65536).astype(f32) - values, f32(-1), f32(1))
-        yield source, start, values
+        yield source, start, values, exponents
     coder.end()
 
 
 def read_trellis(data, about, sources):
     ends = np.cumsum([about["shared"], *about["streams"]])
     side = read_side(data[: ends[0]], sources, len(about["streams"]))
-    step, n_states, stream_weights, fields, rotations, is_mixed = side
+    step, n_states, stream_weights, fields, rotations, is_mixed, kinds = side
     shapes = [(c, r) if flipped else (r, c) for (r, c, _), (_, _, flipped) in zip(sources, fields, strict=True)]
     periods = [1 if flipped else kernel for (_, _, kernel), (_, _, flipped) in zip(sources, fields, strict=True)]
     matrices = [np.zeros(shape, f32) for shape in shapes]
+    exponents = [[0] * shape[0] for shape in shapes]
     streams = layout(shapes, stream_weights)
     assert len(streams) == len(about["streams"])
     for i, segments in enumerate(streams):
         stream = data[ends[i] : ends[i + 1]]
-        for source, start, values in read_stream(stream, is_mixed[i], segments, shapes, periods, n_states):
+        for source, start, values, own in read_stream(stream, is_mixed[i], segments, shapes, periods, n_states, kinds):
             matrices[source][start : start + len(values)] = values
+            exponents[source][start : start + len(values)] = own
     for i, (e, rotation, flipped) in enumerate(fields):
         matrix = undo(rotations[rotation - 1], matrices[i]) if rotation else matrices[i]
-        ratio = f32(2.0 ** (e % 8 / 8))
-        matrix = matrix * f32(f64(step) * f64(ratio) * 2.0 ** (e // 8))
+        rows = [eighths(eighths(step, e), own) if kinds[i] else eighths(step, e) for own in exponents[i]]
+        matrix = matrix * np.array(rows, f32).reshape(-1, 1)
         matrices[i] = matrix.T if flipped else matrix
     return matrices
+
+
+def eighths(step, e):
+    """A step and a number of eighths of octaves."""
+    return f32(f64(step) * f64(f32(2.0 ** (e % 8 / 8))) * 2.0 ** (e // 8))
 
 
 def read_bundle(data, tensors):
@@ -597,6 +628,32 @@ def read_file(path):
 
 
 ALWAYS, NEVER = -1.0, 1.0
+
+
+@pytest.mark.parametrize("gain", [ALWAYS, NEVER])
+def test_the_second_reader_reads_rows_with_steps_of_their_own(gain):
+    rng = np.random.default_rng(0)
+    weights = {
+        "fed": rng.standard_normal((50, 40)).astype(f32),
+        "rows": rng.standard_normal((90, 20)).astype(f32),
+        "plain": rng.standard_normal((30, 30)).astype(f32),
+        "long": rng.standard_normal((4200, 2)).astype(f32),
+    }
+    inputs = {key: rng.standard_normal((400, weights[key].shape[1])) for key in ("fed", "long")}
+    moments = {key: (x.T @ x / len(x)).astype(f32) for key, x in inputs.items()}
+    second_order = {
+        key: Feedback(np.exp2(rng.normal(size=len(h))), 0, rng.permutation(len(h)), h, 0.1)
+        for key, h in moments.items()
+    }
+    second_order["rows"] = RowSteps(np.exp2(rng.normal(size=90)), 2)
+    sources = [Source(key, matrix.shape, *matrix.shape) for key, matrix in weights.items()]
+    params = TrellisParams(0.4, n_states=16, stream_weights=1 << 10, mixing_gain=gain)
+    encoded = encode(sources, weights.__getitem__, params, Rotations(), None, second_order=second_order)
+    about = {"shared": len(encoded.side), "streams": [len(stream) for stream in encoded.streams]}
+    data = encoded.side + b"".join(encoded.streams)
+    found = read_trellis(data, about, [(s.rows, s.columns, s.kernel) for s in sources])
+    for (key, expected), matrix in zip(decode(encoded, sources), found, strict=True):
+        assert np.array_equal(expected, matrix), key
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,24 @@ import math
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pqcli.codecs.base import Draft, Matrix, Session, StreamPiece, Streams, Survey, Tell, Weights, as_matrix, source_of
 from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
-from pqcli.core.threads import n_threads
+from pqcli.core.threads import lone_blas, n_threads
+from pqcli.core.trellis.feedback import Feedback, RowSteps, kind_of
 from pqcli.core.trellis.params import TrellisParams
 from pqcli.core.trellis.rotation import Rotations, fit_rotations
 from pqcli.core.trellis.side import Side, make_side, write_side
-from pqcli.core.trellis.stream import encode_stream
+from pqcli.core.trellis.stream import EncodedStream, encode_split, encode_stream
 from pqcli.core.trellis.streams import Segment, stream_layout
-from pqcli.core.trellis.trellis import encode, in_steps, segment_importance
+from pqcli.core.trellis.trellis import encode, in_steps, segment_importance, streams_together, turned
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 MIXING: Final = "trellis-mixing"
 """The feature of files of which a stream is coded by mixing."""
+ROWS: Final = "trellis-rows"
+"""The feature of files of which rows have steps of their own."""
 STATES_BELOW: Final = ((4e6, 2048), (64e6, 1024), (math.inf, 256))
 """Trellis states by the number of weights: doubling them finds 0.03 dB, and the time of the search doubles."""
 DRAFT_STATES: Final = 64
@@ -50,7 +55,10 @@ three times as long to decode for less."""
 
 @dataclass
 class TrellisSession(Session):
-    """The tensors that share streams, their steps, and the rotations that were fitted to them."""
+    """The tensors that share streams, their steps, and the rotations that were fitted to them.
+
+    `rows` has, by key, what statistics of inputs made of a tensor's rows.
+    """
 
     survey: Survey
     weights: Weights
@@ -58,11 +66,16 @@ class TrellisSession(Session):
     steps: Steps
     sources: tuple[Source, ...]
     rotations: Rotations
+    rows: Mapping[str, RowSteps] = field(default_factory=dict)
     _drafted: dict[str, Matrix] = field(default_factory=dict)
+    _drafted_rows: dict[str, RowSteps] = field(default_factory=dict)
 
     @classmethod
     def fitted(cls, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> TrellisSession:
-        """A session whose rotations pay at `first_level`."""
+        """A session whose rotations pay at `first_level`.
+
+        Raises StatsError where the recipe names statistics that are none, or not of this checkpoint.
+        """
         records = {record.name: record for record in survey.records}
         sources = tuple(map(source_of, survey.records))
         steps = steps_of(survey, recipe.objective, error_bound(recipe))
@@ -71,11 +84,18 @@ class TrellisSession(Session):
             tell(records[key].info.numel, key)
             return as_matrix(weights.coded(key), records[key])
 
+        if recipe.stats is not None:
+            from pqcli.codecs.trellis.statistics import learned
+
+            plan, steps = learned(recipe.stats, survey, weights, steps, tell)
+            rotations = plan.rotations(sources, read, steps.at(first_level), n_threads())
+            rotations = replace(rotations, transposed=rotations.transposed | turned(plan.rows))
+            return cls(survey, weights, recipe.effort, steps, sources, rotations, plan.rows)
         rotations = fit_rotations(sources, read, steps.at(first_level), n_threads())
         return cls(survey, weights, recipe.effort, steps, sources, rotations)
 
     def jobs(self, level: float) -> list[StreamJob]:
-        """A job for every stream."""
+        """A job for every stream; one for all the streams of a tensor whose errors are fed forward."""
         side, params = self._side(level), self._params(level)
         layout = stream_layout(self.sources, self.rotations.transposed, params.stream_weights)
         flipped = {
@@ -83,10 +103,12 @@ class TrellisSession(Session):
             for source, record in zip(self.sources, self.survey.records, strict=True)
             if source.key in self.rotations.transposed
         }
-        return [
-            StreamJob.of(index, segments, self.sources, side, params, self.weights, flipped)
-            for index, segments in enumerate(layout)
-        ]
+        fed = {key for key, rows in self.rows.items() if isinstance(rows, Feedback)}
+        jobs, index = [], 0
+        for streams in streams_together(layout, self.sources, fed):
+            jobs.append(StreamJob.of(index, streams, self.sources, side, params, self.weights, flipped, self.rows))
+            index += len(streams)
+        return jobs
 
     def finish(self, level: float, pieces: Sequence[StreamPiece]) -> Streams:
         """The streams in order, and before them what they share."""
@@ -98,7 +120,8 @@ class TrellisSession(Session):
         mixed = frozenset(piece.index for piece in ordered if piece.about.is_mixed)
         side = replace(self._side(level), mixed=mixed)
         shared = write_side(side, self.sources, len(ordered))
-        return Streams(shared, [piece.data for piece in ordered], sizes, (MIXING,) if mixed else ())
+        features = [name for name, used in ((MIXING, mixed), (ROWS, side.row_kinds)) if used]
+        return Streams(shared, [piece.data for piece in ordered], sizes, tuple(features))
 
     def draft(self, level: float) -> Draft:
         """From some rows of every large tensor, with few states; the rows are read once and kept in memory."""
@@ -106,13 +129,16 @@ class TrellisSession(Session):
             most = _draft_weights([source.n_weights for source in self.sources])
             for source, record, n in zip(self.sources, self.survey.records, most, strict=True):
                 matrix = as_matrix(self.weights.coded(source.key), record)
-                self._drafted[source.key] = _some_rows(matrix, n, source.key in self.rotations.transposed)
+                self._draft_from(source.key, matrix, n)
         sources = [
             replace(source, rows=self._drafted[source.key].shape[0], columns=self._drafted[source.key].shape[1])
             for source in self.sources
         ]
         params = replace(self._params(level), n_states=min(self._n_states, DRAFT_STATES))
-        encoded = encode(sources, self._drafted.__getitem__, params, self.rotations, self.steps.at(level), n_threads())
+        encoded = encode(
+            sources, self._drafted.__getitem__, params, self.rotations, self.steps.at(level), n_threads(),
+            second_order=self._drafted_rows,
+        )  # fmt: skip
         n_bytes, error, energy = float(len(encoded.side)), 0.0, 0.0
         for source in self.sources:
             rows = self._drafted[source.key]
@@ -124,6 +150,16 @@ class TrellisSession(Session):
         return Draft(
             n_bytes / (1 + SAMPLING_EXCESS * is_sample), error / energy / (1 + DRAFT_EXCESS) if energy else 0.0
         )
+
+    def _draft_from(self, key: str, matrix: Matrix, n_weights: int) -> None:
+        """Keep what drafts look at of a tensor: some of its rows, or of its outputs where errors are fed forward."""
+        rows = self.rows.get(key)
+        is_fed = isinstance(rows, Feedback)
+        axis = int((key in self.rotations.transposed) != is_fed)
+        chosen = _spread_out(matrix, n_weights, axis)
+        self._drafted[key] = np.ascontiguousarray(np.take(matrix, chosen, axis))
+        if rows is not None:
+            self._drafted_rows[key] = rows if is_fed else replace(rows, steps=rows.steps[chosen])
 
     @property
     def _n_weights(self) -> int:
@@ -138,7 +174,8 @@ class TrellisSession(Session):
         return TrellisParams(level, self._n_states, RATE_WEIGHT, mixing_gain=gain)
 
     def _side(self, level: float) -> Side:
-        return make_side(self.sources, self._params(level), self.rotations, self.steps.at(level))
+        kinds = {key: kind_of(rows) for key, rows in self.rows.items()}
+        return make_side(self.sources, self._params(level), self.rotations, self.steps.at(level), kinds)
 
 
 class WholeMatrix:
@@ -172,13 +209,15 @@ class StreamFacts:
 
 @dataclass(frozen=True)
 class StreamJob:
-    """Encode one stream. It knows the sources, steps and rotations of its own segments only.
+    """Encode one stream, or all those of one source whose errors are fed forward from one to the next.
 
-    `segments` count among `sources`, which are those of this stream; `flipped` has the matrices that are coded
-    transposed, of which no range of rows would do.
+    It knows the sources, steps, rows and rotations of its own segments only. `segments` count among `sources`, which
+    are those of these streams; `flipped` has the matrices that are coded transposed, of which no range of rows would
+    do. `index` is the first stream's; with several streams every segment is one.
     """
 
     index: int
+    n_streams: int
     segments: tuple[Segment, ...]
     sources: tuple[Source, ...]
     steps: tuple[np.float32, ...]
@@ -186,29 +225,35 @@ class StreamJob:
     params: TrellisParams
     weights: Weights
     flipped: Mapping[str, WholeMatrix]
+    rows: Mapping[str, RowSteps]
 
     @classmethod
     def of(
         cls,
         index: int,
-        segments: Sequence[Segment],
+        streams: Sequence[Sequence[Segment]],
         sources: Sequence[Source],
         side: Side,
         params: TrellisParams,
         weights: Weights,
         flipped: Mapping[str, WholeMatrix],
+        rows: Mapping[str, RowSteps],
     ) -> StreamJob:
-        """The job of a stream of the whole checkpoint's layout."""
-        own = tuple(sources[segment.source] for segment in segments)
+        """The job of a stream of the whole checkpoint's layout, or of some that belong together."""
+        segments = [segment for stream in streams for segment in stream]
+        places = list(dict.fromkeys(segment.source for segment in segments))
+        own = tuple(sources[place] for place in places)
         return cls(
             index,
-            tuple(replace(segment, source=i) for i, segment in enumerate(segments)),
+            len(streams),
+            tuple(replace(segment, source=places.index(segment.source)) for segment in segments),
             own,
-            tuple(side.step_of(segment.source) for segment in segments),
+            tuple(map(side.step_of, places)),
             side.rotations.only([source.key for source in own]),
             params,
             weights,
             {source.key: flipped[source.key] for source in own if source.key in flipped},
+            {source.key: rows[source.key] for source in own if source.key in rows},
         )
 
     @property
@@ -223,16 +268,33 @@ class StreamJob:
 
     @property
     def n_bytes(self) -> int:
-        """The weights in float32, what the search knows of them, and levels; a matrix read as a whole not counted."""
-        return 16 * self.n_weights
+        """The weights in float32, what the search knows of them, and levels; a matrix read as a whole not counted.
 
-    def run(self, device: torch.device) -> StreamPiece:  # noqa: ARG002 - the search runs on the CPU
-        """The stream."""
+        What is fed forward takes three matrices of its own.
+        """
+        factors = [rows.moments.size for rows in self.rows.values() if isinstance(rows, Feedback)]
+        return 16 * self.n_weights + 12 * max(factors, default=0)
+
+    def run(self, device: torch.device) -> StreamPiece | list[StreamPiece]:  # noqa: ARG002 - the CPU searches
+        """The stream, or the streams."""
+        with lone_blas() if self.rows else nullcontext():
+            if self.n_streams == 1:
+                return self._piece(self.index, self._stream(), self.sources)
+            whole = Segment(0, self.segments[0].start, self.segments[-1].stop)
+            coded = encode_split(
+                self._in_steps(whole), self.segments, self.sources, self.params, self.rotations, self.rows
+            )
+        return [self._piece(self.index + i, stream, self.sources) for i, stream in enumerate(coded)]
+
+    def _stream(self) -> EncodedStream:
         matrices = [self._in_steps(segment) for segment in self.segments]
         importances = [self._importance(segment) for segment in self.segments]
-        stream = encode_stream(matrices, self.segments, self.sources, self.params, self.rotations, importances)
-        lengths = tuple((source.key, n) for source, n in zip(self.sources, stream.lengths, strict=True))
-        return StreamPiece(self.index, stream.data, StreamFacts(stream.is_mixed, lengths))
+        return encode_stream(matrices, self.segments, self.sources, self.params, self.rotations, importances, self.rows)
+
+    @staticmethod
+    def _piece(index: int, stream: EncodedStream, sources: Sequence[Source]) -> StreamPiece:
+        lengths = tuple((source.key, n) for source, n in zip(sources, stream.lengths, strict=True))
+        return StreamPiece(index, stream.data, StreamFacts(stream.is_mixed, lengths))
 
     def _in_steps(self, segment: Segment) -> Matrix:
         """The segment's weights in steps, as they are coded."""
@@ -262,11 +324,10 @@ def _draft_weights(sizes: Sequence[int]) -> list[int]:
     return [min(size, int(max(share * size, least))) for size in sizes]
 
 
-def _some_rows(matrix: Matrix, n_weights: int, is_transposed: bool) -> Matrix:
-    """Evenly spread rows (columns where the matrix is coded transposed), about `n_weights` weights, as a copy."""
+def _spread_out(matrix: Matrix, n_weights: int, axis: int) -> NDArray[np.int64]:
+    """Evenly spread places along an axis, about `n_weights` weights; all of a matrix of no more."""
+    size = matrix.shape[axis]
     if matrix.size <= n_weights:
-        return matrix.copy()
-    axis = 1 if is_transposed else 0
-    n_rows = max(1, n_weights * matrix.shape[axis] // matrix.size)
-    chosen = np.linspace(0, matrix.shape[axis] - 1, n_rows).astype(np.int64)
-    return np.ascontiguousarray(np.take(matrix, chosen, axis))
+        return np.arange(size)
+    n = max(1, n_weights * size // matrix.size)
+    return np.linspace(0, size - 1, n).astype(np.int64)

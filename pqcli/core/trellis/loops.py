@@ -1,9 +1,10 @@
 """The loops of the trellis codec, compiled: the entropy coding of levels, and what decoding undoes.
 
-Shapes: weights (rows, columns) float32 in units of the step; levels (rows, columns) int32; labels (columns,) uint8,
-1 where the odd set is pure. `next_state (n_states, 2)` is the trellis; `reconstruction (3, N_POINTS)` float32 is
-indexed by *set*: 0 the even levels, 1 the odd levels and zero, 2 the odd levels alone. A state's low bit says whether
-its weight takes an even or an odd level, see `pqcli.core.trellis`.
+Shapes: weights (rows, columns) float32 in units of the step; levels (rows, columns) int32; labels (columns,) and
+row_labels (rows,) uint8, either of them 1 where the odd set is pure. The trellis starts anew every `run_rows` rows;
+`next_state (n_states, 2)` is its table. `reconstruction (3, N_POINTS)` float32 is indexed by *set*: 0 the even levels,
+1 the odd levels and zero, 2 the odd levels alone. A state's low bit says whether its weight takes an even or an odd
+level, see `pqcli.core.trellis`.
 """
 
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, check-untyped-defs=False
@@ -20,7 +21,13 @@ from pqcli.core.entropy.rangecoder import adapt, code_bit
 RUN_COLUMNS = 4096
 """The trellis starts anew in state 0 at every multiple of this column ..."""
 RUN_LENGTH = 2048
-"""... and at every `max(1, RUN_LENGTH // columns)` rows: runs are long, so that starts are rare, and independent."""
+"""... and at every `run_rows` rows: runs are long, so that starts are rare, and independent."""
+
+
+def run_rows(n_columns: int) -> int:
+    """Rows of a run, unless every row is one."""
+    return max(1, RUN_LENGTH // max(1, n_columns))
+
 
 N_POINTS = 8
 """Reconstruction points kept per set; a larger level stands for itself."""
@@ -122,7 +129,9 @@ def code_tail(encoding, index, n, shift, low, span, code, position, length, buff
 
 
 @kernel
-def code_levels(encoding, levels, labels, period, scale0, next_state, models, rates, window, buffer):
+def code_levels(
+    encoding, levels, labels, row_labels, run_rows, period, scale0, next_state, models, rates, window, buffer
+):
     """Write or read the levels of one matrix; False when what is read cannot be a stream.
 
     Contexts are backward-adaptive: the expected magnitude of a level is the running mean of its column times the
@@ -130,7 +139,6 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
     (column modulo `period`), a phase from `scale0`; all in 1/4096.
     """
     n_rows, n_columns = levels.shape
-    run_rows = max(1, RUN_LENGTH // max(1, n_columns))
     n_states = next_state.shape[0]
     low, span, code, position, length = window[0], window[1], window[2], window[3], window[4]
     column_mean = np.zeros(n_columns, np.int64)
@@ -153,7 +161,7 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
             scale = _scale_class(mean * met // expected)
             shift = max(0, (scale - LARGE_CLASS) >> 2)
             parity = state & 1
-            label = labels[j]
+            label = labels[j] | row_labels[r]
             context = (scale * 3 + parity + (parity & label)) * N_UNARY
             level = np.int64(0)
             index = np.int64(0)
@@ -210,10 +218,9 @@ def code_levels(encoding, levels, labels, period, scale0, next_state, models, ra
 
 
 @kernel
-def dequantize(levels, labels, next_state, reconstruction, weights):
+def dequantize(levels, labels, row_labels, run_rows, next_state, reconstruction, weights):
     """weights[r, j] = the reconstruction point of levels[r, j], walking the trellis as the coder does."""
     n_rows, n_columns = levels.shape
-    run_rows = max(1, RUN_LENGTH // max(1, n_columns))
     state = 0
     for r in range(n_rows):
         if r % run_rows == 0:
@@ -223,19 +230,19 @@ def dequantize(levels, labels, next_state, reconstruction, weights):
                 state = 0
             level = np.int64(levels[r, j])
             parity = state & 1
+            label = labels[j] | row_labels[r]
             magnitude = abs(level)
             value = np.float32(magnitude)
             if magnitude < N_POINTS:
-                value = reconstruction[parity + (parity & labels[j]), magnitude]
+                value = reconstruction[parity + (parity & label), magnitude]
             weights[r, j] = -value if level < 0 else value
-            state = next_state[state, branch(level, parity, labels[j])]
+            state = next_state[state, branch(level, parity, label)]
 
 
 @kernel
-def sets(levels, labels, next_state, which):
+def sets(levels, labels, row_labels, run_rows, next_state, which):
     """which[r, j] = the set that levels[r, j] comes from, walking the trellis as the coder does."""
     n_rows, n_columns = levels.shape
-    run_rows = max(1, RUN_LENGTH // max(1, n_columns))
     state = 0
     for r in range(n_rows):
         if r % run_rows == 0:
@@ -244,8 +251,9 @@ def sets(levels, labels, next_state, which):
             if j % RUN_COLUMNS == 0 and j > 0:
                 state = 0
             parity = state & 1
-            which[r, j] = parity + (parity & labels[j])
-            state = next_state[state, branch(np.int64(levels[r, j]), parity, labels[j])]
+            label = labels[j] | row_labels[r]
+            which[r, j] = parity + (parity & label)
+            state = next_state[state, branch(np.int64(levels[r, j]), parity, label)]
 
 
 @kernel
@@ -255,6 +263,15 @@ def scale_up(weights, step):
     for r in range(weights.shape[0]):
         for j in range(weights.shape[1]):
             weights[r, j] = min(max(weights[r, j] * step, -largest), largest)
+
+
+@kernel
+def scale_rows(weights, steps):
+    """Multiply every row by its step, as `scale_up` does."""
+    largest = np.float32(3.4028234663852886e38)
+    for r in range(weights.shape[0]):
+        for j in range(weights.shape[1]):
+            weights[r, j] = min(max(weights[r, j] * steps[r], -largest), largest)
 
 
 def initial_models() -> NDArray[np.int32]:

@@ -32,7 +32,6 @@ from pqcli.core.trellis.loops import (
     N_CLASSES,
     N_UNARY,
     RUN_COLUMNS,
-    RUN_LENGTH,
     branch,
     code_tail,
     index_of,
@@ -118,8 +117,8 @@ def _three_signs(a, b, c, factor):
 
 @kernel
 def code_levels_mixed(
-    encoding, levels, labels, period, scale0, next_state, models, weights, all_shares, all_taps, seen, guesses, rates,
-    window, buffer,
+    encoding, levels, labels, row_labels, run_rows, period, scale0, next_state, models, weights, all_shares, all_taps,
+    seen, guesses, rates, window, buffer,
 ):  # fmt: skip
     """Write or read the levels of one matrix; False when what is read cannot be a stream. See `code_levels`.
 
@@ -128,7 +127,6 @@ def code_levels_mixed(
     n_rows, n_columns = levels.shape
     is_convolution = 1 if period > 1 else 0
     shares, taps = all_shares[is_convolution], all_taps[is_convolution]
-    run_rows = max(1, RUN_LENGTH // max(1, n_columns))
     low, span, code, position, length = window[0], window[1], window[2], window[3], window[4]
     column_mean = np.zeros(n_columns, np.int64)
     column_count = np.full(n_columns, 2, np.int64)
@@ -219,7 +217,7 @@ def code_levels_mixed(
 
             shift = max(0, (scale - LARGE_CLASS) >> 2)
             parity = state & 1
-            label = labels[j]
+            label = labels[j] | row_labels[r]
             which = (parity + (parity & label)) * N_UNARY
             a = plain_scale * _PER_CLASS + which
             b = _BY_GUESS + (scale * _N_GUESSES + min(max((sure >> 7) + 5, 0), _N_GUESSES - 1)) * _PER_CLASS + which

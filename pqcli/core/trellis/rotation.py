@@ -86,11 +86,18 @@ class Rotations:
         return Rotations(tuple(self.items[i] for i in used), use, self.transposed.intersection(keys))
 
 
-def fit_rotations(sources: Sequence[Source], read: Reader, steps: Mapping[str, float], n_threads: int = 2) -> Rotations:
+def fit_rotations(
+    sources: Sequence[Source],
+    read: Reader,
+    steps: Mapping[str, float],
+    n_threads: int = 2,
+    row_steps: Mapping[str, NDArray[np.float64]] | None = None,
+) -> Rotations:
     """The rotations that pay for themselves when source `key` is quantized with step `steps[key]`.
 
     `read(key)` is called once per source that can be rotated, by up to `n_threads` threads at a time where tensors are
-    small. The answer does not depend on `n_threads`.
+    small. The answer does not depend on `n_threads`. Sources in `row_steps`, which are those of rows relative to the
+    source's, are not transposed.
     """
     items: list[Rotation] = []
     use: dict[str, int] = {}
@@ -100,7 +107,10 @@ def fit_rotations(sources: Sequence[Source], read: Reader, steps: Mapping[str, f
     def look_at(source: Source) -> _Own | _Pooled | None:
         step = np.float32(steps[source.key])
         if source.kernel == 1:
-            return _own(read(source.key), step)
+            own = (row_steps or {}).get(source.key)
+            if own is None:
+                return _own(read(source.key), step)
+            return _own(read(source.key) / own.astype(np.float32)[:, None], step, may_transpose=False)
         vectors = (read(source.key) / step).reshape(-1, source.kernel)
         return _Pooled(_gram(vectors), len(vectors))
 
@@ -208,7 +218,7 @@ def _pooled(members: Sequence[tuple[NDArray[np.float64], int]]) -> Rotation | No
     return _quantize(vectors[:, :k], energies[:k], float(np.mean(energies[k:])) / n_vectors)
 
 
-def _own(weights: Matrix, step: np.float32) -> _Own | None:
+def _own(weights: Matrix, step: np.float32, *, may_transpose: bool = True) -> _Own | None:
     """The leading directions of the columns, or of the rows, of one matrix, if they pay."""
     n_rows, n_columns = weights.shape
     stride = -(-n_rows // _GRAM_ROWS)
@@ -223,7 +233,7 @@ def _own(weights: Matrix, step: np.float32) -> _Own | None:
     for transpose, vectors in ((False, right), (True, left)):
         matrix = sample.T if transpose else sample
         size = matrix.shape[1]
-        if size > _MAX_OWN_SIZE or (transpose and stride > 1):
+        if size > _MAX_OWN_SIZE or (transpose and (stride > 1 or not may_transpose)):
             continue
         n_vectors = n_rows if not transpose else n_columns
         for k, rate in _trial_rates(matrix, vectors, energies):

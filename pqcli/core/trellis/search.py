@@ -16,8 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.core.importance import Importance
+from pqcli.core.trellis.feedback import Feeding, Filled, fill
 from pqcli.core.trellis.loops import N_CLASSES, N_POINTS, RUN_LENGTH
 from pqcli.core.trellis.params import LABEL_GROUP, TrellisParams, next_states
+from pqcli.core.trellis.rows import RowKind, Rows
+from pqcli.core.trellis.stream_fields import rounded_points
 from pqcli.core.trellis.viterbi import Costs, Search
 from pqcli.core.trellis.viterbi_loops import LANES, N_COSTS, gather
 
@@ -31,11 +34,17 @@ _TRIAL_SHARE = 4
 """Trial passes look at one run in four ..."""
 _TRIAL_ALL_BELOW = 1 << 18
 """... unless the stream has no more weights than this."""
+_TRIAL_COLUMNS = 256
+"""Where errors are fed forward, one column in four, unless there are fewer than these."""
 
 
 @dataclass
 class Block:
-    """One segment on its way through the encoder: rotated weights in steps, and what the search knows of them."""
+    """One segment on its way through the encoder: rotated weights in steps, and what the search knows of them.
+
+    With `feedback`, the segment is all of a source, and the search overwrites `weights` by what it quantizes in the
+    end, `row_scale`, and the labels of rows; `unfed` are the weights in steps of the source.
+    """
 
     weights: Matrix
     period: int
@@ -43,26 +52,51 @@ class Block:
     row_scale: Matrix
     column_scale: Matrix
     levels: NDArray[np.int32]
+    rows: Rows
+    feedback: Feeding | None = None
+    unfed: Matrix | None = None
     importance: Importance | None = None
 
+    def unscaled(self) -> Matrix:
+        """The weights in steps of the source."""
+        if self.unfed is not None:
+            return self.unfed
+        if self.rows.kind == RowKind.PLAIN:
+            return self.weights
+        return self.weights * self.rows.steps(np.float32(1))[:, None]
 
-def block(weights: Matrix, period: int, importance: Importance | None = None) -> Block:
-    """Scales by row and by column (shrunk towards their mean, as they are estimates), and the labels they suggest."""
+
+def block(
+    weights: Matrix,
+    period: int,
+    rows: Rows,
+    feedback: Feeding | None = None,
+    importance: Importance | None = None,
+) -> Block:
+    """Scales by row and by column (shrunk towards their mean, as they are estimates), and the labels they suggest.
+
+    Takes weights in steps of the source, and divides them by those of rows.
+    """
+    unfed = weights
+    if rows.kind != RowKind.PLAIN:
+        weights = weights / rows.steps(np.float32(1))[:, None]
     n_rows, n_columns = weights.shape
     squares = np.square(weights, dtype=np.float64)
     mean = float(squares.mean())
-    rows = (squares.sum(axis=1) + 4 * mean) / (n_columns + 4)
+    row_means = (squares.sum(axis=1) + 4 * mean) / (n_columns + 4)
     columns = squares.mean(axis=0)
     phases = columns.reshape(-1, period).mean(axis=0)
     shrunk = (columns * n_rows + 8 * np.tile(phases, n_columns // period)) / (n_rows + 8)
     if period > 1:
         labels = np.tile(np.sqrt(phases) > _PURE_ABOVE, n_columns // period)
+    elif rows.kind == RowKind.LONE:
+        labels = np.zeros(n_columns, bool)
     else:
         starts = np.arange(0, n_columns, LABEL_GROUP)
         groups = np.add.reduceat(columns, starts) / np.minimum(LABEL_GROUP, n_columns - starts)
         labels = np.repeat(np.sqrt(groups) > _PURE_ABOVE, LABEL_GROUP)[:n_columns]
     tiny = 1e-30
-    row_scale = 2 * np.log2(np.maximum(rows, tiny) / max(mean, tiny))
+    row_scale = 2 * np.log2(np.maximum(row_means, tiny) / max(mean, tiny))
     column_scale = 2 * np.log2(np.maximum(shrunk, tiny)) + 24
     return Block(
         weights,
@@ -71,12 +105,19 @@ def block(weights: Matrix, period: int, importance: Importance | None = None) ->
         row_scale.astype(np.float32),
         column_scale.astype(np.float32),
         np.zeros(weights.shape, np.int32),
+        rows,
+        feedback,
+        unfed if feedback else None,
         importance,
     )
 
 
 def search(blocks: Sequence[Block], params: TrellisParams) -> Matrix:
-    """Fill in the blocks' levels; the reconstruction points (3, N_POINTS) that fit them."""
+    """Fill in the blocks' levels; the reconstruction points (3, N_POINTS) that fit them.
+
+    Where errors are fed forward, they are errors of points known beforehand: those that the trial passes found.
+    """
+    feeds = any(block.feedback for block in blocks)
     prior = prior_probabilities(N_CLASSES, N_COSTS)
     scale = 2.0 ** ((np.arange(N_CLASSES) + 0.5) / 4 - 6)
     slope = np.minimum(2.0 / scale, 4.0).astype(np.float32)
@@ -85,33 +126,61 @@ def search(blocks: Sequence[Block], params: TrellisParams) -> Matrix:
     trial = [_sample(block) for block in blocks] if sum(b.weights.size for b in blocks) > _TRIAL_ALL_BELOW else blocks
     schedule = [(trial, _TRIAL_STATES)] * _TRIAL_PASSES + [(blocks, params.n_states)]
     for some, n_states in schedule:
+        used = points
         next_state = next_states(n_states)
         viterbi = Search(costs, next_state)
         counts = np.zeros((N_CLASSES, 3, N_COSTS))
         sums = np.zeros((3, N_POINTS, 2))
         for block in some:
             scales = block.row_scale, block.column_scale
-            viterbi.fill(block.weights, *scales, block.labels, block.levels, block.importance)
-            gather(block.weights, *scales, block.levels, block.labels, next_state, counts, sums)
+            if block.feedback:
+                _fill_feeding(block, block.feedback, costs, next_state)
+            else:
+                viterbi.fill(block.weights, *scales, block.labels, block.levels, block.importance)
+            run = block.rows.run_rows(block.weights.shape[1])
+            labels = block.labels, block.rows.labels
+            gather(block.weights, *scales, block.levels, *labels, run, next_state, counts, sums)
         seen = counts.copy()
         seen[1:] += 0.25 * counts[:-1]
         seen[:-1] += 0.25 * counts[1:]
         means = sums[..., 0] / np.maximum(sums[..., 1], 1)
         points = np.where(sums[..., 1] > 20, means, np.arange(N_POINTS)).astype(np.float32)
+        if feeds:
+            points = rounded_points(points)
         costs = Costs(bits_of(seen + 20 * prior), slope, points, params.rate_weight)
-    return costs.points
+    return used if feeds else points
+
+
+def _fill_feeding(block: Block, feedback: Feeding, costs: Costs, next_state: NDArray[np.int64]) -> None:
+    """The levels of a block that feeds errors forward, and all else that follows from how it did."""
+    if block.unfed is None:
+        raise ValueError("feedback without the weights that it starts from")
+    steps = block.rows.steps(np.float32(1))
+    found = Filled(block.levels, block.weights, block.row_scale, block.rows.labels)
+    fill(block.unfed, steps, feedback, block.column_scale, costs, next_state, found)
 
 
 def _sample(block: Block) -> Block:
-    """Every fourth batch of runs of a block, the first among them."""
+    """Every fourth batch of runs of a block, the first among them; with feedback every fourth column."""
     n_rows, n_columns = block.weights.shape
+    if block.feedback and block.unfed is not None:
+        chosen = slice(0, None, _TRIAL_SHARE if n_columns >= _TRIAL_COLUMNS else 1)
+        unfed = np.ascontiguousarray(block.unfed[:, chosen])
+        return replace(
+            block,
+            weights=np.empty_like(unfed),
+            levels=np.zeros(unfed.shape, np.int32),
+            unfed=unfed,
+            labels=block.labels[chosen],
+            column_scale=block.column_scale[chosen],
+        )
     height = max(1, RUN_LENGTH // n_columns) * LANES
     rows = np.flatnonzero((np.arange(n_rows) // height) % _TRIAL_SHARE == 0)
     weights = np.ascontiguousarray(block.weights[rows])
-    importance = block.importance and replace(block.importance, rows=block.importance.rows[rows])
-    return Block(
-        weights, block.period, block.labels, block.row_scale[rows], block.column_scale,
-        np.zeros(weights.shape, np.int32), importance,
+    return replace(
+        block, weights=weights, row_scale=block.row_scale[rows], levels=np.zeros(weights.shape, np.int32),
+        rows=Rows(block.rows.kind, block.rows.exponents[rows], block.rows.labels[rows]),
+        importance=block.importance and replace(block.importance, rows=block.importance.rows[rows]),
     )  # fmt: skip
 
 

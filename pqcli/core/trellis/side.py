@@ -16,6 +16,7 @@ from pqcli.core.trellis import slots
 from pqcli.core.trellis.loops import code_levels
 from pqcli.core.trellis.params import LARGEST_STEP, N_STATES, WEIGHTS_PER_BYTE, TrellisParams, next_states
 from pqcli.core.trellis.rotation import Rotation, Rotations
+from pqcli.core.trellis.rows import OCTAVE_STEPS, RowKind, step_of
 from pqcli.core.trellis.slots import SideSlots
 from pqcli.core.trellis.sources import Source
 from pqcli.core.trellis.streams import Segment, period, stream_layout, width
@@ -24,8 +25,8 @@ _HEADER = struct.Struct("<fBB")
 """Step, log2 of the number of states, log2 of the weights per stream."""
 _MIXES = 1 << 7
 """In the header's second byte: some streams are coded by mixing."""
-_OCTAVE_STEPS = 8
-_RATIOS = tuple(float(np.float32(2.0 ** (i / _OCTAVE_STEPS))) for i in range(_OCTAVE_STEPS))
+_HAS_ROWS = 1 << 6
+"""Likewise: rows of some sources have steps of their own."""
 _LEAST_EXPONENT, _LARGEST_EXPONENT = -2048, 2047
 _MAX_RANK = 256
 _MAX_PRECISION = 30
@@ -37,7 +38,8 @@ class Side:
     """What the sources of a set of streams are coded with.
 
     `exponents` gives the step of each source: step * 2^(exponent / 8). `mixed` holds the numbers of the streams whose
-    levels are coded by mixing, which the encoder knows only when all are coded.
+    levels are coded by mixing, which the encoder knows only when all are coded. `row_kinds` tells of every source what
+    its rows have of their own; empty where none has any.
     """
 
     step: float
@@ -46,23 +48,34 @@ class Side:
     exponents: tuple[int, ...]
     rotations: Rotations
     mixed: frozenset[int] = frozenset()
+    row_kinds: tuple[RowKind, ...] = ()
 
     def step_of(self, index: int) -> np.float32:
         """The step of source number `index`, in defined arithmetic."""
-        octave, eighth = divmod(self.exponents[index], _OCTAVE_STEPS)
-        return np.float32(np.ldexp(float(np.float32(self.step)) * _RATIOS[eighth], octave))
+        return step_of(self.step, self.exponents[index])
+
+    def row_kind(self, index: int) -> RowKind:
+        """What the rows of source number `index` have of their own."""
+        return self.row_kinds[index] if self.row_kinds else RowKind.PLAIN
 
 
 def make_side(
-    sources: Sequence[Source], params: TrellisParams, rotations: Rotations, steps: Mapping[str, float] | None = None
+    sources: Sequence[Source],
+    params: TrellisParams,
+    rotations: Rotations,
+    steps: Mapping[str, float] | None = None,
+    row_kinds: Mapping[str, RowKind] | None = None,
 ) -> Side:
     """The side information for sources with steps of their own (None: `params.step`), rounded to eighths of octaves."""
     exponents = tuple(_exponent(params.step, (steps or {}).get(source.key, params.step)) for source in sources)
-    return Side(params.step, params.n_states, params.stream_weights, exponents, rotations)
+    kinds = tuple((row_kinds or {}).get(source.key, RowKind.PLAIN) for source in sources)
+    return Side(
+        params.step, params.n_states, params.stream_weights, exponents, rotations, row_kinds=kinds if any(kinds) else ()
+    )
 
 
 def _exponent(step: float, own: float) -> int:
-    return int(np.clip(round(_OCTAVE_STEPS * float(np.log2(own / step))), _LEAST_EXPONENT, _LARGEST_EXPONENT))
+    return int(np.clip(round(OCTAVE_STEPS * float(np.log2(own / step))), _LEAST_EXPONENT, _LARGEST_EXPONENT))
 
 
 def write_side(side: Side, sources: Sequence[Source], n_streams: int) -> bytes:
@@ -72,7 +85,10 @@ def write_side(side: Side, sources: Sequence[Source], n_streams: int) -> bytes:
     _code_fields(coder, side, sources)
     if side.mixed:
         _code_mixed(coder, side.mixed, n_streams)
-    log_states = side.n_states.bit_length() - 1 | (_MIXES if side.mixed else 0)
+    if side.row_kinds:
+        _code_row_kinds(coder, side.row_kinds, len(sources))
+    flags = (_MIXES if side.mixed else 0) | (_HAS_ROWS if side.row_kinds else 0)
+    log_states = side.n_states.bit_length() - 1 | flags
     return _HEADER.pack(side.step, log_states, side.stream_weights.bit_length() - 1) + coder.finish()
 
 
@@ -84,7 +100,7 @@ def parse_side(data: bytes, sources: Sequence[Source], n_streams: int) -> tuple[
     if len(data) < _HEADER.size:
         raise ValueError(f"side information of {len(data)} bytes")
     step, log_states, log_weights = _HEADER.unpack_from(data)
-    log_states &= ~_MIXES
+    log_states &= ~(_MIXES | _HAS_ROWS)
     if not 0.0 < step <= LARGEST_STEP:
         raise ValueError(f"step {step}")
     if 1 << min(log_states, 30) not in N_STATES:
@@ -98,6 +114,8 @@ def parse_side(data: bytes, sources: Sequence[Source], n_streams: int) -> tuple[
         raise ValueError(f"{n_streams} streams where the shapes make {len(layout)}")
     if mixes(data):
         side = replace(side, mixed=_code_mixed(coder, frozenset(), n_streams))
+    if has_rows(data):
+        side = replace(side, row_kinds=_code_row_kinds(coder, (), len(sources)))
     coder.finish()
     return side, layout
 
@@ -105,6 +123,22 @@ def parse_side(data: bytes, sources: Sequence[Source], n_streams: int) -> tuple[
 def mixes(data: bytes) -> bool:
     """Whether the header of side information says that streams are coded by mixing."""
     return len(data) >= _HEADER.size and data[4] & _MIXES != 0
+
+
+def has_rows(data: bytes) -> bool:
+    """Whether the header of side information says that rows have steps of their own."""
+    return len(data) >= _HEADER.size and data[4] & _HAS_ROWS != 0
+
+
+def _code_row_kinds(coder: RangeCoder, kinds: Sequence[RowKind], n_sources: int) -> tuple[RowKind, ...]:
+    """What the rows of every source have of their own."""
+    found = []
+    for i in range(n_sources):
+        kind = coder.integer(SideSlots.ROW_KIND, int(kinds[i]) if coder.encoding else 0)
+        if kind > max(RowKind):
+            raise ValueError(f"rows of kind {kind}")
+        found.append(RowKind(kind))
+    return tuple(found)
 
 
 def _code_mixed(coder: RangeCoder, mixed: frozenset[int], n_streams: int) -> frozenset[int]:
@@ -163,9 +197,20 @@ def _code_rotation(
         precisions.append(last)
     levels = 2 * rotation.basis if rotation else np.zeros((k, size), np.int32)
     labels = np.ones(size, np.uint8)
-    one_state = next_states(1)
+    no_labels, one_state = np.zeros(k, np.uint8), next_states(1)
     if not code_levels(
-        coder.encoding, levels, labels, 1, 1 << 14, one_state, coder.models, RATES, coder.window, coder.buffer
+        coder.encoding,
+        levels,
+        labels,
+        no_labels,
+        k,
+        1,
+        1 << 14,
+        one_state,
+        coder.models,
+        RATES,
+        coder.window,
+        coder.buffer,
     ):
         raise ValueError("a basis entry is beyond all bounds")
     return Rotation(levels >> 1, tuple(precisions))

@@ -7,16 +7,18 @@ All arguments and results of the public functions can be pickled. Weights are th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.core.importance import Importance
 from pqcli.core.trellis import slots
-from pqcli.core.trellis.loops import scale_up, sets
+from pqcli.core.trellis.feedback import Feedback, RowSteps, kind_of
+from pqcli.core.trellis.loops import scale_rows, scale_up, sets
 from pqcli.core.trellis.params import WEIGHTS_PER_BYTE, TrellisParams, next_states
 from pqcli.core.trellis.rotation import Rotations, apply
+from pqcli.core.trellis.rows import RowKind, Rows, exponents_of
 from pqcli.core.trellis.search import Block, block, search
 from pqcli.core.trellis.side import Side
 from pqcli.core.trellis.sources import Source
@@ -54,21 +56,67 @@ def encode_stream(
     params: TrellisParams,
     rotations: Rotations,
     importances: Sequence[Importance | None] | None = None,
+    second_order: Mapping[str, RowSteps] | None = None,
 ) -> EncodedStream:
     """The stream that holds `weights`, for each segment its rows of the coded matrix in steps; they are overwritten.
 
-    `importances` has one for each segment (see `trellis.segment_importance`; None: all weights alike). Only what the
-    encoder chooses depends on it; no decoder needs it. Raises ValueError where a rotation mixes columns of different
-    importance.
+    `second_order` has, by key, the steps of rows and the feedback between them. A source with feedback must be in the
+    stream as a whole; see `encode_split`. `importances` has one for each segment (see `trellis.segment_importance`;
+    None: all weights alike). Only what the encoder chooses depends on it; no decoder needs it. Raises ValueError where
+    a rotation mixes columns of different importance, and for a source with both feedback and importance.
     """
-    blocks = []
-    for matrix, segment, importance in zip(weights, segments, importances or [None] * len(segments), strict=True):
-        source = sources[segment.source]
-        _check_importance(importance, matrix, source, rotations)
-        if source.key in rotations.use:
-            apply(matrix, rotations.items[rotations.use[source.key]], inverse=False)
-        blocks.append(block(matrix, period(source, rotations.transposed), importance))
+    blocks = [
+        _block(matrix, segment, sources, rotations, second_order or {}, importance)
+        for matrix, segment, importance in zip(weights, segments, importances or [None] * len(segments), strict=True)
+    ]
     return _smaller(blocks, search(blocks, params), params)
+
+
+def encode_split(
+    weights: Matrix,
+    segments: Sequence[Segment],
+    sources: Sequence[Source],
+    params: TrellisParams,
+    rotations: Rotations,
+    second_order: Mapping[str, RowSteps],
+) -> list[EncodedStream]:
+    """The streams, one a segment, of one source with feedback; `weights` is all of its coded matrix in steps."""
+    whole = Segment(segments[0].source, segments[0].start, segments[-1].stop)
+    block = _block(weights, whole, sources, rotations, second_order)
+    points = search([block], params)
+    return [_smaller([_part(block, segment)], points, params) for segment in segments]
+
+
+def _part(block: Block, segment: Segment) -> Block:
+    """Some rows of a block that has been searched."""
+    rows = slice(segment.start, segment.stop)
+    return replace(
+        block, weights=block.weights[rows], row_scale=block.row_scale[rows], levels=block.levels[rows],
+        rows=block.rows.part(segment.start, segment.stop),
+        unfed=None if block.unfed is None else block.unfed[rows],
+    )  # fmt: skip
+
+
+def _block(
+    matrix: Matrix,
+    segment: Segment,
+    sources: Sequence[Source],
+    rotations: Rotations,
+    second_order: Mapping[str, RowSteps],
+    importance: Importance | None = None,
+) -> Block:
+    source = sources[segment.source]
+    given = second_order.get(source.key)
+    _check_importance(importance, matrix, source, rotations)
+    if importance is not None and isinstance(given, Feedback):
+        raise ValueError(f"{source.key!r} has both feedback and importance")
+    if source.key in rotations.use:
+        apply(matrix, rotations.items[rotations.use[source.key]], inverse=False)
+    rows = Rows.empty(kind_of(given), len(matrix))
+    if given is not None:
+        rows.exponents[:] = exponents_of(given.steps[segment.start : segment.stop], given.grain)
+    feedback = given.feeding() if isinstance(given, Feedback) else None
+    return block(matrix, period(source, rotations.transposed), rows, feedback, importance)
 
 
 def _check_importance(importance: Importance | None, matrix: Matrix, source: Source, rotations: Rotations) -> None:
@@ -110,13 +158,16 @@ def _written(blocks: Sequence[Block], points: Matrix, params: TrellisParams, *, 
     errors, ends = [], []
     previous_class = 0
     for searched in blocks:
-        decoded = Decoded.empty(searched.levels, searched.labels, points, is_mixed=is_mixed)
+        decoded = Decoded.empty(searched.levels, searched.labels, points, searched.rows, is_mixed=is_mixed)
         previous_class = code_block(coder, code, decoded, searched.period, previous_class, next_state)
         if is_mixed:
-            decoded = code_shrinkage(coder, decoded, _best_shrinkage(decoded, searched.weights, next_state))
+            shrinkage = 0 if searched.feedback else _best_shrinkage(decoded, searched.weights, next_state)
+            decoded = code_shrinkage(coder, decoded, shrinkage)
         ends.append(int(coder.window[3]))
         difference = decoded.weights(next_state)
-        difference -= searched.weights
+        if searched.rows.kind != RowKind.PLAIN:
+            difference *= searched.rows.steps(np.float32(1))[:, None]
+        difference -= searched.unscaled()
         errors.append(float(np.sum(np.square(difference, dtype=np.float64))))
     data = coder.finish()
     ends[-1] = len(data)
@@ -162,7 +213,11 @@ def _weights(piece: _Piece, sources: Sequence[Source], side: Side) -> Matrix:
     weights = decoded.weights(next_states(side.n_states))
     if source.key in side.rotations.use:
         apply(weights, side.rotations.items[side.rotations.use[source.key]], inverse=True)
-    scale_up(weights, side.step_of(segment.source))
+    step = side.step_of(segment.source)
+    if decoded.rows.kind == RowKind.PLAIN:
+        scale_up(weights, step)
+    else:
+        scale_rows(weights, decoded.rows.steps(step))
     return weights
 
 
@@ -176,7 +231,15 @@ def count_stream(
 def _symbol_counts(piece: _Piece, side: Side) -> dict[int, int]:
     _, decoded = piece
     which = np.empty(decoded.levels.shape, np.uint8)
-    sets(decoded.levels, decoded.labels, next_states(side.n_states), which)
+    rows = decoded.rows
+    sets(
+        decoded.levels,
+        decoded.labels,
+        rows.labels,
+        rows.run_rows(len(decoded.labels)),
+        next_states(side.n_states),
+        which,
+    )
     return _counts(3 * decoded.levels.astype(np.int64) + which)
 
 
@@ -211,7 +274,8 @@ def _levels_of_stream(
     for segment, shape in zip(segments, shapes, strict=True):
         source = sources[segment.source]
         levels, labels = np.empty(shape, np.int32), np.empty(shape[1], np.uint8)
-        decoded = Decoded.empty(levels, labels, points, is_mixed=is_mixed)
+        rows = Rows.empty(side.row_kind(segment.source), shape[0])
+        decoded = Decoded.empty(levels, labels, points, rows, is_mixed=is_mixed)
         previous_class = code_block(
             coder, code, decoded, period(source, side.rotations.transposed), previous_class, next_state
         )

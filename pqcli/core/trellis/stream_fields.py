@@ -1,8 +1,8 @@
 """The fields of one stream, each written or read by one piece of code.
 
 A stream holds the reconstruction points of its sets, then segment by segment the class of its mean magnitude, its
-labels and its levels; levels that are coded by mixing are followed by the shrinkage, the share by which weights are
-moved towards what was guessed of them.
+labels, what its rows have of their own (`rows`) and its levels; levels that are coded by mixing are followed by the
+shrinkage, the share by which weights are moved towards what was guessed of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pqcli.core.entropy.rangecoder import RATES, RangeCoder
 from pqcli.core.trellis.loops import N_POINTS, code_levels, dequantize
 from pqcli.core.trellis.params import LABEL_GROUP
+from pqcli.core.trellis.rows import Rows, code_rows
 from pqcli.core.trellis.slots import StreamSlots
 
 Matrix = NDArray[np.float32]
@@ -32,17 +33,21 @@ class Decoded:
     labels: NDArray[np.uint8]
     points: Matrix
     guesses: NDArray[np.int32]
+    rows: Rows
     shrinkage: int = 0
 
     @classmethod
-    def empty(cls, levels: NDArray[np.int32], labels: NDArray[np.uint8], points: Matrix, *, is_mixed: bool) -> Decoded:
+    def empty(
+        cls, levels: NDArray[np.int32], labels: NDArray[np.uint8], points: Matrix, rows: Rows, *, is_mixed: bool
+    ) -> Decoded:
         """A segment with room for guesses where there will be some."""
-        return cls(levels, labels, points, np.zeros(levels.shape if is_mixed else (0, 0), np.int32))
+        return cls(levels, labels, points, np.zeros(levels.shape if is_mixed else (0, 0), np.int32), rows)
 
     def weights(self, next_state: NDArray[np.int64]) -> Matrix:
-        """The weights in steps: the points of the levels, moved towards what was guessed of them."""
+        """The weights in steps of their rows: the points of the levels, moved towards what was guessed of them."""
         weights = np.empty(self.levels.shape, np.float32)
-        dequantize(self.levels, self.labels, next_state, self.points, weights)
+        run = self.rows.run_rows(len(self.labels))
+        dequantize(self.levels, self.labels, self.rows.labels, run, next_state, self.points, weights)
         if self.shrinkage:
             from pqcli.core.trellis.mixing_loops import shrink
 
@@ -69,6 +74,13 @@ def code_points(coder: RangeCoder, points: Matrix) -> Matrix:
     return result
 
 
+def rounded_points(points: Matrix) -> Matrix:
+    """Reconstruction points as `code_points` gives them back to a reader, where sets hold the magnitude."""
+    magnitudes = np.arange(points.shape[1])
+    rounded = magnitudes + np.clip(np.round((points - magnitudes) * 256), -255, 255) / 256
+    return np.where(magnitudes > 0, rounded, 0).astype(np.float32)
+
+
 LevelCode = Callable[[Decoded, int, int, NDArray[np.int64]], bool]
 """(decoded, period, scale0, next_state): writes or reads a segment's levels; False where no stream can hold these."""
 
@@ -76,15 +88,18 @@ LevelCode = Callable[[Decoded, int, int, NDArray[np.int64]], bool]
 def level_code(coder: RangeCoder, *, is_mixed: bool) -> LevelCode:
     """The coder of one stream's levels; what it learns from one segment serves the next."""
     encoding, window, buffer = coder.encoding, coder.window, coder.buffer
+
+    def matrix(decoded: Decoded) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.uint8], int]:
+        rows, n_columns = decoded.rows, len(decoded.labels)
+        return decoded.levels, decoded.labels, rows.labels, rows.run_rows(n_columns)
+
     if not is_mixed:
-        return lambda decoded, *how: code_levels(
-            encoding, decoded.levels, decoded.labels, *how, coder.models, RATES, window, buffer
-        )
+        return lambda decoded, *how: code_levels(encoding, *matrix(decoded), *how, coder.models, RATES, window, buffer)
     from pqcli.core.trellis.mixing_loops import Mixing, code_levels_mixed
 
     mixing = Mixing.fresh()
     return lambda decoded, *how: code_levels_mixed(
-        encoding, decoded.levels, decoded.labels, *how, *mixing, decoded.guesses, RATES, window, buffer
+        encoding, *matrix(decoded), *how, *mixing, decoded.guesses, RATES, window, buffer
     )
 
 
@@ -104,7 +119,7 @@ def code_block(
     previous_class: int,
     next_state: NDArray[np.int64],
 ) -> int:
-    """Write or read one segment: the class of its mean magnitude, its labels, its levels.
+    """Write or read one segment: the class of its mean magnitude, its labels, what rows have, its levels.
 
     The class that is returned is what the next segment's is coded relative to.
     """
@@ -126,6 +141,7 @@ def code_block(
         labels[start:stop] = previous
     if period > 1:
         labels[:] = np.tile(labels[:period], n_columns // period)
+    code_rows(coder, decoded.rows)
     octave, quarter = divmod(scale_class, 4)
     scale0 = ((4096, 4871, 5793, 6889)[quarter] << 6 >> (6 - octave)) if octave < 6 else 4096 << octave
     if not code(decoded, period, scale0, next_state):

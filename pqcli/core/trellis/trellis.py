@@ -20,7 +20,8 @@ large tensor, or several small tensors. How, follows from the shapes alone (`str
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -29,7 +30,9 @@ from numpy.typing import NDArray
 
 from pqcli.core.importance import Importance
 from pqcli.core.lookahead import in_order
+from pqcli.core.threads import lone_blas
 from pqcli.core.trellis import side as side_information
+from pqcli.core.trellis.feedback import Feedback, RowSteps, kind_of
 from pqcli.core.trellis.params import TrellisParams
 from pqcli.core.trellis.rotation import Rotations, fit_rotations
 from pqcli.core.trellis.side import Side, make_side, parse_side, write_side
@@ -39,6 +42,7 @@ from pqcli.core.trellis.stream import (
     count_stream,
     decode_and_count_stream,
     decode_stream,
+    encode_split,
     encode_stream,
     entropy_bits,
 )
@@ -90,6 +94,11 @@ class EncodedStreams:
         """Whether any stream was coded by mixing, which a decoder must know how to undo."""
         return side_information.mixes(self.side)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows of any source have steps of their own, which a decoder must know of."""
+        return side_information.has_rows(self.side)
+
 
 def encode(
     sources: Sequence[Source],
@@ -99,22 +108,32 @@ def encode(
     steps: Mapping[str, float] | None = None,
     n_threads: int = 2,
     importance: Mapping[str, Importance] | None = None,
+    second_order: Mapping[str, RowSteps] | None = None,
 ) -> EncodedStreams:
     """The sources as streams. `read(key)` is called once per source, in order; it gives (rows, columns) float32.
 
     `steps` gives a source a step of its own, rounded to params.step * 2^(i/8). At most `n_threads + 1` streams' weights
-    are held beside the tensor just read. The bytes do not depend on `n_threads`. Raises ValueError where a weight is
-    too large for its step (2^29 steps).
+    are held beside the tensor just read; with `second_order` tensors' in place of streams'. The bytes do not depend on
+    `n_threads`. Raises ValueError where a weight is too large for its step (2^29 steps).
 
     With `importance`, by key and of the matrix (rows, columns), squared errors within a source count by it when levels
-    are chosen (between sources, steps decide). Raises ValueError where a rotation mixes columns that differ in it.
+    are chosen (between sources, steps decide). Raises ValueError where a rotation mixes columns that differ in it, and
+    for a source with feedback.
+
+    `second_order` gives, by key, the steps of a source's rows and perhaps how errors are fed forward (`feedback`);
+    sources with feedback are coded transposed where that says so.
     """
-    side = make_side(sources, params, rotations, steps)
+    given = second_order or {}
+    sources_fed = [source.key for source in sources if source.key in given and isinstance(given[source.key], Feedback)]
+    rotations = replace(rotations, transposed=rotations.transposed | turned(given).intersection(sources_fed))
+    side = make_side(sources, params, rotations, steps, {key: kind_of(given[key]) for key in given})
     layout = stream_layout(sources, rotations.transposed, params.stream_weights)
 
-    def work(stream: tuple[tuple[Segment, ...], list[Matrix]]) -> EncodedStream:
-        segments, weights = stream
-        named = [(segment, sources[segment.source]) for segment in segments]
+    def work(job: tuple[list[tuple[Segment, ...]], list[Matrix]]) -> list[EncodedStream]:
+        streams, weights = job
+        if len(streams) > 1:
+            return encode_split(weights[0], [segment for (segment,) in streams], sources, params, rotations, given)
+        named = [(segment, sources[segment.source]) for segment in streams[0]]
         importances = [
             segment_importance(
                 importance[source.key], segment, source, is_transposed=source.key in rotations.transposed
@@ -123,10 +142,32 @@ def encode(
             else None
             for segment, source in named
         ]
-        return encode_stream(weights, segments, sources, params, rotations, importances)
+        return [encode_stream(weights, streams[0], sources, params, rotations, importances, given)]
 
-    prepared = _prepared(layout, sources, read, side)
-    return gather_streams(in_order(prepared, work, n_threads, ahead=n_threads + 1), layout, sources, side)
+    prepared = _prepared(streams_together(layout, sources, frozenset(sources_fed)), sources, read, side)
+    with lone_blas() if given else nullcontext():
+        done = in_order(prepared, work, n_threads, ahead=n_threads + 1)
+        return gather_streams((stream for job in done for stream in job), layout, sources, side)
+
+
+def turned(second_order: Mapping[str, RowSteps]) -> frozenset[str]:
+    """The sources with feedback that are coded transposed."""
+    return frozenset(key for key, rows in second_order.items() if isinstance(rows, Feedback) and rows.is_transposed)
+
+
+def streams_together(
+    layout: Sequence[tuple[Segment, ...]], sources: Sequence[Source], fed: Collection[str]
+) -> Iterator[list[tuple[Segment, ...]]]:
+    """The streams, those of a source whose errors are fed forward from one to the next together."""
+    job: list[tuple[Segment, ...]] = []
+    for segments in layout:
+        goes_on = job and segments[0].start > 0 and sources[segments[0].source].key in fed
+        if job and not goes_on:
+            yield job
+            job = []
+        job.append(segments)
+    if job:
+        yield job
 
 
 def gather_streams(
@@ -280,18 +321,21 @@ def segment_importance(
 
 
 def _prepared(
-    layout: Sequence[tuple[Segment, ...]], sources: Sequence[Source], read: Callable[[str], Matrix], side: Side
-) -> Iterator[tuple[tuple[Segment, ...], list[Matrix]]]:
-    """Every stream's segments and their weights; each source is read once."""
+    jobs: Iterable[list[tuple[Segment, ...]]], sources: Sequence[Source], read: Callable[[str], Matrix], side: Side
+) -> Iterator[tuple[list[tuple[Segment, ...]], list[Matrix]]]:
+    """Every job's streams and weights, those of one source as a whole; each source is read once."""
     held: tuple[int, Matrix] | None = None
-    for segments in layout:
+    for streams in jobs:
         weights: list[Matrix] = []
+        segments = streams[0]
+        if len(streams) > 1:
+            segments = (Segment(segments[0].source, segments[0].start, streams[-1][0].stop),)
         for segment in segments:
             source = sources[segment.source]
             if held is None or held[0] != segment.source:
                 held = (segment.source, read(source.key))
             weights.append(segment_weights(held[1], segment, source, side))
-        yield segments, weights
+        yield streams, weights
         del weights  # the coder of the stream alone holds them
 
 

@@ -44,7 +44,7 @@ def _cost_of(size, level, which, cost, slope, reconstruction, rate_weight):
 
 
 @kernel
-def _best_level(weight, subset, label, cost, slope, reconstruction, rate_weight):
+def best_level(weight, subset, label, cost, slope, reconstruction, rate_weight):
     """The level of a subset that costs a weight least, and the cost: of the two nearest from below, the cheaper."""
     parity = subset >> 1
     half = subset & 1
@@ -66,12 +66,12 @@ def _best_level(weight, subset, label, cost, slope, reconstruction, rate_weight)
 
 
 @kernel
-def _packed(weight, label, cost, slope, reconstruction, rate_weight, unit):
+def packed_metrics(weight, label, cost, slope, reconstruction, rate_weight, unit):
     """Branch metrics: what each of the four subsets costs more than the cheapest of them, 16 bits each."""
-    a = _best_level(weight, 0, label, cost, slope, reconstruction, rate_weight)[0]
-    b = _best_level(weight, 1, label, cost, slope, reconstruction, rate_weight)[0]
-    c = _best_level(weight, 2, label, cost, slope, reconstruction, rate_weight)[0]
-    d = _best_level(weight, 3, label, cost, slope, reconstruction, rate_weight)[0]
+    a = best_level(weight, 0, label, cost, slope, reconstruction, rate_weight)[0]
+    b = best_level(weight, 1, label, cost, slope, reconstruction, rate_weight)[0]
+    c = best_level(weight, 2, label, cost, slope, reconstruction, rate_weight)[0]
+    d = best_level(weight, 3, label, cost, slope, reconstruction, rate_weight)[0]
     least = min(min(a, b), min(c, d))
     packed = np.int64(min((a - least) * unit, _DEAREST))
     packed |= np.int64(min((b - least) * unit, _DEAREST)) << 16
@@ -81,13 +81,13 @@ def _packed(weight, label, cost, slope, reconstruction, rate_weight, unit):
 
 
 @kernel
-def _fill(row, label, cost, slope, reconstruction, rate_weight, metric_table, level_table):
+def fill_metrics(row, label, cost, slope, reconstruction, rate_weight, metric_table, level_table):
     """One row of the tables: what weights of one class and label cost, bin by bin."""
     for place in range(N_BINS):
         weight = np.float32((place + 0.5) / RESOLUTION - REACH)
-        metric_table[row, place] = _packed(weight, label, cost, slope, reconstruction, rate_weight, METRIC_UNIT)
+        metric_table[row, place] = packed_metrics(weight, label, cost, slope, reconstruction, rate_weight, METRIC_UNIT)
         for subset in range(4):
-            level_table[row, place, subset] = _best_level(
+            level_table[row, place, subset] = best_level(
                 weight, subset, label, cost, slope, reconstruction, rate_weight
             )[1]
 
@@ -115,12 +115,14 @@ def look_up_branch_metrics(
                 row = 2 * scale + label
                 if not is_filled[row]:
                     is_filled[row] = 1
-                    _fill(row, label, cost[scale], slope[scale], reconstruction, rate_weight, metric_table, level_table)
+                    fill_metrics(
+                        row, label, cost[scale], slope[scale], reconstruction, rate_weight, metric_table, level_table
+                    )
                 if abs(weight) < REACH:
                     place = int((weight + np.float32(REACH)) * np.float32(RESOLUTION))
                     branch_metrics[step, lane] = metric_table[row, min(place, N_BINS - 1)]
                 else:
-                    branch_metrics[step, lane] = _packed(
+                    branch_metrics[step, lane] = packed_metrics(
                         weight, label, cost[scale], slope[scale], reconstruction, rate_weight, METRIC_UNIT
                     )
                 j += 1
@@ -150,7 +152,7 @@ def weigh_branch_metrics(
                 continue
             scale = class_of(row_scale[r], column_scale[j])
             factor = row_importance[r] * column_importance[j]
-            branch_metrics[step, lane] = _packed(
+            branch_metrics[step, lane] = packed_metrics(
                 weights[r, j], label, cost[scale], slope[scale], reconstruction, rate_weight / factor,
                 METRIC_UNIT * factor,
             )  # fmt: skip
@@ -194,16 +196,15 @@ def trace_back(
                     own_rate_weight = rate_weight
                     if is_weighed:
                         own_rate_weight = rate_weight / (row_importance[r] * column_importance[j])
-                    levels[r, j] = _best_level(
+                    levels[r, j] = best_level(
                         weight, origin & 3, label, cost[scale], slope[scale], reconstruction, own_rate_weight
                     )[1]
 
 
 @kernel
-def gather(weights, row_scale, column_scale, levels, labels, next_state, counts, sums):
+def gather(weights, row_scale, column_scale, levels, labels, row_labels, run_rows, next_state, counts, sums):
     """Add the levels found to counts (N_CLASSES, 3, N_COSTS) and sums (3, N_POINTS, 2) of |weight| and how many."""
     n_rows, n_columns = levels.shape
-    run_rows = max(1, RUN_LENGTH // max(1, n_columns))
     state = 0
     for r in range(n_rows):
         if r % run_rows == 0:
@@ -213,11 +214,12 @@ def gather(weights, row_scale, column_scale, levels, labels, next_state, counts,
                 state = 0
             level = np.int64(levels[r, j])
             parity = state & 1
-            which = parity + (parity & labels[j])
+            label = labels[j] | row_labels[r]
+            which = parity + (parity & label)
             magnitude = abs(level)
             if magnitude < N_COSTS:
                 counts[class_of(row_scale[r], column_scale[j]), which, magnitude] += 1
             if magnitude < N_POINTS:
                 sums[which, magnitude, 0] += -weights[r, j] if level < 0 else weights[r, j]
                 sums[which, magnitude, 1] += 1
-            state = next_state[state, branch(level, parity, labels[j])]
+            state = next_state[state, branch(level, parity, label)]

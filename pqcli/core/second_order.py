@@ -1,0 +1,218 @@
+"""Statistics of inputs become steps and feedback: which errors a network feels, in one unit for all of its layers.
+
+What is minimised over all tensors is damage + price * bits. A layer with weights W, second moments H of its inputs and
+gradient number g (mean squared gradient at one of its outputs) does damage N g tr(E H E') in N samples if weights are
+off by E; an embedding whose row v was looked up n_v times does g sum over v of n_v |e_v|^2. At one price all of them
+are to have the same damage, so with H = F D F' (`trellis.feedback`)
+
+    step of input j of a layer ~ (N g d_j)^(-1/2),     step of row v of an embedding ~ (g n_v)^(-1/2)
+
+and one number, the level, moves all of them together. Statistics are samples and perhaps of other data than the network
+will meet, so moments are believed in part only: they are shrunk towards their diagonal, by as much as serves one half
+of the samples when the other half is what the encoder knew.
+
+Shapes: moments (columns, columns) float32, the mean of x x' over samples; importance (rows,).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pqcli.core.trellis.feedback import LEAST_MOMENT, Feedback, RowSteps, triangle
+from pqcli.core.trellis.rotation import Reader, Rotations, fit_rotations
+from pqcli.core.trellis.sources import Source
+
+Matrix = NDArray[np.float32]
+
+SHRINKAGES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Shares of what is off the diagonal of moments that may not be believed."""
+DEFAULT_SHRINKAGE = 0.05
+"""The share where there are no two halves to find out."""
+FEWEST_LOOKUPS = (0.05, 0.5)
+"""An embedding's row that was never seen counts as seen so many times, as the number of those seen once suggests."""
+MOST_ROW_STEP, LEAST_ROW_STEP = 2.0, 0.125
+"""Bounds of a row's step relative to the typical row: frequencies of rare words are guesses."""
+_ROW_GRAIN = 2
+_MAX_TRIED_INPUTS = 1024
+"""Wider moments are judged by so many of their inputs."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of the inputs of a layer: second moments of `n_samples` inputs.
+
+    `gradient` is the mean squared gradient at one output, None where only the forward pass was watched. How far the
+    moments can be believed is found from those of two `halves` of the samples, or else is told by `noise`, the share of
+    the squared correlations that is sampling error.
+    """
+
+    matrix: Matrix
+    n_samples: float = 1.0
+    gradient: float | None = None
+    halves: tuple[Matrix, Matrix] | None = None
+    noise: float | None = None
+
+    def shrinkage(self) -> float:
+        """The share of what is off the diagonal that is not believed."""
+        if self.halves:
+            return best_shrinkage(self.halves)
+        return DEFAULT_SHRINKAGE if self.noise is None else min(max(self.noise, SHRINKAGES[0]), SHRINKAGES[-1])
+
+
+@dataclass(frozen=True)
+class RowImportance:
+    """What is known of an embedding: the damage that a squared error of 1 in a weight does, by row."""
+
+    rows: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls,
+        lookups: NDArray[np.float64],
+        lookup_gradient: float,
+        head: Moments | None = None,
+        row_gradient: NDArray[np.float64] | None = None,
+    ) -> RowImportance:
+        """From how often each row was looked up, and the mean squared gradient there.
+
+        Where the embedding is the output layer too (tied), `head` are the moments of that layer's inputs, and
+        `row_gradient` (rows,) the mean squared gradients at its outputs.
+        """
+        rows = (lookups + _unseen_lookups(lookups)) * lookup_gradient
+        if head is not None and row_gradient is not None:
+            rows = rows + head.n_samples * row_gradient * float(np.mean(np.diag(head.matrix)))
+        return cls(rows)
+
+
+def _unseen_lookups(lookups: NDArray[np.float64]) -> float:
+    """How often a row that was never looked up would be in as many lookups again (Good and Turing), within bounds."""
+    once = int(np.count_nonzero((lookups > 0) & (lookups <= 1)))
+    never = int(np.count_nonzero(lookups == 0))
+    return min(max(once / max(never, 1), FEWEST_LOOKUPS[0]), FEWEST_LOOKUPS[1])
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What must be known of a tensor's weights: their number and their step without data, relative to others'."""
+
+    size: int
+    plain_step: float
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """The step of every tensor, relative to a level that means what it does without data; and rows by tensor.
+
+    `shrinkage` tells, for reports, how much of the moments was not believed.
+    """
+
+    steps: Mapping[str, float]
+    rows: Mapping[str, RowSteps]
+    shrinkage: Mapping[str, float]
+
+    def rotations(
+        self, sources: Sequence[Source], read: Reader, steps: Mapping[str, float], n_threads: int = 2
+    ) -> Rotations:
+        """`fit_rotations` for these steps. Where errors are fed forward none is fitted."""
+        rotated = [source for source in sources if not isinstance(self.rows.get(source.key), Feedback)]
+        own = {source.key: self.rows[source.key].steps for source in rotated if source.key in self.rows}
+        return fit_rotations(rotated, read, steps, n_threads, own)
+
+
+def prepare(
+    tensors: Mapping[str, Weights],
+    known: Mapping[str, Moments | RowImportance],
+    output_energy: Mapping[str, float] | None = None,
+) -> SecondOrder:
+    """Steps and feedback for all tensors, from what is known of the inputs of some.
+
+    Tensors of which nothing is known get their step without data times a factor that makes the typical step of the
+    known ones what it was. Where a gradient is missing it is taken to be 1 over `output_energy`, the mean square of the
+    layer's outputs: as if every layer's output must be right to the same relative error.
+    """
+    rows: dict[str, RowSteps] = {}
+    exact: dict[str, float] = {}
+    shrinkage: dict[str, float] = {}
+    judged: dict[int, float] = {}  # layers share moments
+    for key, about in known.items():
+        if isinstance(about, RowImportance):
+            rows[key], exact[key] = _of_rows(about)
+            continue
+        if id(about.matrix) not in judged:
+            judged[id(about.matrix)] = about.shrinkage()
+        shrinkage[key] = judged[id(about.matrix)]
+        rows[key], typical = _of_inputs(about.matrix, shrinkage[key])
+        felt = about.gradient if about.gradient is not None else 1 / max((output_energy or {}).get(key, 1.0), 1e-30)
+        exact[key] = typical / math.sqrt(max(felt * about.n_samples, 1e-30))
+    unit = _typical({key: exact[key] / tensors[key].plain_step for key in exact}, tensors)
+    steps = {key: exact[key] / unit if key in exact else about.plain_step for key, about in tensors.items()}
+    return SecondOrder(steps, rows, shrinkage)
+
+
+def coding_order(moments: Matrix) -> NDArray[np.int64]:
+    """Inputs of large second moment first: the others then make up for their errors."""
+    order: NDArray[np.int64] = np.argsort(-np.diag(moments), kind="stable")
+    return order
+
+
+def _of_inputs(moments: Matrix, shrinkage: float) -> tuple[Feedback, float]:
+    """The feedback of a layer, its steps relative to the typical one; and the typical one."""
+    order = coding_order(moments)
+    _, pivots = triangle(moments, order, shrinkage)
+    steps = np.empty(len(order))
+    steps[order] = np.maximum(pivots, 1e-30) ** -0.5
+    typical = float(np.exp(np.mean(np.log(steps))))
+    return Feedback(steps / typical, 0, order, moments, shrinkage), typical
+
+
+def _of_rows(about: RowImportance) -> tuple[RowSteps, float]:
+    """Steps of an embedding's rows relative to the typical one, and the typical one."""
+    steps = np.maximum(about.rows, 1e-30) ** -0.5
+    typical = float(np.exp(np.mean(np.log(steps))))
+    return RowSteps(np.clip(steps / typical, LEAST_ROW_STEP, MOST_ROW_STEP), _ROW_GRAIN), typical
+
+
+def _typical(ratios: Mapping[str, float], tensors: Mapping[str, Weights]) -> float:
+    """Geometric mean by weights; 1 of none."""
+    n = sum(tensors[key].size for key in ratios)
+    return math.exp(sum(tensors[key].size * math.log(ratio) for key, ratio in ratios.items()) / n) if n else 1.0
+
+
+def best_shrinkage(halves: tuple[Matrix, Matrix], shrinkages: Sequence[float] = SHRINKAGES) -> float:
+    """The shrinkage with which each half of the samples serves the other best."""
+    found = excess_damage(halves, shrinkages)
+    return shrinkages[int(np.argmin(found))]
+
+
+def excess_damage(halves: tuple[Matrix, Matrix], shrinkages: Sequence[float]) -> NDArray[np.float64]:
+    """Log of the damage per weight at equal bits when one half is coded by what the other knows, by shrinkage.
+
+    An encoder that knows moments A leaves errors of covariance about A^-1 and takes (1/2) log2 det A bits; with moments
+    B in truth that does damage tr(B A^-1). Wide moments are judged by some of their inputs.
+    """
+    size = len(halves[0])
+    chosen = np.arange(0, size, -(-size // _MAX_TRIED_INPUTS))
+    first, second = (half[np.ix_(chosen, chosen)].astype(np.float64) for half in halves)
+    return 0.5 * (_damages(first, second, shrinkages) + _damages(second, first, shrinkages))
+
+
+def _damages(
+    truth: NDArray[np.float64], believed: NDArray[np.float64], shrinkages: Sequence[float]
+) -> NDArray[np.float64]:
+    """log(tr(B A^-1) / n) + log(det A) / n, where B is the truth and A what is believed, shrunk, on correlations."""
+    diagonal = np.diag(believed)
+    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * LEAST_MOMENT))
+    correlations = believed / np.outer(scale, scale)
+    np.fill_diagonal(correlations, 1.0)
+    energies, directions = np.linalg.eigh(correlations)
+    seen = np.einsum("ij,ij->j", directions, (truth / np.outer(scale, scale)) @ directions)
+    found = []
+    for shrinkage in shrinkages:
+        shrunk = np.maximum((1 - shrinkage) * energies + shrinkage, 1e-12)
+        found.append(math.log(max(float(np.mean(seen / shrunk)), 1e-30)) + float(np.mean(np.log(shrunk))))
+    return np.array(found) + 2 * float(np.mean(np.log(scale)))

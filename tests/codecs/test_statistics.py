@@ -1,0 +1,152 @@
+"""Statistics of inputs: the same bytes, less error of what the network gives."""
+
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pqcli
+from pqcli import checkpoint
+from pqcli.codecs.base import Weights, load
+from pqcli.codecs.trellis import session
+from pqcli.errors import StatsError
+from pqcli.plan import plan
+from tests.codecs import common
+
+WIDTH, HIDDEN = 160, 256
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
+
+
+def inputs(n, seed):
+    """Correlated, as features of trained networks are: a few directions hold most of the energy."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(WIDTH, WIDTH, generator=generator) * torch.exp(-torch.arange(WIDTH) / 25.0)[:, None]
+    return torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(seed)) @ mixing
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """(network, its checkpoint, its statistics)."""
+    folder = tmp_path_factory.mktemp("statistics")
+    made = network()
+    torch.save(made.state_dict(), folder / "model.pt")
+    with pqcli.collect(made, gradients=True) as stats:
+        for batch in inputs(4000, seed=2).split(500):
+            stats.backward(made(batch))
+    stats.save(folder / "model.stats.safetensors")
+    return made, folder / "model.pt", folder / "model.stats.safetensors"
+
+
+def output_error(made, file):
+    other = network()
+    other.load_state_dict(pqcli.load(file))
+    with torch.inference_mode():
+        expected, found = (one(inputs(1000, seed=3)) for one in (made, other))
+    return float((expected - found).square().mean())
+
+
+@pytest.mark.parametrize("codec", ["trellis", "auto"])
+def test_the_output_errs_less_at_the_same_bytes(model, codec, tmp_path):
+    made, source, stats = model
+    errors = []
+    for name, given in (("without", None), ("with", str(stats))):
+        file = tmp_path / f"{name}.pq.safetensors"
+        recipe = pqcli.Recipe(codec=codec, effort=64, target_bytes=26_000, stats=given)
+        report = pqcli.compress(source, file, recipe)
+        assert report.compressed_bytes <= 26_000
+        assert report.compressed_bytes > 25_000
+        assert pqcli.verify(file, source) == []
+        errors.append(output_error(made, file))
+    assert errors[1] <= 0.7 * errors[0], errors
+
+
+def test_the_file_is_read_in_another_process_and_names_the_statistics(model, tmp_path):
+    _, source, stats = model
+    file = tmp_path / "model.pq.safetensors"
+    report = pqcli.compress(source, file, pqcli.Recipe(codec="trellis", effort=16, quality="small", stats=str(stats)))
+    assert report.recipe["stats"] == "model.stats.safetensors"
+    with pqcli.open(file) as container:
+        assert "trellis-rows" in container.manifest.features
+    script = f"import pqcli, torch; torch.save(pqcli.load({str(file)!r}), {str(tmp_path / 'there.pt')!r})"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    there, here = torch.load(tmp_path / "there.pt", weights_only=True), pqcli.load(file)
+    assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+def test_a_plan_tells_the_size(model, tmp_path):
+    _, source, stats = model
+    recipe = pqcli.Recipe(codec="trellis", effort=16, quality="small", stats=str(stats))
+    predicted = pqcli.preview(source, recipe=recipe).predicted_bytes
+    assert predicted == pqcli.compress(source, tmp_path / "a.pq.safetensors", recipe).compressed_bytes
+
+
+def test_jobs_run_in_another_process_and_one_holds_all_streams_of_a_layer(model, monkeypatch):
+    """Errors go from one stream to the next, so these are one job."""
+    made, source, stats = model
+    usual = session.TrellisSession._params
+    monkeypatch.setattr(
+        session.TrellisSession, "_params", lambda self, level: replace(usual(self, level), stream_weights=1 << 12)
+    )
+    with checkpoint.open(source) as opened:
+        weights, recipe = Weights(opened), pqcli.Recipe(codec="trellis", effort=16, stats=str(stats))
+        entries = [entry for entry in plan.make(recipe, opened.tensors).entries if entry.action != "keep"]
+        codec = load("trellis")
+        survey = codec.survey(entries, weights, lambda n, name: None)
+        fitted = codec.fit(survey, weights, recipe, 0.3 * survey.unit, lambda n, name: None)
+        jobs = fitted.jobs(0.3 * survey.unit)
+        assert [job.n_streams > 1 for job in jobs] == [True, True]
+        pieces = [job.run(common.CPU) for job in jobs]
+        assert pickle.loads(pickle.dumps(jobs[0])).run(common.CPU) == pieces[0]
+        streams = fitted.finish(0.3 * survey.unit, [piece for some in pieces for piece in some])
+        assert "trellis-rows" in streams.features
+    decoder = codec.decoder(streams, fitted.sources)
+    for name, weight in made.state_dict().items():
+        if weight.dim() == 2:
+            assert np.square(decoder.matrix(name) - weight.numpy()).mean() < 0.3 * weight.square().mean()
+
+
+def test_layers_stored_the_other_way_round_are_coded_as_they_lie(tmp_path):
+    """Weights (inputs, outputs), as transposed convolutions have them: the statistics are of rows."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.ConvTranspose2d(64, 32, 2, stride=2), nn.Flatten())
+    mixing = torch.randn(64, 64) * torch.exp(-torch.arange(64) / 10.0)[:, None]
+
+    def images(n):
+        return (torch.randn(n, 3, 3, 64) @ mixing).permute(0, 3, 1, 2)
+
+    torch.save(made.state_dict(), tmp_path / "model.pt")
+    with pqcli.collect(made, gradients=True) as stats:
+        stats.backward(made(images(200)))
+    stats.save(tmp_path / "model.stats.safetensors")
+    errors, seen = [], images(50)
+    for given in (None, str(tmp_path / "model.stats.safetensors")):
+        recipe = pqcli.Recipe(codec="trellis", effort=64, target_bits=2.5, stats=given)
+        pqcli.compress(tmp_path / "model.pt", tmp_path / "model.pq.safetensors", recipe, force=True)
+        decoded = pqcli.load(tmp_path / "model.pq.safetensors")
+        with torch.inference_mode():
+            found = torch.func.functional_call(made, decoded, (seen,))
+            errors.append(float((found - made(seen)).square().mean()))
+    assert errors[1] <= 0.7 * errors[0], errors
+
+
+def test_statistics_of_something_else_are_refused(model, tmp_path):
+    _, source, stats = model
+    other = tmp_path / "other.pt"
+    torch.save({"0.weight": common.gaussian(96, 50)}, other)
+    recipe = pqcli.Recipe(codec="trellis", effort=4, stats=str(stats))
+    with pytest.raises(StatsError, match=r"0\.weight: statistics of 160 inputs, but the weight has 50"):
+        pqcli.compress(other, recipe=recipe)
+    torch.save({"decoder.weight": common.gaussian(96, 50)}, other)
+    with pytest.raises(StatsError, match=r"none of its 2 weights .* is one of the 1 tensors"):
+        pqcli.compress(other, recipe=recipe)
+    with pytest.raises(StatsError, match="there is no such file"):
+        pqcli.compress(source, recipe=pqcli.Recipe(codec="trellis", stats=str(tmp_path / "none.safetensors")))

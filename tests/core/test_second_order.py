@@ -1,0 +1,100 @@
+"""From statistics of inputs to steps and feedback: what the rules promise."""
+
+import numpy as np
+import pytest
+
+from pqcli.core.second_order import (
+    SHRINKAGES,
+    Moments,
+    RowImportance,
+    Weights,
+    best_shrinkage,
+    excess_damage,
+    prepare,
+)
+from pqcli.core.trellis.feedback import Feedback, RowSteps
+
+
+def sampled(n_samples, n=24, seed=0, mixing_seed=0, spread=None):
+    mixing = np.random.default_rng(mixing_seed).standard_normal((n, n))
+    if spread is not None:
+        mixing = np.eye(n) + spread * mixing
+    inputs = np.random.default_rng(seed).standard_normal((n_samples, n)) @ mixing
+    return (inputs.T @ inputs / n_samples).astype(np.float32)
+
+
+def test_few_samples_are_believed_less_than_many():
+    few, many = ((sampled(n, seed=1, spread=0.2), sampled(n, seed=2, spread=0.2)) for n in (40, 20_000))
+    assert best_shrinkage(few) > best_shrinkage(many)
+    assert best_shrinkage(many) == min(SHRINKAGES)
+
+
+def test_halves_that_contradict_each_other_are_believed_least():
+    halves = sampled(5000), sampled(5000, seed=1, mixing_seed=1)
+    assert best_shrinkage(halves) == max(SHRINKAGES)
+
+
+def test_the_excess_damage_of_the_truth_is_the_rate_distortion_limit():
+    """With both halves right, damage at equal bits is the geometric mean of the moments' energies."""
+    h = sampled(5000)
+    expected = np.linalg.slogdet(h.astype(np.float64))[1] / len(h)
+    assert excess_damage((h, h), [0.0])[0] == pytest.approx(expected, abs=1e-3)
+    assert (excess_damage((h, h), [0.05, 0.5]) > expected).all()
+
+
+def test_steps_fall_with_the_root_of_gradients_and_of_moments():
+    h = sampled(5000)
+    known = {"a": Moments(h, 8.0, 1.0), "b": Moments(4 * h, 8.0, 1.0), "c": Moments(h, 32.0, 4.0)}
+    found = prepare({key: Weights(100, 1.0) for key in known}, known)
+    assert found.steps["a"] / found.steps["b"] == pytest.approx(2, rel=1e-3)
+    assert found.steps["a"] / found.steps["c"] == pytest.approx(4, rel=1e-3)
+    assert np.prod(list(found.steps.values())) == pytest.approx(1), "a level means what it did"
+
+
+def test_without_gradients_outputs_are_right_to_the_same_relative_error():
+    h = sampled(5000)
+    known = {"weak": Moments(h), "strong": Moments(h)}
+    found = prepare({key: Weights(100, 1.0) for key in known}, known, {"weak": 1.0, "strong": 9.0})
+    assert found.steps["strong"] / found.steps["weak"] == pytest.approx(3)
+
+
+def test_tensors_of_which_nothing_is_known_keep_their_step():
+    tensors = {"known": Weights(100, 2.0), "unknown": Weights(50, 0.7)}
+    found = prepare(tensors, {"known": Moments(1000 * sampled(100), 100.0, 1.0)})
+    assert found.steps["unknown"] == 0.7
+    assert found.steps["known"] == pytest.approx(2.0)
+    assert set(found.rows) == {"known"}
+
+
+def test_frequent_rows_get_finer_steps_within_bounds():
+    known = {"e": RowImportance.of(np.array([0.0, 1, 100, 1e7]), 1.0)}
+    found = prepare({"e": Weights(40, 1.0)}, known).rows["e"]
+    assert isinstance(found, RowSteps)
+    assert not isinstance(found, Feedback)
+    assert (np.diff(found.steps) <= 0).all()
+    assert found.steps.max() / found.steps.min() == 16
+
+
+def test_an_embedding_is_weighed_against_a_layer_by_its_gradient():
+    known = {"layer": Moments(sampled(5000), 1.0, 1.0), "e": RowImportance.of(np.full(10, 3.0), 1.0)}
+    known_more = {**known, "e": RowImportance.of(np.full(10, 3.0), 100.0)}
+    tensors = {"layer": Weights(100, 1.0), "e": Weights(100, 1.0)}
+    ratios = [prepare(tensors, about).steps for about in (known, known_more)]
+    assert (ratios[0]["e"] / ratios[0]["layer"]) / (ratios[1]["e"] / ratios[1]["layer"]) == pytest.approx(10)
+
+
+def test_rows_of_a_tied_embedding_count_as_outputs_too():
+    head = Moments(2 * np.eye(6, dtype=np.float32), n_samples=50.0)
+    found = RowImportance.of(np.array([10.0, 0.0]), 3.0, head, np.array([0.0, 0.1]))
+    np.testing.assert_allclose(found.rows, [10.05 * 3, 0.05 * 3 + 50 * 0.1 * 2])
+
+
+def test_noise_tells_how_far_to_believe_where_halves_are_missing():
+    assert Moments(sampled(100), noise=0.07).shrinkage() == 0.07
+    assert Moments(sampled(100), noise=0.9).shrinkage() == max(SHRINKAGES)
+
+
+def test_rows_never_seen_count_as_those_seen_once_suggest():
+    few_rare, many_rare = (np.repeat([0.0, 1.0, 50.0], counts) for counts in ([90, 1, 9], [60, 20, 20]))
+    ratios = [about.rows[0] / about.rows[-1] for about in (RowImportance.of(x, 1.0) for x in (few_rare, many_rare))]
+    assert ratios[1] > 5 * ratios[0]
