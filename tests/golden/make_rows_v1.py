@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 import pqcli
-from pqcli.core.trellis import trellis
+from pqcli.codecs.trellis import session
 from pqcli.core.trellis.feedback import Feedback, RowSteps
+from pqcli.core.trellis.rotation import Rotations
+from pqcli.core.trellis.trellis import turned
 from tests.golden.make_plain_v1 import digests
 
 HERE = Path(__file__).parent
@@ -53,13 +55,14 @@ def known() -> dict[str, RowSteps]:
 
 def main() -> None:
     """Write the files beside this script."""
-    encode, second_order = trellis.encode, known()
+    fitted, second_order = session.TrellisSession.fitted, known()
 
-    def with_rows(sources, read, params, rotations, steps, n_threads):  # type: ignore[no-untyped-def]
-        chosen = {source.key: second_order[source.key] for source in sources if source.key in second_order}
-        return encode(sources, read, params, trellis.Rotations(), steps, n_threads, chosen)
+    def with_rows(*given):  # type: ignore[no-untyped-def]
+        made = fitted(*given)
+        made.rows, made.rotations = second_order, Rotations(transposed=turned(second_order))
+        return made
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(trellis, "encode", with_rows):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(session.TrellisSession, "fitted", with_rows):
         source = Path(folder) / "model.pt"
         torch.save(checkpoint(), source)
         target = HERE / "trellis-rows-v1.pq.safetensors"
