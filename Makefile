@@ -28,6 +28,7 @@ demo: $(STAMP) ## Compress a real sentence encoder (91 MB), decode it, verify it
 test: $(STAMP) ## Run the tests, but for those that take long
 	$(PYTHON) -m pytest -n 2 -m "not slow"
 
+# some faults are injected by strace (apt-get install strace); without it those tests are skipped
 test-slow: $(STAMP) ## Run the tests that take long: large files, real faults, many processes
 	$(PYTHON) -m pytest -n 2 -m slow
 

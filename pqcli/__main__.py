@@ -17,10 +17,10 @@ def main() -> None:
 
         sys.stdout.write(f"pqcli {__version__}\n")
         return
-    from pqcli.cli.commands import app
-
     try:
         try:
+            from pqcli.cli.commands import app
+
             app()
         except SystemExit as done:
             if "torch" not in sys.modules or not isinstance(done.code, int):
@@ -28,6 +28,8 @@ def main() -> None:
             for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
                 stream.flush()
             os._exit(done.code)
+    except KeyboardInterrupt:  # before any work: the commands themselves let none out
+        os._exit(130)
     except OSError as error:  # from printing help: the commands themselves let none out
         sys.stderr.write(f"error: {error.strerror or error}\n")
         sys.stdout = None  # nothing is left to flush

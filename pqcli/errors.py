@@ -41,6 +41,10 @@ class StatsError(PQError):
     """Statistics that are damaged, that do not fit the model, or that cannot be collected."""
 
 
+class DamagedError(ContainerError):
+    """A `.pq.safetensors` file that cannot be what pqcli wrote: damaged, or made by someone else."""
+
+
 class OutputError(PQError):
     """An output that exists already, or cannot be written."""
 

@@ -8,14 +8,15 @@
 The `skeleton` is all that is not tensor data, as JSON: nesting, epoch counters, metadata, shards. With it and the
 tensors, `write` gives the same checkpoint back.
 
-    formats          the table of formats: a module and a row each
-    sniff            which kind of file is it?
-    bytesource       where a tensor's bytes lie, and fetching them with pread
-    pickles, tree    a pickle read as data; its nesting as JSON and back
-    naming           what the tensors are called, where the model is
-    pt/torch_save, safetensors_io                    the formats
-    folder                                           files that belong together
-    opened, opening, writing, reopening              the verbs; a checkpoint in another process
+    formats                  the table of formats: a module and a row each
+    sniff                    which kind of file is it?
+    bytesource, limits       where a tensor's bytes lie, and fetching them with pread; what a header may cost
+    pt/pickles, pt/objects   a pickle read as data; the classes that come back as themselves
+    pt/tree, pt/rebuilding   the nesting as JSON, and back
+    pt/naming, overlaps      what the tensors are called, where the model is; which of them share bytes
+    pt/torch_save, safetensors_io                  the formats
+    folder, dcp                                    files that belong together; torch's distributed checkpoints
+    opened, opening, writing, reopening            the verbs; a checkpoint in another process
 """
 
 from pqcli.atomic import atomic_writer

@@ -69,7 +69,7 @@ _INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
 _MAX_INDEX = 256 << 20
 _SHOWN = 5
 _MAX_SUBFOLDERS = 200
-_MAX_SIDE_FILES = 20_000
+_MAX_FILES = 20_000
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,13 @@ def sizes_in(folder: Path) -> dict[str, int]:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 path = Path(place, name)
-                if not name.startswith(".") and path.is_file() and len(sizes) < _MAX_SIDE_FILES:
+                if not name.startswith(".") and path.is_file():
                     sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+            if len(sizes) > _MAX_FILES:
+                raise CheckpointError(
+                    f"'{folder}' and its folders hold more than {_MAX_FILES:,} files, too many to be a checkpoint; "
+                    "name the weights themselves"
+                )
     return dict(sorted(sizes.items(), key=lambda item: ("/" in item[0], item[0])))
 
 

@@ -21,17 +21,20 @@ class Limits:
     """What the header of one file may cost.
 
     `n_operations` of a pickle (20 million: about a million tensors); `n_entries` of the structure after everything
-    that occurs several times is written out; `depth` of its nesting; `n_bytes` of text and binary data outside
-    tensors, written out likewise; `seconds` for understanding the header.
+    that occurs several times is written out, and of them `expansion` for every operation of the pickle (a few hundred
+    thousand are free); `depth` of its nesting; `n_bytes` of text and binary data outside tensors, written out
+    likewise; `seconds` for understanding the header.
     """
 
     n_operations: int = 20_000_000
     n_entries: int = 2_000_000
+    expansion: int = 20
     depth: int = 100
     n_bytes: int = 256 << 20
-    seconds: float = 120.0
+    seconds: float = 60.0
 
 
+_FREE_ENTRIES = 200_000
 _TICKS = 1 << 12
 """The clock is looked at once in so many steps."""
 _SEPARATORS = re.compile(rb"[\[{,]")
@@ -55,7 +58,17 @@ class Budget:
         self._tick()
 
     def entries(self, n: int = 1) -> None:
-        """So many entries of the structure."""
+        """So many entries of the structure that a pickle describes."""
+        self._count(n)
+        written_out = _FREE_ENTRIES + self.limits.expansion * self.n_operations
+        if self.n_entries > written_out:
+            raise _exceeded(
+                f"its structure has more than {written_out:,} entries, written out from {self.n_operations:,} "
+                "operations of its pickle",
+                "expansion",
+            )
+
+    def _count(self, n: int) -> None:
         self.n_entries += n
         if self.n_entries > self.limits.n_entries:
             raise _exceeded(f"its structure has more than {self.limits.n_entries:,} entries", "n_entries")
@@ -82,7 +95,7 @@ class Budget:
         """
         self.text(len(text))
         for start in range(0, len(text), _JSON_SLICE):
-            self.entries(len(_SEPARATORS.findall(text[start : start + _JSON_SLICE])))
+            self._count(len(_SEPARATORS.findall(text[start : start + _JSON_SLICE])))
         return json.loads(text.decode("utf-8"), **options)
 
     def _tick(self) -> None:

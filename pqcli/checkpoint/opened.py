@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pqcli.checkpoint.bytesource import ByteSource, Strided, check_fits
 from pqcli.checkpoint.overlaps import overlapping
-from pqcli.checkpoint.pt.tree import Dropped, without
+from pqcli.checkpoint.pt.rebuilding import without
+from pqcli.checkpoint.pt.tree import Dropped
 from pqcli.checkpoint.reopening import reopened
 from pqcli.errors import CheckpointError
 

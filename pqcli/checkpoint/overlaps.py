@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
     from pqcli.checkpoint.bytesource import Strided
 
-_COMPARED = 256
+_MAX_AXES = 10
+_COMPARED = 64
 """So many views at one place are compared one by one; where there are more, they are taken to overlap."""
 
 
 @dataclass(frozen=True)
 class _Extent:
-    """The bytes of a tensor: from `begin` to `end`, in steps of `strides` (size and step per axis, wide ones first)."""
+    """The bytes of a tensor: from `begin` to `end`, size and step of every axis, wide ones first, bytes last.
+
+    Without axes it stands for many tensors that are a group already.
+    """
 
     name: str
     begin: int
@@ -73,32 +77,33 @@ def _groups(extents: Iterable[_Extent]) -> dict[str, str]:
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
-        while parent.get(name, name) != name:
+        while parent.setdefault(name, name) != name:
+            parent[name] = parent[parent[name]]
             name = parent[name]
         return name
 
     active: list[_Extent] = []
     for extent in sorted(extents, key=lambda extent: (extent.begin, extent.end)):
         active = [other for other in active if other.end > extent.begin]
-        coarse = len(active) > _COMPARED
-        for other in active[-_COMPARED:]:
-            if coarse or _share(other, extent):
-                one, two = root(other.name), root(extent.name)
-                parent[one] = parent[two] = parent[other.name] = parent[extent.name] = one
+        for other in active:
+            if _share(other, extent):
+                parent[root(extent.name)] = root(other.name)
         active.append(extent)
+        if len(active) > _COMPARED or not active[0].axes:  # and then every later one that meets them is one of them
+            for other in active:
+                parent[root(other.name)] = root(extent.name)
+            active = [_Extent(extent.name, active[0].begin, max(other.end for other in active), ())]
     return {name: root(name) for name in parent}
 
 
 def _share(one: _Extent, two: _Extent) -> bool:
     """Whether two extents whose ranges meet share a byte; True where that is not easily told."""
-    if _steps(one) == _steps(two) and _nested(one) and _nested(two):
-        distance = two.begin - one.begin
-        for (size_one, step), (size_two, _) in zip(one.axes, two.axes, strict=True):
-            # the nearest whole number of steps, and what is left for the narrower axes
-            steps, distance = divmod(distance, step)
-            if not -size_two < steps < size_one:
-                return False
+    if not one.axes or not two.axes:
         return True
+    steps = sorted({step for _, step in (*one.axes, *two.axes)}, reverse=True)
+    sizes_one, sizes_two = _sizes(one, steps), _sizes(two, steps)
+    if len(steps) <= _MAX_AXES and sizes_one is not None and sizes_two is not None:
+        return _meet(two.begin - one.begin, list(zip(sizes_one, sizes_two, steps, strict=True)))
     common = gcd(*(step for _, step in (*one.axes[:-1], *two.axes[:-1])))
     width_one, width_two = one.axes[-1][0], two.axes[-1][0]
     if common < width_one + width_two:
@@ -107,15 +112,30 @@ def _share(one: _Extent, two: _Extent) -> bool:
     return apart < width_one or apart > common - width_two
 
 
-def _steps(extent: _Extent) -> tuple[int, ...]:
-    return tuple(step for _, step in extent.axes)
+def _meet(distance: int, axes: list[tuple[int, int, int]]) -> bool:
+    """Whether two boxes of a grid meet, the second `distance` behind the first; an axis is both sizes and the step."""
+    if not axes:
+        return distance == 0
+    (size_one, size_two, step), *narrower = axes
+    whole, rest = divmod(distance, step)
+    # what the narrower axes make up is less than a step, in either direction
+    return any(
+        -size_two < steps < size_one and _meet(left, narrower)
+        for steps, left in ((whole, rest), (whole + 1, rest - step))
+    )
 
 
-def _nested(extent: _Extent) -> bool:
-    """Whether every axis steps over all that the narrower ones reach."""
+def _sizes(extent: _Extent, steps: list[int]) -> list[int] | None:
+    """The sizes along axes of these steps, 1 where the extent has no such axis.
+
+    None unless every axis steps over all that the narrower ones reach.
+    """
+    sizes = {step: size for size, step in extent.axes}
+    if len(sizes) != len(extent.axes):
+        return None
     reach = 1
-    for size, step in reversed(extent.axes):
+    for step in reversed(steps):
         if step < reach:
-            return False
-        reach = (size - 1) * step + reach
-    return True
+            return None
+        reach += (sizes.get(step, 1) - 1) * step
+    return [sizes.get(step, 1) for step in steps]

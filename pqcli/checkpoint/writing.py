@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
-import shutil
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pqcli.atomic import atomic_writer, check_target, final_path, output_errors, sync_folder
+from pqcli.atomic import (
+    atomic_writer,
+    check_target,
+    final_path,
+    move,
+    output_errors,
+    run_check,
+    sync_folder,
+    temporary_beside,
+)
 from pqcli.checkpoint import formats
 from pqcli.checkpoint.folder import bare_name, is_weights_name
+from pqcli.checkpoint.opening import open_checkpoint
 from pqcli.errors import ContainerError, OutputError
 
 if TYPE_CHECKING:
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from pqcli.atomic import Check
     from pqcli.checkpoint.pt.tree import Json
     from pqcli.tensors.info import TensorInfo
 
@@ -40,6 +50,7 @@ def write(
     *,
     format: str,  # noqa: A002 - the word of the interface
     force: bool = False,
+    verify: bool = False,
 ) -> int:
     """Write the checkpoint and return its size in bytes.
 
@@ -50,15 +61,17 @@ def write(
     "safetensors" writes flat names, and tied tensors as copies. "folder" restores the shards and the index of a
     folder, else writes `model.safetensors`.
 
+    With `verify`, each file is read again before it is put in place: its bytes must be those that were written, and it
+    must open as a checkpoint of these shapes and dtypes.
+
     Raises `OutputError` where the target or the format will not take it, `ContainerError` where the skeleton does not
     fit the tensors.
     """
     if format == formats.FOLDER:
-        return _write_folder(target, _folder_jobs(tensors, read, skeleton), force=force)
+        return _write_folder(target, _folder_jobs(tensors, read, skeleton), force=force, verify=verify)
     check_target(target, force=force)
     job = _file_job(target.name, format, tensors, read, _own_skeleton(skeleton, format))
-    with atomic_writer(target, force=force) as file:
-        return job.write(file)
+    return _write_job(target, job, force=force, verify=verify)
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,7 @@ class _Job:
 
     name: str
     write: Callable[[BinaryIO], int]
+    check: Check
 
 
 def _own_skeleton(skeleton: Json, format_: str) -> dict[str, Json]:
@@ -79,7 +93,18 @@ def _file_job(name: str, format_: str, tensors: Sequence[TensorInfo], read: Read
     _check_aliases(tensors)
     row = formats.named(format_)
     with _trusting_nothing():
-        return _Job(name, row.prepare(tensors, read, skeleton))
+        return _Job(name, row.prepare(tensors, read, skeleton), lambda path: _check_tensors(path, tensors))
+
+
+def _check_tensors(path: Path, tensors: Sequence[TensorInfo]) -> None:
+    """Raise an error unless the file at `path` opens and has tensors of these shapes and dtypes."""
+    if not tensors:
+        return  # nothing to open
+    with open_checkpoint(path) as written:
+        found = Counter((info.shape, info.dtype) for info in written.tensors)
+    expected = Counter((info.shape, info.dtype) for info in tensors)
+    if found != expected:
+        raise OutputError(f"{found.total()} tensors, where {expected.total()} of other shapes or dtypes were written")
 
 
 def _check_aliases(tensors: Sequence[TensorInfo]) -> None:
@@ -138,17 +163,17 @@ def _index_job(index: Json, weight_map: dict[str, str], tensors: Sequence[Tensor
         metadata = {**metadata, "total_size": n_bytes}  # decoded to another dtype
     content = {"weight_map": weight_map} if metadata is None else {"metadata": metadata, "weight_map": weight_map}
     text = (json.dumps(content, indent=2) + "\n").encode()
-    return _Job(index["file"], lambda file: file.write(text))
+    return _Job(index["file"], lambda file: file.write(text), lambda _path: None)
 
 
-def _write_folder(target: Path, jobs: list[_Job], *, force: bool) -> int:
+def _write_folder(target: Path, jobs: list[_Job], *, force: bool, verify: bool) -> int:
     with output_errors(target):
         exists = target.exists() or target.is_symlink()
         if exists and not target.is_dir():
             raise OutputError(f"cannot write the folder '{target}': a file of that name exists")
         present = {entry.name for entry in target.iterdir()} if exists else set()
     if not present:
-        return _write_new_folder(target, jobs)
+        return _write_new_folder(target, jobs, verify=verify)
     if not force:
         raise OutputError(f"'{target}' exists already and is not empty; use --force to write into it, or -o elsewhere")
     stale = sorted(name for name in present if is_weights_name(name) and name not in {job.name for job in jobs})
@@ -157,25 +182,27 @@ def _write_folder(target: Path, jobs: list[_Job], *, force: bool) -> int:
             f"'{target}' holds other weights ({', '.join(stale[:3])}), which would be mixed with the new ones; "
             "remove them or choose another folder"
         )
-    return sum(_write_job(target / job.name, job, force=True) for job in jobs)
+    return sum(_write_job(target / job.name, job, force=True, verify=verify) for job in jobs)
 
 
-def _write_new_folder(target: Path, jobs: list[_Job]) -> int:
+def _write_new_folder(target: Path, jobs: list[_Job], *, verify: bool) -> int:
     """Fill a folder beside the target, then move it into place."""
     real = final_path(target)
-    temporary = real.with_name(f".{real.name[:50]}.{secrets.token_hex(4)}.tmp")
     with output_errors(target):
-        temporary.mkdir()
-        try:
-            n_bytes = sum(_write_job(temporary / job.name, job, force=False) for job in jobs)
-            temporary.replace(real)  # an empty folder in its place is replaced too
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        sync_folder(real.parent)
+        with temporary_beside(real, is_folder=True) as (temporary, _):
+            n_bytes = sum(_write_job(temporary / job.name, job, force=False, verify=verify) for job in jobs)
+            if verify and len(jobs) > 1:
+                run_check(_check_folder, temporary, target)
+            move(temporary, real)  # an empty folder in its place is replaced too
+        sync_folder(target, real.parent)
     return n_bytes
 
 
-def _write_job(path: Path, job: _Job, *, force: bool) -> int:
-    with atomic_writer(path, force=force) as file:
+def _check_folder(folder: Path) -> None:
+    """Raise an error unless the shards and their index fit each other."""
+    open_checkpoint(folder).close()
+
+
+def _write_job(path: Path, job: _Job, *, force: bool, verify: bool) -> int:
+    with atomic_writer(path, force=force, check=job.check if verify else None) as file:
         return job.write(file)

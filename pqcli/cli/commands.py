@@ -24,6 +24,7 @@ from pqcli.cli.options import (
     Force,
     Format,
     Json,
+    NoVerify,
     Output,
     Quiet,
     Source,
@@ -82,6 +83,7 @@ def compress(
     dry_run: DryRun = False,
     device: Device = "auto",
     force: Force = False,
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
     **settings: Any,
@@ -102,7 +104,9 @@ def compress(
         from pqcli.jobs import compress
 
         with console.progress(src.name) as hook:
-            report = compress.compress(src, output, recipe, device=device, force=force, progress=hook)
+            report = compress.compress(
+                src, output, recipe, device=device, force=force, verify=not no_verify, progress=hook
+            )
         console.summary(report)
 
     run(work, json=json, quiet=quiet)
@@ -159,6 +163,7 @@ def decode(
         Dtype | None, typer.Option(help="Convert floating tensors; without it, they are as in the source.")
     ] = None,
     force: Force = False,
+    no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -169,7 +174,9 @@ def decode(
         from pqcli.jobs import decode
 
         with console.progress(file.name) as hook:
-            target = decode.decode(file, output, dtype=dtype.value if dtype else None, force=force, progress=hook)
+            target = decode.decode(
+                file, output, dtype=dtype.value if dtype else None, force=force, verify=not no_verify, progress=hook
+            )
         if json:
             console.json({"input": str(file), "output": str(target), "output_bytes": _size(target)})
         else:
@@ -274,8 +281,7 @@ def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet
                 "findings": [{"name": finding.name, "problem": finding.problem} for finding in findings],
             })  # fmt: skip
         if findings:
-            lines = [f"tensor {finding.name!r} {finding.problem}" for finding in findings]
-            raise CheckFailedError(f"{file}: {len(findings)} problems\n" + "\n".join(lines))
+            raise CheckFailedError(f"{file}: {len(findings)} problems\n" + "\n".join(map(str, findings)))
         if not json:
             console.note(f"{file}: every tensor decodes to the bytes that were compressed")
 

@@ -115,6 +115,8 @@ class Console:
             for line in readable.kept_reasons(report, N_REASONS):
                 self.note(f"  {line}")
         self._dropped(report.dropped)
+        for warning in report.warnings:
+            self.warn(warning)
         if not report.quantized:
             self.warn("nothing was quantized; `pqcli plan` tells why for each tensor")
         else:

@@ -92,6 +92,7 @@ Device = Annotated[
     ),
 ]  # fmt: skip
 Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output.")]
+NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, flag("--quiet", "-q", help="Print nothing but errors and the asked-for result.")]
 Against = Annotated[

@@ -1,25 +1,24 @@
 """How a command ends: the one place that turns an exception into a message and an exit code.
 
-0 done, 1 an error of pqcli's own tree, 2 usage, 3 a check failed, 130 interrupted.
+0 done, 1 an error of pqcli's own tree, 2 usage, 3 a check failed; interrupted: 130 (Ctrl-C), 143 (SIGTERM), 129
+(SIGHUP).
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from pqcli.cli import interrupts
 from pqcli.errors import OutputError, PQError
 
 if TYPE_CHECKING:
     from pqcli.cli.console import Console
-
-EXIT_INTERRUPTED = 130
 
 
 def run(work: Callable[[Console], None], *, json: bool = False, quiet: bool = False) -> None:
@@ -27,16 +26,16 @@ def run(work: Callable[[Console], None], *, json: bool = False, quiet: bool = Fa
     from pqcli.cli.console import Console
 
     console = Console(quiet=quiet, json=json)
-    with _terminable():
+    with interrupts.interruptible():
         try:
             work(console)
         except PQError as error:
             console.error(error)
             _exit(error.exit_code)
-        except KeyboardInterrupt:
-            console.error(OutputError("interrupted; nothing was written"))
+        except KeyboardInterrupt as interrupt:
+            console.error(OutputError(interrupts.message()))
             sys.stdout.flush()
-            os._exit(EXIT_INTERRUPTED)  # at once: the interpreter would wait for threads deep inside a kernel
+            interrupts.leave(getattr(interrupt, "number", signal.SIGINT))
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has left: nothing to tell, and nothing to flush
             _exit(0)
@@ -52,17 +51,3 @@ def run(work: Callable[[Console], None], *, json: bool = False, quiet: bool = Fa
 
 def _exit(code: int) -> NoReturn:
     raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that temporary files are removed."""
-
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

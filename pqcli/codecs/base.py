@@ -214,17 +214,23 @@ class Job(Protocol):
 class Survey:
     """What was found out about the tensors that are to be coded: their plan, and the `spread` of their weights.
 
-    `rejected` are the records of those that their values rule out, kept now, with the reason.
+    `rejected` are the records of those that their values rule out, kept now, with the reason; `exact` the jobs of
+    those of few distinct values. `zeros` tells, by name, the exact zeros of those that have some
+    (`pqcli.codecs.zeros`), `weak_rows` the root mean square of a weak row.
     """
 
     entries: tuple[PlanEntry, ...]
     spreads: Mapping[str, float] = field(default_factory=dict)
     rejected: tuple[Record, ...] = ()
+    exact: tuple[Job, ...] = ()
+    zeros: Mapping[str, bytes] = field(default_factory=dict)
+    weak_rows: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def records(self) -> tuple[Record, ...]:
         """The tensors' records, as the plan has them."""
-        return tuple(map(record_of, self.entries))
+        lengths = {name: len(data) for name, data in self.zeros.items()}
+        return tuple(replace(record_of(entry), zero_bytes=lengths.get(entry.info.name)) for entry in self.entries)
 
     @property
     def unit(self) -> float:

@@ -12,11 +12,19 @@ what it all means:
 What compression measures (hashes, errors) is kept out of the manifest, so that the size of a plain PQ file is known
 before any weight is read: planning, budgets and the writer ask the same layout.
 
+A checksum over every byte of the file stands last (`pqcli.checksum`).
+
 Every later ability is a new named feature; a reader refuses a file whose features it does not know.
 
     manifest  what a file says of itself, and how that looks as JSON
     layout    manifest -> entries, header and size of the safetensors file
+    checksum  what covers every byte
     writer    finished tensors -> file
+
+    limits    what a file may claim
+    header    which entries there are, checked
+    entries   their bytes
+    door      file -> all that it says of itself, checked once
     reader    file -> tensors
     peek      is it one of ours? told without torch
 """

@@ -11,33 +11,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs import registry
+from pqcli.codecs import registry, zeros
+from pqcli.container import checksum
+from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
+from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, manifest_bytes
-from pqcli.container.peek import MANIFEST
 from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.info import ITEM_BYTES
 from pqcli.tensors.records import Coded, Kept, Plain, Record
 
 SHORT_HASH_BYTES: Final = 4
 """Bytes of a hash in files made to be small: one corrupted tensor in four billion goes unnoticed."""
-HASHES, ERRORS, ENTROPIES, KEPT, CODED = (
-    "pqcli.hashes", "pqcli.errors", "pqcli.entropies", "pqcli.kept", "pqcli.coded",
-)  # fmt: skip
+KEPT, CODED = "pqcli.kept", "pqcli.coded"
 ENTROPIES_SHARE: Final = 2000
 """Entropies are stored where they take at most this fraction of what is coded; in less it is quick to compute them."""
 _ENTRY_BYTES: Final = 80
 """What one more entry adds to the header."""
-SAFETENSORS_DTYPES: Final = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
 
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    return registry.features() | {KEPT_CODED}
+    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE}
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,8 @@ def lay_out(manifest: Manifest, bundle_bytes: int | None = None) -> Layout:
     """
     hash_bytes = SHORT_HASH_BYTES if KEPT_CODED in manifest.features else HASH_BYTES
     entries = entries_of(manifest, bundle_bytes, hash_bytes, has_entropies=worth_entropies(manifest))
-    ordered = sorted(entries, key=lambda entry: (-ITEM_BYTES[entry.dtype], entry.key))  # the widest first: all aligned
+    # the widest first: all aligned; the checksum behind what it covers
+    ordered = sorted(entries, key=lambda entry: (entry.key == CHECKSUM, -ITEM_BYTES[entry.dtype], entry.key))
     return Layout(_header(ordered, manifest.features), tuple(ordered))
 
 
@@ -88,12 +83,19 @@ def entries_of(manifest: Manifest, bundle_bytes: int | None, hash_bytes: int, *,
         bundle_bytes = sum(record.info.n_bytes for record in records if record.is_bundled)
     entries = [entry for record in records for entry in _own_entries(record, manifest.features)]
     entries += [
+        Entry(zeros.key(record.name), "uint8", (record.zero_bytes,))
+        for record in records
+        if record.zero_bytes is not None
+    ]
+    entries += [
         Entry(KEPT, "uint8", (bundle_bytes,)),
         Entry(HASHES, "uint8", (len(records), hash_bytes)),
         Entry(ERRORS, "float32", (sum(record.quantized for record in records), 4)),
         Entry(MANIFEST, "uint8", (len(manifest_bytes(manifest)),)),
     ]
-    if manifest.coded:
+    if checksum.FEATURE in manifest.features:
+        entries.append(Entry(CHECKSUM, "uint8", (checksum.N_BYTES,)))
+    if manifest.coded is not None:
         entries.append(Entry(CODED, "uint8", (manifest.coded_bytes,)))
     if has_entropies:
         entries.append(_entropies_entry(manifest))
@@ -102,7 +104,7 @@ def entries_of(manifest: Manifest, bundle_bytes: int | None, hash_bytes: int, *,
 
 def worth_entropies(manifest: Manifest) -> bool:
     """Whether a file of coded tensors is large enough to tell their entropies."""
-    if not manifest.coded:
+    if manifest.coded is None:
         return False
     return ENTROPIES_SHARE * (_entropies_entry(manifest).n_bytes + _ENTRY_BYTES) <= manifest.coded_bytes
 
@@ -127,10 +129,14 @@ def _entropies_entry(manifest: Manifest) -> Entry:
     return Entry(ENTROPIES, "float16", (sum(isinstance(record.coding, Coded) for record in manifest.tensors),))
 
 
+def metadata_of(features: Iterable[str]) -> dict[str, str]:
+    """What the safetensors header says of a file with these features."""
+    return {"format": "pqcli", "version": str(VERSION), "features": ",".join(features)}
+
+
 def _header(ordered: Iterable[Entry], features: Iterable[str]) -> bytes:
     """The safetensors header of entries that lie in this order."""
-    meta = {"format": "pqcli", "version": str(VERSION), "features": ",".join(features)}
-    head: dict[str, Any] = {"__metadata__": meta}
+    head: dict[str, Any] = {METADATA: metadata_of(features)}
     offset = 0
     for entry in ordered:
         end = offset + entry.n_bytes

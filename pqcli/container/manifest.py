@@ -7,14 +7,21 @@ written.
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Final
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from pqcli.codecs import zeros
+from pqcli.container import checksum
+from pqcli.container.header import LARGEST, is_shape, is_size
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 VERSION: Final = 1
 KEPT_CODED: Final = "kept-coded"
@@ -24,23 +31,60 @@ _STRICT: Final = {"strict": True, "extra": "forbid"}
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What `pqcli.manifest` holds. `source` describes the checkpoint (format, structure, size), `recipe` the wish.
+class Source:
+    """The checkpoint that was compressed.
 
-    `coded` describes `pqcli.coded`: {"codec", "shared" and "streams": lengths in bytes}; empty where there is none.
+    `format` is what `pqcli.checkpoint` calls its format, `n_bytes` its size, `skeleton` all that is no tensor, as JSON,
+    and `dropped` what is not in the file: places, each with the reason.
     """
+
+    __pydantic_config__: ClassVar = {**_STRICT, "extra": "ignore"}  # a later pqcli may tell more
+
+    format: str
+    n_bytes: int
+    skeleton: dict[str, Any]
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.n_bytes <= LARGEST:
+            raise ValueError(f"a source of {self.n_bytes} bytes")
+
+
+@dataclass(frozen=True)
+class CodedStreams:
+    """What `pqcli.coded` holds: `codec` is what made it, `shared` and `streams` are lengths in bytes."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    codec: str
+    shared: int
+    streams: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if min((self.shared, *self.streams)) < 0 or self.n_bytes > LARGEST:
+            raise ValueError("streams of such lengths cannot be")
+
+    @property
+    def n_bytes(self) -> int:
+        """All of it."""
+        return self.shared + sum(self.streams)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `pqcli.manifest` holds; `recipe` is the wish, `coded` is None where there is no `pqcli.coded`."""
 
     version: int
     features: tuple[str, ...]
-    source: Mapping[str, Any]
+    source: Source
     recipe: Mapping[str, Any]
     tensors: tuple[Record, ...]
-    coded: Mapping[str, Any] = field(default_factory=dict)
+    coded: CodedStreams | None = None
 
     @property
     def coded_bytes(self) -> int:
         """Length of `pqcli.coded`; 0 where there is none."""
-        return int(self.coded["shared"] + sum(self.coded["streams"])) if self.coded else 0
+        return self.coded.n_bytes if self.coded else 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +107,7 @@ class StoredRecord:
     codebook_dtype: str = "float16"
     kernel: int = 1
     coded_bytes: int | None = None
+    zero_bytes: int | None = None
 
     @staticmethod
     def of(record: Record) -> StoredRecord:
@@ -80,13 +125,16 @@ class StoredRecord:
             given = {"coded_bytes": coding.n_bytes}
         return StoredRecord(
             info.name, info.shape, info.dtype, coding.action, record.reason, record.kind, info.role, info.alias_of,
-            **given,
+            zero_bytes=record.zero_bytes, **given,
         )  # fmt: skip
 
     def record(self) -> Record:
-        """The record. Raises ValueError where the action lacks what it needs."""
+        """The record. Raises ValueError where the action lacks what it needs, or a number cannot be."""
+        numbers = (self.rows, self.block_size, self.n_centroids, self.kernel, self.coded_bytes, self.zero_bytes)
+        if not is_shape(self.shape) or not all(number is None or is_size(number) for number in numbers):
+            raise ValueError("a size that no tensor has")
         info = TensorInfo(self.name, self.shape, self.dtype, self.alias_of, self.role)
-        return Record(info, self._coding(), self.reason, self.kind)
+        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes)
 
     def _coding(self) -> Coding:
         if (self.action == "alias") != (self.alias_of is not None):
@@ -110,10 +158,10 @@ class StoredManifest:
 
     version: int
     features: tuple[str, ...]
-    source: dict[str, Any]
+    source: Source
     recipe: dict[str, Any]
     tensors: tuple[StoredRecord, ...]
-    coded: dict[str, Any] = field(default_factory=dict)
+    coded: CodedStreams | None = None
 
     def manifest(self) -> Manifest:
         """The manifest. Raises ValueError, naming the tensor, where a record lacks what it needs."""
@@ -130,12 +178,17 @@ def make_manifest(
     source: Mapping[str, Any],
     recipe: Mapping[str, Any],
     records: Sequence[Record],
-    coded: Mapping[str, Any] | None = None,
+    coded: CodedStreams | None = None,
     features: Iterable[str] = (),
 ) -> Manifest:
-    """The manifest of a file with these records, naming the features that they need, and `features` beside."""
-    needed = {record.action for record in records if record.quantized} | set(features)
-    return Manifest(VERSION, tuple(sorted(needed)), source, recipe, tuple(records), coded or {})
+    """The manifest of a file with these records, naming the features that they need, and `features` beside.
+
+    `source` has the fields of `Source`.
+    """
+    needed = {record.action for record in records if record.quantized} | {checksum.FEATURE, *features}
+    if any(record.zero_bytes is not None for record in records):
+        needed.add(zeros.FEATURE)
+    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -143,13 +196,40 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     plain: dict[str, Any] = {
         "version": manifest.version,
         "features": manifest.features,
-        "source": manifest.source,
+        "source": vars(manifest.source),
         "recipe": manifest.recipe,
         "tensors": [_without_defaults(StoredRecord.of(record)) for record in manifest.tensors],
     }
-    if manifest.coded:
-        plain["coded"] = manifest.coded
+    if manifest.coded is not None:
+        plain["coded"] = vars(manifest.coded)
     return zlib.compress(json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode(), 9)
+
+
+def parse_manifest(plain: dict[str, Any]) -> Manifest:
+    """The manifest that JSON describes. Raises ValueError for all that is not as `StoredManifest` has it."""
+    import pydantic
+
+    # what is free in form is set aside: pydantic's parser takes less depth than a checkpoint may have
+    source, recipe = plain.get("source"), plain.get("recipe")
+    skeleton = source.get("skeleton") if isinstance(source, dict) else None
+    aside = dict(plain)
+    if isinstance(skeleton, dict) and isinstance(recipe, dict) and isinstance(source, dict):
+        aside |= {"source": {**source, "skeleton": {}}, "recipe": {}}
+    else:
+        skeleton, recipe = {}, {}  # the schema refuses the manifest
+    try:
+        stored = _checker().validate_json(json.dumps(aside))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"entry {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return replace(stored, source=replace(stored.source, skeleton=skeleton), recipe=recipe).manifest()
+
+
+@functools.cache
+def _checker() -> TypeAdapter[StoredManifest]:
+    import pydantic
+
+    return pydantic.TypeAdapter(StoredManifest)
 
 
 def _without_defaults(stored: StoredRecord) -> dict[str, Any]:

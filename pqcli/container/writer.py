@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from pqcli.atomic import atomic_writer, output_errors
 from pqcli.codecs.base import Piece, Streams
 from pqcli.codecs.kept import bundle
-from pqcli.container.layout import CODED, ENTROPIES, ERRORS, HASHES, KEPT, SHORT_HASH_BYTES, Layout, lay_out
-from pqcli.container.manifest import KEPT_CODED, Manifest, make_manifest, manifest_bytes
-from pqcli.container.peek import MANIFEST
+from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES, Checksum
+from pqcli.container.header import MANIFEST
+from pqcli.container.layout import CODED, KEPT, SHORT_HASH_BYTES, Layout, lay_out
+from pqcli.container.manifest import KEPT_CODED, CodedStreams, Manifest, make_manifest, manifest_bytes
 from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.records import Coded, Record, StoredError
 
@@ -94,10 +95,13 @@ class Writer:
         """The layout of the file if it were finished with these streams; `coded` are records not added yet."""
         return lay_out(self._manifest(codec, streams, coded), len(self.bundle))
 
-    def finish(self, codec: str = "", streams: Streams | None = None) -> int:
+    def finish(
+        self, codec: str = "", streams: Streams | None = None, check: Callable[[Path], None] | None = None
+    ) -> int:
         """Write the file; returns its size in bytes. `codec` names what made the streams.
 
-        Raises OutputError where it cannot be written.
+        With a `check`, the file is read again, and must pass it, before it is put in place (`pqcli.atomic`). Raises
+        OutputError where it cannot be written.
         """
         if streams is not None:
             self._put(CODED, [streams.shared, *streams.streams])
@@ -111,23 +115,29 @@ class Writer:
         self._put(MANIFEST, [manifest_bytes(manifest)])
         if any(entry.key == ENTROPIES for entry in layout.entries):
             self._put(ENTROPIES, [_entropy_densities(pieces)])
-        with atomic_writer(self.target, force=self.force) as out:
+        with atomic_writer(self.target, force=self.force, check=check) as out:
             out.write(layout.header)
+            checksum = Checksum(layout.header)
             for entry in layout.entries:
+                if entry.key == CHECKSUM:  # the last one
+                    out.write(checksum.digest())
+                    continue
                 start, length = self._spooled[entry.key]
                 if length != entry.n_bytes:
                     raise ValueError(f"entry {entry.key!r} has {length} bytes where its records say {entry.n_bytes}")
                 self._spool.seek(start)
-                _copy(self._spool, out, length)
+                for piece in _pieces_of(self._spool, length):
+                    checksum.add(entry.key, piece)
+                    out.write(piece)
         return layout.n_bytes
 
     def _manifest(self, codec: str, streams: Streams | None, coded: Sequence[Record] = ()) -> Manifest:
         known = {name: piece.record for name, piece in self._pieces.items()} | {record.name: record for record in coded}
         records = [known[name] for name in self.about.order if name in known]
         features = [KEPT_CODED] if self.compact else []
-        about: dict[str, Any] = {}
+        about = None
         if streams is not None:
-            about = {"codec": codec, "shared": len(streams.shared), "streams": [len(data) for data in streams.streams]}
+            about = CodedStreams(codec, len(streams.shared), tuple(len(data) for data in streams.streams))
             features += streams.features
         return make_manifest(self.about.source, self.about.recipe, records, about, features)
 
@@ -155,8 +165,11 @@ def _entropy_densities(pieces: Sequence[Piece]) -> bytes:
     return np.array([bits / max(numel, 1) for bits, numel in coded], "<f2").tobytes()
 
 
-def _copy(source: IO[bytes], target: IO[bytes], n_bytes: int) -> None:
+def _pieces_of(file: IO[bytes], n_bytes: int) -> Iterator[bytes]:
+    """The next `n_bytes` of a file, a bounded piece at a time."""
     while n_bytes:
-        piece = source.read(min(n_bytes, _COPY_BYTES))
-        target.write(piece)
+        piece = file.read(min(n_bytes, _COPY_BYTES))
+        if not piece:
+            raise OSError(f"{n_bytes} bytes that were spooled are gone")
+        yield piece
         n_bytes -= len(piece)

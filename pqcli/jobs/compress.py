@@ -13,22 +13,31 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import check_target
 from pqcli.checkpoint import Checkpoint
+from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
 from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
 from pqcli.codecs.kept import KeptJob, alias_piece
+from pqcli.codecs.rate.budget import Goal, error_bound
 from pqcli.codecs.rate.level import Frame, first_level, reach
-from pqcli.codecs.rate.measuring import measured_pieces, relative_mse, with_shares
+from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
+from pqcli.codecs.rate.protection import Watch
+from pqcli.codecs.rate.survey import NOT_FINITE
+from pqcli.container.layout import CODED, lay_out
+from pqcli.container.manifest import make_manifest
 from pqcli.container.peek import SUFFIX
+from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
-from pqcli.errors import CheckpointError, OutputError
+from pqcli.errors import CheckpointError, ContainerError, OutputError
 from pqcli.jobs import executors
 from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
@@ -38,8 +47,12 @@ from pqcli.plan.plan import Plan
 from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
-from pqcli.tensors.records import Record, StoredError, with_bundle_shares
+from pqcli.tensors.records import Alias, Coded, Record, StoredError, with_bundle_shares
 
+COPIES = 2
+"""What the disk holds of a file while it is written: the spool, and the file itself."""
+SAMPLED = 1 / 16
+"""The fraction of the dense bytes that a finished file is decoded for, to check it."""
 BASE_MEMORY_BYTES = 400 << 20
 """Memory of a process that has torch loaded and kernels compiled."""
 
@@ -51,19 +64,24 @@ def compress(
     *,
     device: str = "auto",
     force: bool = False,
+    verify: bool = True,
     progress: Hook | None = None,
 ) -> Report:
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
 
     Tensors are read one at a time. With plain PQ each is written as soon as it is encoded, and peak memory is about the
     largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
-    whole or not at all. `progress` is told of every stage (`pqcli.jobs.events.Event`).
+    whole or not at all. With `verify`, what was written is read again before it is put in place: its bytes must be
+    those that were meant, and a sample must decode to its hashes. `progress` is told of every stage
+    (`pqcli.jobs.events.Event`).
 
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
     recipe = recipe or Recipe()
     with opened(source, recipe) as checkpoint:
-        return compress_opened(checkpoint, output, recipe, resolve_device(device), force=force, hook=progress)
+        return compress_opened(
+            checkpoint, output, recipe, resolve_device(device), force=force, verify=verify, hook=progress
+        )
 
 
 def save(
@@ -143,6 +161,7 @@ def compress_opened(
     device: torch.device,
     *,
     force: bool = False,
+    verify: bool = True,
     hook: Hook | None = None,
 ) -> Report:
     """Compress an open checkpoint."""
@@ -150,8 +169,12 @@ def compress_opened(
     target = Path(output) if output else default_output(checkpoint.path)
     plan = plans.make(recipe, checkpoint.tensors)
     check_output(target, checkpoint.path, force=force)
-    with compression(checkpoint, plan, recipe, device, target, force=force, hook=hook) as work:
-        size = work.finish(work.coded(work.prepared()))
+    with (
+        claimed(target),
+        compression(checkpoint, plan, recipe, device, target, force=force, hook=hook) as work,
+    ):
+        check_space(target, COPIES * work.expected_bytes())
+        size = work.finish(work.coded(work.prepared()), verify=verify)
         records, tensors = work.writer.records, work.tensor_reports()
     return Report(
         source=str(checkpoint.path),
@@ -163,6 +186,7 @@ def compress_opened(
         dropped=dropped(checkpoint),
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
+        warnings=work.warnings,
     )
 
 
@@ -203,6 +227,7 @@ class Compression:
     writer: Writer
     run: Run
     hook: Hook
+    warnings: tuple[str, ...] = ()
 
     def prepared(self) -> Survey:
         """Read what the codec wants to know, write what is kept; the survey of what is to be coded."""
@@ -215,7 +240,8 @@ class Compression:
             entries, self.weights, Stage(self.hook, "reading", sum(entry.info.numel for entry in entries))
         )
         kept = [record for record in [*records, *survey.rejected] if record.action == "keep"]
-        self._write([KeptJob(record, self.weights, self.codec.is_compact) for record in kept], "keeping")
+        keeping = [KeptJob(record, self.weights, self.codec.is_compact) for record in kept]
+        self._write([*keeping, *survey.exact], "keeping")
         return survey
 
     def coded(self, survey: Survey) -> Streams | None:
@@ -233,14 +259,29 @@ class Compression:
         streams = reach(session, self.recipe, self._frame(), encode, self._measure(survey), self._drafted)
         if streams is not None and isinstance(self.codec, StreamCodec):
             measuring = self._stage("measuring", survey.records)
-            shared_out = with_shares(survey.records, streams)
-            for piece in measured_pieces(self.codec, streams, shared_out, self.weights, measuring):
+            bound = error_bound(self.recipe)
+            watch = None if bound is None else Watch(bound)
+            for piece in measured_pieces(self.codec, streams, survey, self.weights, measuring, watch):
                 self.writer.add(piece)
+            self.warnings = () if watch is None else watch.warnings()
         return streams
 
-    def finish(self, streams: Streams | None) -> int:
-        """Write the file; its size in bytes."""
-        return self.writer.finish(self.codec_name, streams)
+    def expected_bytes(self) -> int:
+        """The size of the file, as far as it is known before a weight is read.
+
+        Plain PQ: from the headers. A budget of bytes is spent. Else 0: nothing is known of what streams will take.
+        """
+        goal = Goal.of(self.recipe, self.original_bytes)
+        if goal is not None and goal.quantity == "bytes":
+            return int(goal.value)
+        if self.codec.is_compact:
+            return 0
+        records = [record_of(entry) for entry in self.plan.entries]
+        return lay_out(make_manifest(self.writer.about.source, self.writer.about.recipe, records)).n_bytes
+
+    def finish(self, streams: Streams | None, *, verify: bool = True) -> int:
+        """Write the file; its size in bytes. With `verify`, read it again first."""
+        return self.writer.finish(self.codec_name, streams, partial(check_written, streams) if verify else None)
 
     def tensor_reports(self) -> tuple[TensorReport, ...]:
         """What became of every tensor of the finished file."""
@@ -271,7 +312,7 @@ class Compression:
         def measure(streams: Streams) -> float:
             if not isinstance(self.codec, StreamCodec):
                 raise TypeError(f"{self.codec_name} has no streams to measure")
-            return relative_mse(self.codec, streams, survey.records, self.weights)
+            return relative_mse(self.codec, streams, survey, self.weights)
 
         return measure
 
@@ -286,11 +327,44 @@ class Compression:
             elif isinstance(piece, list):
                 streams += piece
             else:
+                self._check_finite(piece.record)
                 self.writer.add(piece)
         return streams
 
+    def _check_finite(self, record: Record) -> None:
+        """Raise CheckpointError for a tensor that is kept because it is not finite, where the recipe wants that."""
+        if self.recipe.on_nonfinite == "error" and record.reason == NOT_FINITE:
+            raise CheckpointError(
+                f"tensor {record.name!r} {record.reason.partition(':')[0]}; --on-nonfinite keep stores it bit for bit"
+            )
+
     def _stage(self, stage: str, records: Sequence[Record]) -> Stage:
         return Stage(self.hook, stage, sum(record.info.numel for record in records))
+
+
+def check_written(streams: Streams | None, path: Path) -> None:
+    """Raise ContainerError unless the container at `path` opens, a sample has its hashes, and its streams are these.
+
+    The sample is of tensors held by themselves, the smallest first: as many as can be for `SAMPLED` of the time, since
+    what would be wrong is where entries lie. Streams were decoded from memory when their errors were measured.
+    """
+    with open_container(path) as container:
+        own = [record for record in container.records if not isinstance(record.coding, Alias | Coded)]
+        left = SAMPLED * sum(record.info.n_bytes for record in own)
+        for i, record in enumerate(sorted(own, key=lambda record: record.info.n_bytes)):
+            left -= record.info.n_bytes
+            if left < 0 and i:
+                break
+            container.decode(record.name)
+    if streams is None:
+        return
+    with safetensors.safe_open(path, "numpy") as file:
+        data = file.get_slice(CODED)
+        start = 0
+        for meant in (streams.shared, *streams.streams):
+            if data[start : start + len(meant)].tobytes() != meant:
+                raise ContainerError(f"{path}: the streams on the disk are not those that were coded")
+            start += len(meant)
 
 
 def _runner(device: torch.device, recipe: Recipe) -> Run:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pqcli import checkpoint as checkpoints
 from pqcli.checkpoint import formats
+from pqcli.claim import check_space, claimed
+from pqcli.container.manifest import Source
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
-from pqcli.errors import UsageError
+from pqcli.errors import ContainerError, UsageError
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.report import n_weights
 from pqcli.plan import plan as plans
@@ -27,19 +27,21 @@ def decode(
     *,
     dtype: str | None = None,
     force: bool = False,
+    verify: bool = True,
     progress: Hook | None = None,
 ) -> Path:
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes, kept tensors bit-identical.
 
     `output` says the format by its suffix (.safetensors, .pt and its kin, none for a folder); by default it is
-    `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. Returns the path written.
+    `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. With `verify`, what was
+    written is read again before it is put in place. Returns the path written.
     """
     if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
         raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
     with open_container(file) as container:
         source = container.manifest.source
         target = Path(output) if output else _default_output(Path(file), source)
-        format_ = formats.by_suffix(target) if output else source["format"]
+        format_ = formats.by_suffix(target) if output else source.format
         infos = [_converted(info, dtype) for info in container.infos]
         done = Stage(progress or ignore, "decoding", n_weights(container))
 
@@ -50,7 +52,9 @@ def decode(
             done(tensor.numel(), name)
             return tensor
 
-        checkpoints.write(target, infos, read, source["skeleton"], format=format_, force=force)
+        with claimed(target):
+            check_space(target, sum(info.n_bytes for info in infos if info.alias_of is None))
+            checkpoints.write(target, infos, read, source.skeleton, format=format_, force=force, verify=verify)
         return target
 
 
@@ -64,9 +68,14 @@ def load(file: str | Path) -> dict[str, torch.Tensor]:
         return tensors
 
 
-def _default_output(file: Path, source: Mapping[str, Any]) -> Path:
+def _default_output(file: Path, source: Source) -> Path:
+    if source.format != formats.FOLDER and source.format not in formats.FORMATS:
+        raise ContainerError(
+            f"{file}: made of a checkpoint in the format {source.format!r:.40}, which this pqcli does not write; "
+            "say where to with -o, as in -o model.pt"
+        )
     name = file.name.removesuffix(SUFFIX) if file.name.endswith(SUFFIX) else file.stem
-    return file.with_name(f"{name}.decoded{checkpoints.default_suffix(source['format'], source['skeleton'])}")
+    return file.with_name(f"{name}.decoded{checkpoints.default_suffix(source.format, source.skeleton)}")
 
 
 def _converted(info: TensorInfo, dtype: str | None) -> TensorInfo:

@@ -31,6 +31,7 @@ def report(file: str | Path, against: str | Path | None = None, *, progress: Hoo
     With `against`, the original checkpoint, every error is measured again from the two files, and that of int4.
     """
     with open_container(file) as container:
+        container.check_figures()
         records = with_bundle_shares(list(container.records), container.bundle_bytes)
         if against is None:
             tensors = tuple(_stored_report(container, record) for record in records)
@@ -42,10 +43,10 @@ def report(file: str | Path, against: str | Path | None = None, *, progress: Hoo
         return Report(
             source=str(against or ""),
             output=str(file),
-            original_bytes=source["n_bytes"],
+            original_bytes=source.n_bytes,
             compressed_bytes=Path(file).stat().st_size,
             tensors=tensors,
-            dropped=tuple(f"{path} ({reason})" for path, reason in source["dropped"]),
+            dropped=tuple(f"{path} ({reason})" for path, reason in source.dropped),
             recipe=container.manifest.recipe,
             paper_bytes=paper_bytes_of(container.records),
         )
@@ -61,7 +62,7 @@ def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, A
             "file_bytes": Path(file).stat().st_size,
             "version": container.manifest.version,
             "features": list(container.manifest.features),
-            "source": {key: source[key] for key in ("format", "n_bytes", "dropped")},
+            "source": {"format": source.format, "n_bytes": source.n_bytes, "dropped": source.dropped},
             "recipe": container.manifest.recipe,
             "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
         }

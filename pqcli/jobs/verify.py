@@ -13,7 +13,7 @@ from pqcli.checkpoint import Checkpoint
 from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
-from pqcli.errors import ContainerError
+from pqcli.errors import ContainerError, DamagedError
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.report import describe, n_weights
 from pqcli.tensors.records import Alias, Record, StoredError
@@ -25,33 +25,48 @@ SMALLEST_REPORTED = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that `verify` found wrong: with which tensor, and what."""
+    """One thing that `verify` found wrong: with which tensor (None: the file), and what."""
 
-    name: str
+    name: str | None
     problem: str
+
+    def __str__(self) -> str:
+        return self.problem if self.name is None else f"tensor {self.name!r} {self.problem}"
 
 
 def verify(file: str | Path, against: str | Path | None = None, *, progress: Hook | None = None) -> list[Finding]:
     """What is wrong with a container; an empty list if nothing is.
 
-    Checks its structure (raising ContainerError where it cannot even be opened) and the hash of every decoded tensor.
-    With `against`, also that kept tensors are identical to the original's and that errors are as reported; training
-    state that was left out on request is not missed (see `left_out`).
+    Checks its structure, the checksum over every byte, and the hash of every decoded tensor. With `against`, also that
+    kept tensors are identical to the original's and that errors are as reported; training state that was left out on
+    request is not missed (see `left_out`). Raises ContainerError where the file is no container, or a newer pqcli's.
     """
-    with open_container(file) as container:
+    try:
+        container = open_container(file)
+    except DamagedError as error:
+        return [Finding(None, str(error))]
+    with container:
         stage = Stage(progress or ignore, "verifying", n_weights(container))
         if against is None:
-            return [finding for record in container.records for finding in _checked(container, record, None, stage)]
-        with checkpoints.open(against) as original:
-            return list(_differences(container, original, stage))
+            found = [finding for record in container.records for finding in _checked(container, record, None, stage)]
+        else:
+            with checkpoints.open(against) as original:
+                found = list(_differences(container, original, stage))
+        if not container.is_whole():
+            found.append(Finding(None, "its payloads are not those that were written (checksum)"))
+        return found
 
 
 def left_out(file: str | Path) -> tuple[str, ...]:
     """The training state that compression was asked to leave out, entry by entry."""
-    with open_container(file) as container:
+    try:
+        opened = open_container(file)
+    except DamagedError:
+        return ()  # `verify` tells
+    with opened as container:
         if container.manifest.recipe.get("model_only") is not True:
             return ()
-        dropped = container.manifest.source["dropped"]
+        dropped = container.manifest.source.dropped
         return tuple(f"{path} ({reason})" for path, reason in dropped if reason.startswith(checkpoints.LEFT_OUT))
 
 
@@ -98,5 +113,6 @@ def _compared(container: Container, record: Record, original: Checkpoint, decode
     measured = StoredError.of(metrics.compare(weight, decoded))
     for key, value in asdict(stored).items():
         actual = getattr(measured, key)
-        if abs(actual - value) > REPORTED_WITHIN * max(abs(actual), abs(value)) + SMALLEST_REPORTED:
+        within = REPORTED_WITHIN * max(abs(actual), abs(value)) + SMALLEST_REPORTED
+        if actual != value and not abs(actual - value) <= within:  # an infinite difference is within nothing
             yield Finding(record.name, f"{key} is {actual:.6g} against {original.path}, and {value:.6g} as reported")

@@ -31,7 +31,7 @@ _NO_CODES = re.compile(r"(^|[._])(ids?|idxs?|index|indexes|position|positions|st
 """Last parts of integer tensors that are no codes."""
 _SCALE = re.compile(
     r"(^|[._])(w|weight|input|output|act|k|v|q)?_?"
-    r"(scales?|scale_inv|scales_inv|scaling_factor|absmax|quant_map|qzeros?|zeros?|zero_points?|scale_and_zero|"
+    r"(scales?|scale_inv|scales_inv|scaling_factor|absmax|quant_map|qzeros?|zeros|zero_points?|scale_and_zero|"
     r"scales_and_zeros|codebooks?|amax)(_?\d+)?$",
     re.IGNORECASE,
 )

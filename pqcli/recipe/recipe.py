@@ -206,6 +206,10 @@ class Recipe:
         False, check=boolean, panel=TENSORS, metavar="true|false",
         help="Leave training state (optimizer moments and the like) out of the result.",
     )  # fmt: skip
+    on_nonfinite: Literal["keep", "error"] = setting(
+        "keep", choices=lambda: ("keep", "error"), metavar="keep|error", panel=TENSORS,
+        help="Weights that hold NaN or infinity: keep them bit for bit, or stop.",
+    )  # fmt: skip
     eps: float = setting(1e-6, check=positive, metavar="X", help="Noise that splits a centroid, relative to the data.")
     max_tentatives: int = setting(30, check=whole(1), metavar="N", help="Most passes at filling empty clusters.")
     include: tuple[str, ...] = setting(

@@ -97,7 +97,7 @@ class Report:
 
     `dropped` names what the source held and the output does not. `paper_bytes` is the size by the papers' own
     accounting (log2(k) bits a block, fp16 codebooks, fp32 for the rest, running statistics not counted), None where
-    anything but plain PQ was at work.
+    anything but plain PQ was at work. `warnings` say what a budget gave up, known to `compress` alone.
     """
 
     source: str
@@ -109,6 +109,7 @@ class Report:
     dropped: tuple[str, ...] = ()
     recipe: Mapping[str, object] = field(default_factory=dict)
     paper_bytes: int | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[TensorReport, ...]:
@@ -236,7 +237,7 @@ class Report:
             },
             "recipe": self.recipe,
             "dropped": self.dropped,
-            "warnings": (),  # nothing fills it any more; a field of this document is never removed
+            "warnings": self.warnings,
             "tensors": [tensor.to_json() for tensor in self.tensors],
         }
         return {key: _jsonable(value) for key, value in document.items()}

@@ -82,12 +82,16 @@ Coding = Plain | Coded | Kept | Alias
 
 @dataclass(frozen=True)
 class Record:
-    """One tensor: its header, what it is coded as, why (`reason`), and the kind of layer it belongs to."""
+    """One tensor: its header, what it is coded as, why (`reason`), and the kind of layer it belongs to.
+
+    `zero_bytes` is the length of what tells its exact zeros (`pqcli.codecs.zeros`); None where that is nothing.
+    """
 
     info: TensorInfo
     coding: Coding
     reason: str = ""
     kind: str = ""
+    zero_bytes: int | None = None
 
     @property
     def name(self) -> str:
@@ -138,8 +142,8 @@ class Record:
         if isinstance(coding, Alias):
             return 0
         if isinstance(coding, Plain):
-            return coding.codebook_bytes + self.assignment_bytes
-        return self.info.n_bytes if coding.n_bytes is None else coding.n_bytes
+            return coding.codebook_bytes + self.assignment_bytes + (self.zero_bytes or 0)
+        return (self.info.n_bytes if coding.n_bytes is None else coding.n_bytes) + (self.zero_bytes or 0)
 
     def kept(self, reason: str) -> Record:
         """The record of the same tensor, kept for that reason."""

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pqcli import checkpoint
+from pqcli.checkpoint import folder
 from pqcli.errors import CheckpointError, ContainerError, OutputError
 from pqcli.tensors.info import TensorInfo
 from tests.checkpoint.checkpoint_cases import assert_same, round_trip
@@ -282,3 +283,14 @@ def test_a_loop_of_links_between_folders_ends(tmp_path):
     (tmp_path / "self").symlink_to(tmp_path)
     with checkpoint.open(tmp_path) as opened:
         assert opened.side_files == ()
+
+
+def test_a_folder_of_everything_is_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "_MAX_FILES", 5)
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "sub").mkdir()
+    for number in range(5):
+        (tmp_path / "sub" / f"{number}.txt").write_text("")
+    with pytest.raises(CheckpointError, match="more than 5 files, too many to be a checkpoint; name the weights"):
+        checkpoint.open(tmp_path)
+    checkpoint.open(tmp_path / "model.safetensors").close()

@@ -72,7 +72,7 @@ UTC = dt.timezone.utc  # noqa: UP017 - the class that pickles name
         uuid.UUID(int=2**127 + 1),
         {pathlib.PurePosixPath("x"): 1, fractions.Fraction(1, 2): {"deep": [dt.timedelta(1)]}},
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_small_classes_of_the_standard_library_come_back_as_themselves(tmp_path, value, options):
     back, told = through_pqcli({"w": TENSOR, "x": value, "list": [value]}, tmp_path, **options)

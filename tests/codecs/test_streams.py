@@ -1,6 +1,5 @@
 """Whole checkpoints through the codecs that take all tensors together: compress, decode, verify, report, budgets."""
 
-import json
 import math
 import struct
 
@@ -12,10 +11,12 @@ import pqcli
 from pqcli.codecs.rate.budget import BudgetError
 from pqcli.codecs.rate.survey import spread
 from pqcli.container import layout
+from pqcli.container.checksum import ENTROPIES
 from pqcli.container.layout import CODED
 from pqcli.container.reader import Container, open_container
 from pqcli.errors import ContainerError
 from pqcli.recipe.recipe import Recipe
+from tests.container.forging import taken_apart
 
 CODECS = ("trellis", "pq")
 QUICK = {"effort": 4}
@@ -130,11 +131,10 @@ def test_an_entropy_that_is_no_number_is_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "ENTROPIES_SHARE", 1)
     file = tmp_path / "model.pq.safetensors"
     pqcli.compress(saved(tmp_path, network()), file, recipe("trellis"))
-    data = bytearray(file.read_bytes())
-    (length,) = struct.unpack("<Q", data[:8])
-    start = json.loads(data[8 : 8 + length])[layout.ENTROPIES]["data_offsets"][0] + 8 + length
-    data[start : start + 2] = struct.pack("<e", math.nan)
-    file.write_bytes(data)
+    forgery = taken_apart(file)
+    entry = forgery.entries[ENTROPIES]
+    entry[2] = struct.pack("<e", math.nan) + entry[2][2:]
+    file.write_bytes(forgery.bytes())
     with pytest.raises(ContainerError, match="an entropy is no number of bits; the file is damaged"):
         pqcli.load(file)
 

@@ -119,7 +119,7 @@ def test_the_table_of_entries_names_exactly_what_a_file_holds(tmp_path):
         metadata = file.metadata()
     described = set(re.findall(r"^\| `([^`]+)` \|", FORMAT.read_text(encoding="utf-8"), re.MULTILINE))
     assert found <= described
-    assert metadata == {"format": "pqcli", "version": "1", "features": "pq"}
+    assert metadata == {"format": "pqcli", "version": "1", "features": "checksum,pq"}
 
 
 def test_every_field_of_a_record_is_described_with_its_default(tmp_path):

@@ -1,8 +1,9 @@
-"""A second reader of `trellis`, `trellis-mixing`, `trellis-rows` and `kept-coded` files, written from FORMAT.md alone.
+"""A second reader of files with coded tensors and a checksum, written from FORMAT.md alone.
 
 Slow, plain Python. It shares no code with the package, so that whoever follows the specification gets the same tensors.
 """
 
+import hashlib
 import json
 import math
 import zlib
@@ -578,12 +579,31 @@ def read_plane(body, total, starts, plane):
     return bytes(result)
 
 
+def check_checksum(data, *, has_checksum):
+    """FORMAT.md, "Feature checksum": every byte is hashed, those of the head apart."""
+    n = int.from_bytes(data[:8], "little")
+    entries = {name: about["data_offsets"] for name, about in json.loads(data[8 : 8 + n]).items() if name[0] != "_"}
+    assert ("pqcli.checksum" in entries) == has_checksum
+    start, stop = entries.pop("pqcli.checksum", (0, 0))
+    stored = data[8 + n + start : 8 + n + stop]
+    head, rest = hashlib.blake2b(data[: 8 + n], digest_size=8), hashlib.blake2b(digest_size=8)
+    covered = 0
+    for name, (start, stop) in sorted(entries.items(), key=lambda entry: entry[1]):
+        is_head = name in {"pqcli.manifest", "pqcli.hashes", "pqcli.errors", "pqcli.entropies"}
+        (head if is_head else rest).update(data[8 + n + start : 8 + n + stop])
+        covered += stop - start
+    if has_checksum:
+        assert stored == head.digest() + rest.digest()
+        assert 8 + n + covered + 16 == len(data)
+
+
 def read_file(path):
-    """All tensors of a file with the features `trellis`, `trellis-mixing` and `kept-coded`, by name."""
+    """All tensors of a file with the features `trellis`, `trellis-mixing`, `kept-coded` and `checksum`, by name."""
     entries = load_file(path)
     manifest = json.loads(zlib.decompress(entries["pqcli.manifest"].tobytes()))
     records = manifest["tensors"]
-    assert set(manifest["features"]) <= {"trellis", "trellis-mixing", "kept-coded"}
+    assert set(manifest["features"]) <= {"trellis", "trellis-mixing", "kept-coded", "checksum"}
+    check_checksum(path.read_bytes(), has_checksum="checksum" in manifest["features"])
     coded = [record for record in records if record["action"] == "trellis"]
     sources = []
     for record in coded:

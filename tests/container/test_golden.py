@@ -48,6 +48,16 @@ def test_there_are_golden_files_for_every_feature_of_the_trellis_codec():
     assert features["trellis-mixing-v1"] == ("kept-coded", "trellis", "trellis-mixing")
 
 
+@pytest.mark.parametrize("codec", ["plain", "ecpq", "trellis", "trellis-mixing"])
+def test_there_is_a_golden_file_of_every_codec_with_a_checksum_and_one_without(codec):
+    features = []
+    for name in (f"{codec}-v1", f"{codec}-checksum-v1"):
+        with pqcli.open(GOLDEN / f"{name}.pq.safetensors") as container:
+            features.append(container.manifest.features)
+    assert "checksum" not in features[0]
+    assert {*features[0], "checksum"} <= {*features[1]}
+
+
 def test_a_golden_file_gives_its_nested_checkpoint_back(tmp_path):
     decoded = torch.load(pqcli.decode(GOLDEN / "plain-v1.pq.safetensors", tmp_path / "model.pt"), weights_only=True)
     original = checkpoint()

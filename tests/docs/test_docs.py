@@ -11,8 +11,8 @@ from typer.main import get_command
 import pqcli
 from docs import generate
 from pqcli import errors
+from pqcli.cli import interrupts
 from pqcli.cli.commands import app
-from pqcli.cli.running import EXIT_INTERRUPTED
 from pqcli.codecs.rate.budget import QUALITY_STEPS
 from pqcli.container import layout
 from pqcli.recipe import loading, recipe
@@ -137,7 +137,7 @@ def test_the_reference_shows_every_setting_of_recipes_and_rules():
 def test_the_reference_names_everything_public_with_its_signature():
     shown = " ".join(cells[0] for cells in rows(DOCUMENTS["docs/python.md"], "name"))
     assert set(re.findall(r"`pqcli\.(\w+)", shown)) == set(pqcli.__all__)
-    assert "`pqcli.decode(file, output=None, *, dtype=None, force=False, progress=None)`" in shown
+    assert "`pqcli.decode(file, output=None, *, dtype=None, force=False, verify=True, progress=None)`" in shown
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -190,7 +190,7 @@ def test_every_call_that_the_documents_show_parses():
 
 
 def test_every_exit_code_is_explained():
-    codes = {0, EXIT_INTERRUPTED} | {
+    codes = {0, *map(interrupts.exit_code, interrupts.SIGNALS)} | {
         kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PQError)
     }
     assert {int(cells[0]) for cells in rows(CLI, "code")} == codes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pqcli.checkpoint.pt.reader import read_legacy, read_zip
-from pqcli.checkpoint.pt.tree import TensorSlot, rebuild
+from pqcli.checkpoint.pt.rebuilding import TensorSlot, rebuild
 from pqcli.checkpoint.pt.writer import write_pt
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
-"""The nesting of a `.pt` as JSON, without its tensors; and back.
+"""The nesting of a `.pt` as JSON, without its tensors.
 
-`describe` walks what the pickle holds and gives the tensors in walk order plus a JSON tree; `rebuild` gives the same
-Python value back from the tree and the tensors *in that order*. A tensor's key is not repeated in the tree where its
-name implies it, so a flat state dict of any size is just `{"$": "odict", "items": [104]}`.
+`describe` walks what the pickle holds and gives the tensors in walk order plus a JSON tree; `rebuilding.rebuild` gives
+the same Python value back from the tree and the tensors *in that order*. A tensor's key is not repeated in the tree
+where its name implies it, so a flat state dict of any size is just `{"$": "odict", "items": [104]}`.
 
 | JSON                                     | Python                                                             |
 |------------------------------------------|--------------------------------------------------------------------|
@@ -42,14 +42,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from pqcli.checkpoint.pt.naming import Path
-    from pqcli.tensors.info import TensorInfo
 
 Json = Any
 """Plain JSON: dict, list, str, int, float, bool, None."""
 
-_MAX_INT_BITS = 1 << 13
+MAX_INT_BITS = 1 << 13
 _PACK_ABOVE = 200
-_MAX_PACKED = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -78,48 +76,18 @@ class Description:
     dropped: tuple[Dropped, ...]
 
 
-@dataclass(frozen=True)
-class TensorSlot:
-    """A place for a tensor in a rebuilt value."""
-
-    info: TensorInfo
-    parameter: bool = False
-    grad: bool = False
-    numpy: bool = False
-
-
 def describe(value: Any, budget: Budget | None = None) -> Description:
     """Split a pickle's value into tensors and JSON.
 
     Raises `CheckpointError` for tensors that cannot be carried, cycles, and structures too deep or too large.
     """
     walk = _Walk(root=find_root(value), budget=budget or Budget(Limits()))
-    node = walk.node(value, ())
+    try:
+        node = walk.entry(value, ())
+    except _Drop:
+        node = None
     tree = {"root": list(walk.root), "top": node} if walk.root else {"top": node}
     return Description(tuple(walk.tensors.values()), tree, tuple(walk.dropped))
-
-
-def rebuild(tree: Json, tensors: Sequence[TensorInfo]) -> Any:
-    """The Python value that `describe` took apart, with a `TensorSlot` for every tensor.
-
-    `tensors` must be in the order of the description. Raises the exceptions that a malformed tree provokes
-    (ValueError, KeyError, TypeError ...): the caller knows which file to blame.
-    """
-    builder = _Builder(tuple(tree.get("root", [])), tensors)
-    value = builder.value(tree["top"], ())
-    builder.finish()
-    return value
-
-
-def without(tree: Json, tensors: Sequence[TensorInfo], names: set[str]) -> Json:
-    """The tree without the tensors of these names, and without what holds nothing any more because of that.
-
-    In a list or tuple of which something stays, null takes their places. `tensors` are those of the tree, in its
-    order.
-    """
-    pruner = _Pruner(iter([info.name for info in tensors]), names)
-    top = pruner.node(tree["top"])
-    return {**tree, "top": None if top is _GONE else top}
 
 
 class _Drop(Exception):  # noqa: N818 - a signal, not an error
@@ -226,7 +194,7 @@ class _Walk:
     def _dict(self, value: dict[Any, Any], path: Path) -> Json:
         items: list[Json] = []
         for key, item in value.items():
-            below = (*path, _component(key))
+            below = (*path, component(key))
             if _is_tensor(item):
                 self._check_name(below)
             try:
@@ -249,7 +217,7 @@ class _Walk:
 
     def _key(self, key: Any, item: Any, path: Path) -> Json:
         """The JSON of a dict's key; raises `_Drop` where there is none, unless that would lose tensors."""
-        self.budget.text(len(key) if isinstance(key, (str, bytes)) else 8)
+        self.budget.text(_n_bytes(key))
         try:
             if isinstance(key, Instance) and key.name in CARRIED and CARRIED[key.name].key:
                 return self._instance(key, path)
@@ -326,7 +294,7 @@ class _Walk:
         items = []
         for element in value.elements:
             self.budget.entries()
-            self.budget.text(len(element) if isinstance(element, (str, bytes)) else 8)
+            self.budget.text(_n_bytes(element))
             items.append(_scalar(element))
         return items
 
@@ -355,14 +323,14 @@ def _add_tensor(items: list[Json], key: str, flags: dict[str, Json], *, joinable
     """Append a tensor to a dict's items, joining the run before it where it looks the same."""
     if "name" in flags or not joinable:
         items.append([key, {"$": "tensor", **flags}])
-    elif items and _run_flags(items[-1]) == flags:
+    elif items and run_flags(items[-1]) == flags:
         last = items[-1]
         items[-1] = last + 1 if isinstance(last, int) else {**last, "n": last["n"] + 1}
     else:
         items.append({"n": 1, **flags} if flags else 1)
 
 
-def _run_flags(item: Json) -> dict[str, Json] | None:
+def run_flags(item: Json) -> dict[str, Json] | None:
     """The flags that the tensors of a run share; None where the item is no run."""
     if isinstance(item, int):
         return {}
@@ -373,6 +341,13 @@ def _run_flags(item: Json) -> dict[str, Json] | None:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, TensorRef) or (isinstance(value, NumpyArray) and value.dtype is not None)
+
+
+def _n_bytes(key: Any) -> int:
+    """What a key takes where it is written out, roughly."""
+    if isinstance(key, tuple):
+        return sum(_n_bytes(part) for part in key)
+    return len(key) if isinstance(key, (str, bytes)) else 8
 
 
 def _heart(value: Instance) -> tuple[str, Any] | None:
@@ -402,7 +377,8 @@ def _argument(value: Any) -> Json:
     return [_argument(part) for part in value] if isinstance(value, list) else _scalar(value)
 
 
-def _component(key: Any) -> str:
+def component(key: Any) -> str:
+    """A dict's key as a part of a path."""
     return key if isinstance(key, str) else str(key.value if isinstance(key, Constant) else key)
 
 
@@ -417,7 +393,7 @@ def _scalar(value: Any) -> Json:
     if isinstance(value, int):
         if value.bit_length() < 64:
             return value
-        if value.bit_length() > _MAX_INT_BITS:
+        if value.bit_length() > MAX_INT_BITS:
             raise _Drop(f"an integer of {value.bit_length():,} bits")
         return {"$": "int", "v": str(value)}
     if isinstance(value, float):
@@ -461,152 +437,3 @@ def _packed(node: Json) -> Json:
     if len(text) <= _PACK_ABOVE:
         return node
     return {"$": "packed", "v": base64.b64encode(zlib.compress(text.encode("utf-8"), 9)).decode("ascii")}
-
-
-@dataclass
-class _Builder:
-    root: Path
-    tensors: Sequence[TensorInfo]
-    _next: int = 0
-
-    def finish(self) -> None:
-        """Every tensor must have found its place."""
-        if self._next != len(self.tensors):
-            raise ValueError(f"the structure has places for {self._next} tensors, {len(self.tensors)} are given")
-
-    def value(self, node: Json, path: Path) -> Any:
-        """The Python value of a node."""
-        if isinstance(node, list):
-            return [self.value(item, (*path, str(position))) for position, item in enumerate(node)]
-        if not isinstance(node, dict):
-            return node
-        kind = node.get("$")
-        if kind is None:
-            return {key: self.value(item, (*path, key)) for key, item in node.items()}
-        if kind == "tensor":
-            return self._slot(node, node.get("name", name_of(path, self.root)))
-        if kind == "tuple":
-            return tuple(self.value(item, (*path, str(position))) for position, item in enumerate(node["v"]))
-        if kind in {"dict", "odict"}:
-            return self._dict(node, path)
-        if kind == "object":
-            carried = CARRIED[node["class"]]
-            contents = None if carried.inner == "none" else self.value(node["v"], path)
-            return carried.build([self._argument(argument) for argument in node.get("args", [])], contents)
-        return _plain_value(kind, node["v"])
-
-    def _argument(self, node: Json) -> Any:
-        return [self._argument(part) for part in node] if isinstance(node, list) else self.value(node, ())
-
-    def _dict(self, node: Json, path: Path) -> Any:
-        result: dict[Any, Any] = OrderedDict() if node["$"] == "odict" else {}
-        prefix = prefix_of(path, self.root)
-        for item in node["items"]:
-            flags = _run_flags(item)
-            if flags is None:
-                key = self.value(item[0], ())
-                result[key] = self.value(item[1], (*path, _component(key)))
-                continue
-            for _ in range(item if isinstance(item, int) else int(item["n"])):
-                name = self.tensors[self._next].name
-                if not name.startswith(prefix):
-                    raise ValueError(
-                        f"tensor '{name}' stands where one below '{prefix}' belongs; the order has changed"
-                    )
-                result[name.removeprefix(prefix)] = self._slot(flags, name)
-        if "metadata" in node:
-            vars(result)["_metadata"] = self.value(node["metadata"], ())
-        return result
-
-    def _slot(self, flags: Json, name: str) -> TensorSlot:
-        info = self.tensors[self._next]
-        if info.name != name:
-            raise ValueError(f"tensor '{info.name}' stands where '{name}' belongs; the order has changed")
-        self._next += 1
-        return TensorSlot(
-            info,
-            parameter=bool(flags.get("parameter")),
-            grad=bool(flags.get("grad")),
-            numpy=bool(flags.get("numpy")),
-        )
-
-
-_GONE: Json = object()
-"""What becomes of a node that held nothing but tensors that go."""
-
-
-@dataclass
-class _Pruner:
-    names: Iterator[str]
-    unwanted: set[str]
-
-    def node(self, node: Json) -> Json:
-        """The node without unwanted tensors, or `_GONE`."""
-        if isinstance(node, list):
-            return self._sequence(node)
-        if not isinstance(node, dict):
-            return node
-        kind = node.get("$")
-        if kind is None:
-            entries = {key: item for key, value in node.items() if (item := self.node(value)) is not _GONE}
-            return entries if entries or not node else _GONE
-        if kind == "tensor":
-            return _GONE if next(self.names) in self.unwanted else node
-        if kind == "tuple":
-            items = self._sequence(node["v"])
-            return _GONE if items is _GONE else {**node, "v": items}
-        if kind in {"dict", "odict"}:
-            left = [item for old in node["items"] if (item := self._item(old)) is not _GONE]
-            return {**node, "items": left} if left or not node["items"] else _GONE
-        if kind == "object" and "v" in node:
-            inner = self.node(node["v"])
-            return _GONE if inner is _GONE else {**node, "v": inner}
-        return node
-
-    def _sequence(self, items: list[Json]) -> Json:
-        left = [self.node(item) for item in items]
-        if items and all(item is _GONE for item in left):
-            return _GONE
-        return [None if item is _GONE else item for item in left]
-
-    def _item(self, item: Json) -> Json:
-        """An item of a dict: a pair, or a run of tensors, of which some may stay."""
-        if isinstance(item, list):
-            value = self.node(item[1])
-            return _GONE if value is _GONE else [item[0], value]
-        n = sum(next(self.names) not in self.unwanted for _ in range(item if isinstance(item, int) else item["n"]))
-        if not n:
-            return _GONE
-        return n if isinstance(item, int) else {**item, "n": n}
-
-
-def _plain_value(kind: str, v: Json) -> Any:
-    import torch
-
-    if kind == "float":
-        return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[v]
-    if kind == "int":
-        if len(v) > _MAX_INT_BITS:
-            raise ValueError("an integer that is too long")
-        return int(v)
-    if kind == "bytes":
-        return base64.b64decode(v, validate=True)
-    if kind == "complex":
-        real, imaginary = (part if isinstance(part, (int, float)) else _plain_value("float", part["v"]) for part in v)
-        return complex(real, imaginary)
-    if kind == "size":
-        return torch.Size(v)
-    if kind == "device":
-        return torch.device(v)
-    if kind == "dtype":
-        dtype = getattr(torch, v)
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"'{v}' is no dtype")
-        return dtype
-    if kind == "packed":
-        unpacker = zlib.decompressobj()
-        text = unpacker.decompress(base64.b64decode(v, validate=True), _MAX_PACKED)
-        if unpacker.unconsumed_tail:
-            raise ValueError("a packed entry that is too large")
-        return _Builder((), ()).value(json.loads(text), ())
-    raise ValueError(f"an entry of unknown kind '{kind}'")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from pqcli.checkpoint.pt.rebuilding import TensorSlot
 from pqcli.checkpoint.pt.torch_objects import DTYPE_OF_STORAGE
-from pqcli.checkpoint.pt.tree import TensorSlot
 from pqcli.checkpoint.rawbytes import check_announced, write_bytes
 from pqcli.errors import OutputError
 from pqcli.tensors.info import ITEM_BYTES

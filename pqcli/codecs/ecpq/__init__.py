@@ -26,6 +26,7 @@ from pqcli.codecs.base import (
     Weights,
     as_matrix,
 )
+from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
 from pqcli.codecs.rate.survey import survey_weights
 from pqcli.core.digests import seed_of
@@ -138,6 +139,8 @@ class EcpqDecoder(Decoder):
     """Random access: every tensor has a stream of its own."""
 
     def __init__(self, streams: Streams, sources: Sequence[Source]) -> None:
+        if len(streams.streams) != len(sources):
+            raise ValueError(f"{len(streams.streams)} streams for {len(sources)} tensors")
         self._model = ecpq.Model.from_bytes(streams.shared)
         self._streams = streams.streams
         self._sources = {source.key: (i, source) for i, source in enumerate(sources)}
@@ -163,7 +166,7 @@ class EcpqCodec(StreamCodec):
 
     def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> EcpqSession:  # noqa: ARG002
         """A session; its models follow from the levels."""
-        return EcpqSession(survey, weights, recipe.seed, steps_of(survey, recipe.objective))
+        return EcpqSession(survey, weights, recipe.seed, steps_of(survey, recipe.objective, error_bound(recipe)))
 
     def decoder(self, streams: Streams, sources: Sequence[Source], *, counting: bool = False) -> EcpqDecoder:  # noqa: ARG002
         """Decodes a tensor when it is asked for; it counts when it is asked to."""

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from pqcli.codecs import values, zeros
 from pqcli.codecs.base import Codec, Draft, Piece, Session, StreamPiece, Survey, Tell, Use, Weights, record_of
 from pqcli.codecs.kept import kept_piece
 from pqcli.codecs.rate.survey import NOT_FINITE
@@ -58,19 +61,27 @@ class PlainJob:
         weight = self.weights.coded(self.record.name)
         if not pq.is_finite(weight):
             return self._kept(NOT_FINITE)
+        exact = values.exact_or_none(self.record, weight)
+        if exact is not None:
+            return exact
         encoded = self._encoded(weight, device)
-        tensor = encoded.tensor
+        tensor, decoded, error = encoded.tensor, encoded.decoded, encoded.error
         record = replace(self.record, coding=_fitted(self.record, tensor))
+        held = zeros.held(record, weight)
+        if held is not None:
+            record = replace(record, zero_bytes=len(held))
+            decoded = zeros.restored(decoded, record, held)
+            error = metrics.compare(weight, decoded)
         if record.payload_bytes >= record.info.n_bytes:
             return self._kept(f"would not get smaller: {record.payload_bytes} B as PQ, {record.info.n_bytes} B dense")
         packed = packing.pack(tensor.assignments.numpy(), packing.n_bits(tensor.n_centroids))
-        return Piece(
-            record,
-            tensor_hash(encoded.decoded),
-            ((f"pq/{record.name}/codebook", tensor_bytes(tensor.codebook)), (f"pq/{record.name}/assignments", packed)),
-            error=encoded.error,
-            use=use_of(tensor),
-        )
+        entries: list[tuple[str, bytes | NDArray[np.uint8]]] = [
+            (f"pq/{record.name}/codebook", tensor_bytes(tensor.codebook)),
+            (f"pq/{record.name}/assignments", packed),
+        ]
+        if held is not None:
+            entries.append((zeros.key(record.name), held))
+        return Piece(record, tensor_hash(decoded), tuple(entries), error=error, use=use_of(tensor))
 
     def _encoded(self, weight: torch.Tensor, device: torch.device) -> pq.Encoded:
         coding = self.record.coding

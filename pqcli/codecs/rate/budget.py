@@ -79,6 +79,12 @@ class Goal:
         return self.value * (1 - self.tolerance) <= measured <= self.value
 
 
+def error_bound(recipe: Recipe) -> float | None:
+    """The relative MSE that the whole is to have; None where the recipe does not ask for one."""
+    goal = Goal.of(recipe, 0)
+    return goal.value if goal is not None and goal.rises else None
+
+
 @dataclass(frozen=True)
 class Trial(Generic[Result]):
     """What a level gave: the quantity in question, and whatever the caller wants to keep of it."""
@@ -112,8 +118,12 @@ def search(
     level = _within(bracket.next(aim), unit)
     bracket = _Bracket(rises=goal.rises, slope=bracket.slope)  # drafts say where to look, not what will be found
     best: Trial[Result] | None = None
+    before: Trial[Result] | None = None
     for _ in range(MOST_TRIALS):
         trial = attempt(level)
+        if before is not None and goal.rises and _is_saturated(before, trial) and trial.measured <= goal.value:
+            return trial
+        before = trial
         if trial.measured <= goal.value and (best is None or trial.measured > best.measured):
             best = trial
         if goal.is_met(trial.measured):
@@ -124,6 +134,11 @@ def search(
             break
         level = following
     return best or _coarsest(goal, attempt, unit)
+
+
+def _is_saturated(before: Trial[Result], after: Trial[Result]) -> bool:
+    """Whether a higher level has made no more error: every tensor is at the largest step that it may have."""
+    return after.level > 1.05 * before.level and after.measured <= 1.002 * before.measured
 
 
 def _within(log_level: float, unit: float) -> float:

@@ -38,7 +38,7 @@ def first_level(survey: Survey, recipe: Recipe, frame: Frame) -> float:
     """The level that the recipe asks for; with a budget, the one to start the search from."""
     goal = Goal.of(recipe, frame.original_bytes)
     if goal is not None:
-        return _guess(goal, survey, recipe.objective, frame)
+        return _guess(goal, survey, recipe, frame)
     if recipe.rate_weight is not None:
         return math.sqrt(recipe.rate_weight / RATE_WEIGHT) * survey.unit
     return QUALITY_STEPS[recipe.quality or DEFAULT_QUALITY] * survey.unit
@@ -108,9 +108,9 @@ def _of_kept(frame: Frame) -> str:
     )
 
 
-def _guess(goal: Goal, survey: Survey, objective: float, frame: Frame) -> float:
+def _guess(goal: Goal, survey: Survey, recipe: Recipe, frame: Frame) -> float:
     """A level to start from: where a Gaussian model of every tensor meets the goal."""
-    unit, steps = survey.unit, steps_of(survey, objective)
+    unit, steps = survey.unit, steps_of(survey, recipe.objective)
     if goal.quantity == "relative_mse":
         return unit * min(2.0 * math.sqrt(goal.value), 1.5)
     n_weights = sum(record.info.numel for record in survey.records)

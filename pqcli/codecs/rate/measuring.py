@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from pqcli.codecs.base import Piece, StreamCodec, Streams, Tell, Use, Weights, source_of
+from pqcli.codecs import zeros
+from pqcli.codecs.base import Decoder, Piece, StreamCodec, Streams, Survey, Tell, Use, Weights, source_of
+from pqcli.codecs.rate.protection import Watch
 from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
 from pqcli.core.pq import pq
@@ -15,28 +17,41 @@ from pqcli.tensors.records import Coded, Record
 
 
 def measured_pieces(
-    codec: StreamCodec, streams: Streams, records: Sequence[Record], weights: Weights, tell: Tell
+    codec: StreamCodec, streams: Streams, survey: Survey, weights: Weights, tell: Tell, watch: Watch | None = None
 ) -> Iterator[Piece]:
-    """Every coded tensor, decoded and compared, in order; `records` know their shares."""
+    """Every coded tensor, decoded and compared, in order; `watch` sees them too."""
+    records = with_shares(survey.records, streams)
     decoder = codec.decoder(streams, [source_of(record) for record in records], counting=True)
     for record in records:
-        decoded = weights.restored(record.name, dense(decoder.matrix(record.name), record))
-        error = metrics.compare(weights.original(record.name), decoded)
+        decoded = weights.restored(record.name, _decoded(decoder, record, survey))
+        original = weights.original(record.name)
+        error = metrics.compare(original, decoded)
+        if watch is not None:
+            watch.see(record, original, decoded)
         use = Use(None, None, decoder.entropy(record.name))
-        yield Piece(record, tensor_hash(decoded), error=error, use=use)
+        held = survey.zeros.get(record.name)
+        entries = () if held is None else ((zeros.key(record.name), held),)
+        yield Piece(record, tensor_hash(decoded), entries, error=error, use=use)
         tell(record.info.numel, record.name)
 
 
-def relative_mse(codec: StreamCodec, streams: Streams, records: Sequence[Record], weights: Weights) -> float:
+def relative_mse(codec: StreamCodec, streams: Streams, survey: Survey, weights: Weights) -> float:
     """The relative MSE of all coded tensors together."""
+    records = survey.records
     decoder = codec.decoder(streams, [source_of(record) for record in records])
     return metrics.total(
         metrics.compare(
             weights.original(record.name),
-            weights.restored(record.name, dense(decoder.matrix(record.name), record)),
+            weights.restored(record.name, _decoded(decoder, record, survey)),
         )
         for record in records
     ).relative_mse
+
+
+def _decoded(decoder: Decoder, record: Record, survey: Survey) -> torch.Tensor:
+    """What the reader will give: the decoded matrix in the tensor's shape and dtype, with its exact zeros."""
+    tensor, held = dense(decoder.matrix(record.name), record), survey.zeros.get(record.name)
+    return tensor if held is None else zeros.restored(tensor, record, held)
 
 
 def dense(matrix: object, record: Record) -> torch.Tensor:

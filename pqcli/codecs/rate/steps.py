@@ -18,6 +18,10 @@ CEILING: Final = 1.4
 """Largest step of a tensor by its own spread: a relative MSE of at most about 0.5."""
 SMALLEST_STEP: Final = 2.0**-10
 """Likewise the smallest: what no trained tensor needs, and where weights in steps still are numbers a coder holds."""
+TENSOR_SLACK: Final = 3.0
+"""With a budget of error, a tensor's relative MSE may be so many times what the whole is to have ..."""
+ROW_SLACK: Final = 4.0
+"""... and that of a row so many times, but for the weakest of them."""
 SIZE_WEIGHT: Final = 0.5
 """How much steps grow with a tensor's size, between the two ends of the objective."""
 
@@ -34,7 +38,7 @@ class Steps:
         return {key: min(level * scale, self.ceilings[key]) for key, scale in self.scales.items()}
 
 
-def steps_of(survey: Survey, objective: float) -> Steps:
+def steps_of(survey: Survey, objective: float, bound: float | None = None) -> Steps:
     """How steps differ between tensors: as spread ** objective, and slightly with size.
 
     A tensor adds noise to a network's output about in proportion to its relative error, whatever its size; to keep the
@@ -43,6 +47,10 @@ def steps_of(survey: Survey, objective: float) -> Steps:
     end, no tensor's step is more than `LARGEST_STEP` times the typical one relative to its weights: the weak tensors of
     a model whose energy sits in a few strong ones are not lost. Nor is any step above `CEILING` times the tensor's own
     spread, however small the budget.
+
+    `bound` is the relative MSE that is asked for, None where something else is. Then no tensor's step is above what
+    gives it `TENSOR_SLACK` times that error, nor above what gives its weak rows (all but the weakest twentieth)
+    `ROW_SLACK` times: a few strong tensors, or a strong row, do not use up the budget of all others.
     """
     records, spreads = survey.records, survey.spreads
     unit, mean_size = survey.unit, sum(r.info.numel for r in records) / max(len(records), 1)
@@ -54,4 +62,14 @@ def steps_of(survey: Survey, objective: float) -> Steps:
         bounded = min(scale, LARGEST_STEP * relative) if objective else scale
         found[record.name] = max(bounded, SMALLEST_STEP * relative)
     ceilings = {name: CEILING * spread if spread and objective else math.inf for name, spread in spreads.items()}
+    if bound is not None and objective:
+        for name, ceiling in ceilings.items():
+            by_tensor = _step_for(TENSOR_SLACK * bound, spreads[name])
+            by_row = _step_for(ROW_SLACK * bound, survey.weak_rows.get(name, 0.0))
+            ceilings[name] = min(ceiling, by_tensor, by_row)
     return Steps(found, ceilings)
+
+
+def _step_for(relative_mse: float, spread: float) -> float:
+    """The step that gives weights of this spread about this error: steps are deadened, so (step / 2 spread)^2."""
+    return 2.0 * math.sqrt(relative_mse) * spread if spread else math.inf

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from pqcli.codecs import values, zeros
 from pqcli.codecs.base import Survey, Tell, Weights, record_of
 from pqcli.core import metrics
 from pqcli.core.pq import pq
@@ -22,24 +23,33 @@ LARGEST_PEAK: Final = 2.0**20
 """Tensors that hold values so many times their spread are kept: no step would serve both."""
 HEAVIEST_TAIL: Final = 2.0
 """Root mean squares above this multiple of the robust estimate are the work of outliers; trained layers reach 1.8."""
+WEAKEST_ROWS: Final = 0.05
+"""This share of the rows, the weakest, is not protected by a budget of error."""
 GAUSSIAN_ROOT: Final = 0.822179
 """Mean of sqrt(|x|) for a standard Gaussian x."""
 
 
 def survey_weights(entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:
     """The survey of the planned tensors; those whose values no codec with streams can take are rejected."""
-    taken, spreads, rejected = [], {}, []
+    taken, spreads, rejected, exact, zeros_of, weak = [], {}, [], [], {}, {}
     for entry in entries:
         name = entry.info.name
-        weight = weights.coded(name)
+        weight, record = weights.coded(name), record_of(entry)
         reason, found = _judged(weight)
+        job = None if reason else values.job_of(record, weight, weights, is_compact=True)
         if reason:
-            rejected.append(record_of(entry).kept(reason))
+            rejected.append(record.kept(reason))
+        elif job is not None:
+            exact.append(job)
         else:
             taken.append(entry)
             spreads[name] = found
+            weak[name] = weak_row(weight.reshape(record.matrix_shape))
+            held = zeros.held(record, weight)
+            if held is not None:
+                zeros_of[name] = held
         tell(entry.info.numel, name)
-    return Survey(tuple(taken), spreads, tuple(rejected))
+    return Survey(tuple(taken), spreads, tuple(rejected), tuple(exact), zeros_of, weak)
 
 
 def _judged(weight: torch.Tensor) -> tuple[str, float]:
@@ -50,6 +60,18 @@ def _judged(weight: torch.Tensor) -> tuple[str, float]:
     if pq.largest(weight) > LARGEST_PEAK * found:
         return "holds values a million times larger than the rest: kept bit-exact", found
     return "", found
+
+
+def weak_row(matrix: torch.Tensor) -> float:
+    """Root mean square of a row of which a twentieth of the rows are weaker still; rows of zeros do not count."""
+    step = max(1, metrics.CHUNK // max(matrix.shape[1], 1))
+    squares = [
+        np.mean(np.square(matrix[start : start + step].double().numpy()), axis=1)
+        for start in range(0, matrix.shape[0], step)
+    ]
+    known = np.concatenate(squares)
+    known = known[known > 0]
+    return math.sqrt(float(np.quantile(known, WEAKEST_ROWS))) if known.size else 0.0
 
 
 def spread(weight: torch.Tensor) -> float:

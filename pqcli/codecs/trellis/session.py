@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.codecs.base import Draft, Matrix, Session, StreamPiece, Streams, Survey, Tell, Weights, as_matrix, source_of
+from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
 from pqcli.core.threads import lone_blas, n_threads
 from pqcli.core.trellis.feedback import Feedback, RowSteps, kind_of
@@ -77,7 +78,7 @@ class TrellisSession(Session):
         """
         records = {record.name: record for record in survey.records}
         sources = tuple(map(source_of, survey.records))
-        steps = steps_of(survey, recipe.objective)
+        steps = steps_of(survey, recipe.objective, error_bound(recipe))
 
         def read(key: str) -> Matrix:
             tell(records[key].info.numel, key)

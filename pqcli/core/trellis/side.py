@@ -109,7 +109,7 @@ def parse_side(data: bytes, sources: Sequence[Source], n_streams: int) -> tuple[
         raise ValueError(f"streams of 2^{log_weights} weights")
     coder = slots.reader(data[_HEADER.size :])
     side = _code_fields(coder, Side(step, 1 << log_states, 1 << log_weights, (), Rotations()), sources)
-    layout = stream_layout(sources, side.rotations.transposed, side.stream_weights)
+    layout = stream_layout(sources, side.rotations.transposed, side.stream_weights, most=n_streams)
     if len(layout) != n_streams:
         raise ValueError(f"{n_streams} streams where the shapes make {len(layout)}")
     if mixes(data):

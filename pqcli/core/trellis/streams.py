@@ -21,9 +21,12 @@ class Segment:
 
 
 def stream_layout(
-    sources: Sequence[Source], transposed: Iterable[str], stream_weights: int
+    sources: Sequence[Source], transposed: Iterable[str], stream_weights: int, most: int | None = None
 ) -> list[tuple[Segment, ...]]:
-    """Which rows each stream holds. Tensors of more than `stream_weights` weights are split evenly into streams."""
+    """Which rows each stream holds. Tensors of more than `stream_weights` weights are split evenly into streams.
+
+    Raises ValueError where that would be more than `most` streams, before they are made.
+    """
     flipped = frozenset(transposed)
     streams: list[tuple[Segment, ...]] = []
     gathered: list[Segment] = []
@@ -41,6 +44,8 @@ def stream_layout(
             continue
         n_parts = min(n_rows, -(-source.n_weights // stream_weights))
         rows_each = -(-n_rows // n_parts)
+        if most is not None and len(streams) + -(-n_rows // rows_each) > most:
+            raise ValueError(f"more than {most:,} streams in {source.key!r}")
         streams += [(Segment(index, r, min(r + rows_each, n_rows)),) for r in range(0, n_rows, rows_each)]
     return [*streams, tuple(gathered)] if gathered else streams
 

@@ -1,0 +1,263 @@
+"""The door: all that a file says of itself is checked here, once, before anything is decoded. After it, nobody asks.
+
+In this order, so that nothing is believed too early and no step takes more memory than those before it allow:
+
+    header     entries cover the data exactly                                  (`header`)
+    manifest   inflated and parsed within limits, version and features known
+    checksum   of header, manifest, hashes, errors, entropies
+    schema     every field there, of its type, within bounds                   (`manifest`)
+    records    every tensor can be what it is said to be, and in all they are not too much for the file
+    entries    those that the records call for, of the right dtype and shape
+    structure  what is packed in the checkpoint's skeleton stays within limits
+
+Raises ContainerError, which names the tensor or the entry.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pqcli.codecs import registry, zeros
+from pqcli.container import checksum
+from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
+from pqcli.container.entries import Entries
+from pqcli.container.header import MANIFEST
+from pqcli.container.layout import KEPT, entries_of, known_features, metadata_of
+from pqcli.container.limits import DENSE_BYTES_PER_BYTE, TENSOR_BYTES, TEXT_SHARE, Limits, inflate, parse_json
+from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, parse_manifest
+from pqcli.core.digests import HASH_BYTES
+from pqcli.core.pq import packing
+from pqcli.errors import ContainerError
+from pqcli.tensors.info import ITEM_BYTES
+from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, StoredError
+
+QUANTIZED_DTYPES: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
+_ROLES: Final = frozenset({"model", "other"})
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What a file says of itself, checked: a hash per record, errors of the quantized, entropies where it has them."""
+
+    manifest: Manifest
+    index: dict[str, int]
+    hashes: list[bytes]
+    errors: dict[str, StoredError]
+    entropies: dict[str, float]
+
+
+def admit(entries: Entries, limits: Limits) -> Admitted:
+    """What the file says of itself. Raises ContainerError where it cannot be so."""
+    try:
+        manifest = _manifest(entries, limits)
+        index = {record.name: i for i, record in enumerate(manifest.tensors)}
+        _check_records(manifest, index)
+        _check_expansion(manifest, sum(place.n_bytes for place in entries.header.entries.values()), limits)
+        _check_entries(entries, manifest)
+        _check_structure(manifest.source.skeleton, limits.json_bytes)
+        return Admitted(manifest, index, *_figures(entries, manifest))
+    except ValueError as error:
+        raise entries.damaged(str(error)) from None
+
+
+# --- the manifest -----------------------------------------------------------------------------------------------------
+
+
+def _manifest(entries: Entries, limits: Limits) -> Manifest:
+    _check_head_entries(entries)
+    extra = TENSOR_BYTES * entries.place(HASHES).shape[0]
+    try:
+        text = inflate(entries.read(MANIFEST), (limits.json_bytes + extra) // TEXT_SHARE)
+        plain = parse_json(text, limits.json_bytes + extra)
+        features, version = _needs(plain)
+    except ValueError as error:
+        raise ValueError(f"the manifest cannot be read ({error})") from None
+    unknown = sorted(set(features) - known_features())
+    if version != VERSION or unknown:
+        what = f"features {', '.join(unknown)}" if unknown else f"format version {version}"
+        raise ContainerError(f"{entries.path}: needs {what}, which this pqcli does not know; install a newer pqcli")
+    if entries.header.metadata != metadata_of(features):
+        raise ValueError("its header and its manifest do not name the same version and features")
+    _check_head(entries, has_checksum=checksum.FEATURE in features)
+    try:
+        return parse_manifest(plain)
+    except ValueError as error:
+        raise ValueError(f"the manifest makes no sense: {error}") from None
+
+
+def _check_head_entries(entries: Entries) -> None:
+    """The entries that are looked at before the manifest can tell their shapes."""
+    manifest, hashes, kept = (entries.place(key) for key in (MANIFEST, HASHES, KEPT))
+    if (manifest.dtype, len(manifest.shape)) != ("uint8", 1):
+        raise ValueError(f"entry {MANIFEST!r} is no row of bytes")
+    if (kept.dtype, len(kept.shape)) != ("uint8", 1):
+        raise ValueError(f"entry {KEPT!r} is no row of bytes")
+    if hashes.dtype != "uint8" or len(hashes.shape) != 2 or not 1 <= hashes.shape[1] <= HASH_BYTES:
+        raise ValueError(f"entry {HASHES!r} holds no hashes")
+
+
+def _needs(plain: Any) -> tuple[list[str], int]:
+    """The features and the version that a manifest names."""
+    features, version = (plain.get("features"), plain.get("version")) if isinstance(plain, dict) else (None, None)
+    if not isinstance(features, list) or not all(isinstance(feature, str) for feature in features):
+        raise ValueError("it names no features")
+    if type(version) is not int:
+        raise ValueError("it names no version")
+    return features, version
+
+
+def _check_head(entries: Entries, *, has_checksum: bool) -> None:
+    if not has_checksum:
+        return
+    if entries.place(CHECKSUM).n_bytes != checksum.N_BYTES:
+        raise ValueError(f"entry {CHECKSUM!r} has {entries.place(CHECKSUM).n_bytes} bytes, not {checksum.N_BYTES}")
+    if entries.checksum_of_head() != entries.read(CHECKSUM, 0, checksum.PART_BYTES):
+        raise ValueError("its header, manifest, hashes or errors are not those that were written (checksum)")
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def _check_records(manifest: Manifest, index: dict[str, int]) -> None:
+    """Check what can be checked without reading payloads, so that decoding meets no surprise."""
+    if len(index) != len(manifest.tensors):
+        raise ValueError("the manifest names a tensor twice")
+    if len(set(manifest.features)) != len(manifest.features):
+        raise ValueError("the manifest names a feature twice")
+    for record in manifest.tensors:
+        problem = _problem(record, manifest) or _problem_of_alias(record, manifest.tensors, index)
+        if problem:
+            raise ValueError(f"the record of tensor {record.name!r} makes no sense: {problem}")
+    codecs = {record.action for record in manifest.tensors if isinstance(record.coding, Coded)}
+    if codecs != ({manifest.coded.codec} if manifest.coded else set()):
+        raise ValueError("the manifest does not describe its coded tensors")
+
+
+def _problem(record: Record, manifest: Manifest) -> str:
+    """What is wrong with a record; nothing if it can be true."""
+    info, coding = record.info, record.coding
+    if info.dtype not in ITEM_BYTES:
+        return f"unknown dtype {info.dtype!r:.40}"
+    if info.role not in _ROLES:
+        return f"unknown role {info.role!r:.40}"
+    if record.zero_bytes is not None and (not record.quantized or zeros.FEATURE not in manifest.features):
+        return "zeros told of what is not quantized, or in a file without that feature"
+    if isinstance(coding, Alias):
+        return ""
+    if isinstance(coding, Kept):
+        is_coded_apart = KEPT_CODED in manifest.features and not record.is_bundled
+        return "" if coding.n_bytes is None or is_coded_apart else "coded bytes of what is not coded by itself"
+    return _problem_of_quantized(record, coding) or (
+        "" if record.action in manifest.features else f"action {record.action!r:.40} is not among the features"
+    )
+
+
+def _problem_of_quantized(record: Record, coding: Plain | Coded) -> str:
+    info = record.info
+    if info.dtype not in QUANTIZED_DTYPES or not info.shape:
+        return f"{info.dtype} of {len(info.shape)} dimensions cannot be quantized"
+    rows, columns = record.matrix_shape
+    if rows * columns != info.numel:
+        return f"{info.numel:,} elements in {rows:,} rows"
+    if isinstance(coding, Plain):
+        if not (1 <= coding.block_size <= max(columns, 1) and 1 <= coding.n_centroids <= 1 << packing.MAX_BITS):
+            return f"{coding.n_centroids:,} centroids of {coding.block_size:,} for rows of {columns:,}"
+        return "" if coding.codebook_dtype in {"float16", "float32"} else f"codebook of {coding.codebook_dtype!r:.40}"
+    if coding.codec not in registry.with_streams():
+        return f"unknown action {coding.codec!r:.40}"
+    if coding.kernel < 1 or columns % coding.kernel:
+        return f"{coding.kernel:,} kernel positions in rows of {columns:,}"
+    return ""
+
+
+def _problem_of_alias(record: Record, records: tuple[Record, ...], index: dict[str, int]) -> str:
+    if not isinstance(record.coding, Alias):
+        return ""
+    target = index.get(record.coding.of)
+    other = None if target is None else records[target]
+    if other is None or isinstance(other.coding, Alias):
+        return f"it is tied to {record.coding.of!r:.80}, which is no tensor of its own"
+    is_same = (other.info.shape, other.info.dtype) == (record.info.shape, record.info.dtype)
+    return "" if is_same else f"it is tied to {record.coding.of!r:.80}, of another shape or dtype"
+
+
+def _check_expansion(manifest: Manifest, n_bytes: int, limits: Limits) -> None:
+    """No more dense bytes than a file of this size may hold: those of one centroid take no bytes at all."""
+    dense, most = 0, limits.decoded_bytes + DENSE_BYTES_PER_BYTE * n_bytes
+    for record in manifest.tensors:
+        dense += 0 if isinstance(record.coding, Alias) else record.info.n_bytes
+        if dense > most:
+            raise ValueError(
+                f"tensor {record.name!r} brings what it holds to {dense:,} bytes, more than the {most:,} that are "
+                f"allowed for {n_bytes:,} bytes of data (Limits.decoded_bytes)"
+            )
+
+
+# --- entries ----------------------------------------------------------------------------------------------------------
+
+
+def _check_entries(entries: Entries, manifest: Manifest) -> None:
+    """Check that every entry is there with the dtype and shape that the manifest gives it."""
+    bundle_bytes = entries.place(KEPT).shape[0] if KEPT_CODED in manifest.features else None
+    hash_bytes = entries.place(HASHES).shape[1]
+    expected = entries_of(manifest, bundle_bytes, hash_bytes, has_entropies=ENTROPIES in entries)
+    for entry in expected:
+        if entry.key == MANIFEST:
+            continue
+        place = entries.place(entry.key)
+        if (place.dtype, place.shape) != (entry.dtype, entry.shape):
+            raise ValueError(
+                f"entry {entry.key!r} is {place.dtype} {list(place.shape)}, and its record calls for {entry.dtype} "
+                f"{list(entry.shape)}"
+            )
+    foreign = entries.header.entries.keys() - {entry.key for entry in expected}
+    if checksum.FEATURE in manifest.features and foreign:
+        raise ValueError(f"no record calls for entry {min(foreign)!r}")
+
+
+def _figures(entries: Entries, manifest: Manifest) -> tuple[list[bytes], dict[str, StoredError], dict[str, float]]:
+    """Hashes, errors and entropies."""
+    rows = entries.read(HASHES)
+    width = entries.place(HASHES).shape[1]
+    hashes = [bytes(rows[i : i + width]) for i in range(0, len(rows), width)]
+    errors = {}
+    quantized = [record.name for record in manifest.tensors if record.quantized]
+    for name, row in zip(quantized, entries.tensor(ERRORS).tolist(), strict=True):
+        errors[name] = StoredError(*row)
+        if math.isnan(sum(row)) or min(row[0], row[1], row[3]) < 0 or abs(row[2]) > 1.001:
+            raise ValueError(f"the error of tensor {name!r} is stored as {row}, which none can be")
+    coded = [record.name for record in manifest.tensors if isinstance(record.coding, Coded)]
+    entropies = dict(zip(coded, entries.tensor(ENTROPIES).tolist(), strict=True)) if ENTROPIES in entries else {}
+    for name, bits in entropies.items():
+        if not (math.isfinite(bits) and bits >= 0):
+            raise ValueError(f"tensor {name!r}: an entropy is no number of bits")
+    return hashes, errors, entropies
+
+
+# --- the checkpoint's structure ---------------------------------------------------------------------------------------
+
+
+def _check_structure(skeleton: dict[str, Any], most: int) -> None:
+    """Inflate what is packed in the skeleton, all of it within one limit; it is inflated anew where it is used."""
+    left = most
+    waiting: list[Any] = [skeleton]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        elif isinstance(node, dict) and node.get("$") == "packed":
+            text = _packed(node.get("v"), left // TEXT_SHARE)
+            waiting.append(parse_json(text, left))
+            left -= TEXT_SHARE * len(text)
+        elif isinstance(node, dict):
+            waiting += node.values()
+
+
+def _packed(found: Any, most: int) -> bytes:
+    try:
+        return inflate(base64.b64decode(found, validate=True), most)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a packed part of the checkpoint's structure cannot be read ({error})") from None
