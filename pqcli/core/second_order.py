@@ -83,7 +83,9 @@ class RowImportance:
         Where the embedding is the output layer too (tied), `head` are the moments of that layer's inputs, and
         `row_gradient` (rows,) the mean squared gradients at its outputs.
         """
-        rows = (lookups + _unseen_lookups(lookups)) * lookup_gradient
+        # a lookup of a rare row is felt more than one of a common row: by the inverse root of the frequency
+        expected = lookups + _unseen_lookups(lookups)
+        rows = np.sqrt(expected) * (expected.sum() / np.sqrt(expected).sum()) * lookup_gradient
         if head is not None and row_gradient is not None:
             rows = rows + head.n_samples * row_gradient * float(np.mean(np.diag(head.matrix)))
         return cls(rows)
