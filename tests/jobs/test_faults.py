@@ -187,7 +187,7 @@ def test_a_second_run_on_one_output_is_refused_and_a_killed_one_blocks_nobody(sl
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["x.pq.safetensors"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kills_at_random_moments_leave_no_output_or_a_whole_one(big, tmp_path):
     """Fifty of them; half while the file is written, read again, and moved."""
     out = tmp_path / "out"
