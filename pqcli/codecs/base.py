@@ -210,6 +210,22 @@ class Job(Protocol):
         """Do it; `device` is where matrix work may run."""
 
 
+class TensorJob:
+    """What jobs on one tensor have in common: they are called like it, and are as much work as it has weights."""
+
+    record: Record
+
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+        return self.record.name
+
+    @property
+    def n_weights(self) -> int:
+        """The tensor's."""
+        return self.record.info.numel
+
+
 @dataclass(frozen=True)
 class Survey:
     """What was found out about the tensors that are to be coded: their plan, and the `spread` of their weights.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pqcli.codecs.base import Piece, Weights
+from pqcli.codecs.base import Piece, TensorJob, Weights
 from pqcli.core.digests import HASH_BYTES, tensor_bytes, tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.tensors.info import ITEM_BYTES
@@ -20,22 +20,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class KeptJob:
+class KeptJob(TensorJob):
     """Read a tensor to be kept; `is_compact`: code it without loss, unless it is so small that it will be bundled."""
 
     record: Record
     weights: Weights
     is_compact: bool
-
-    @property
-    def name(self) -> str:
-        """The tensor's."""
-        return self.record.name
-
-    @property
-    def n_weights(self) -> int:
-        """The tensor's."""
-        return self.record.info.numel
 
     @property
     def n_bytes(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pqcli.codecs.base import Piece, Use, Weights
+from pqcli.codecs.base import Piece, TensorJob, Use, Weights
 from pqcli.codecs.kept import KeptJob, as_words, kept_piece
 from pqcli.core import metrics
 from pqcli.core.digests import tensor_bytes, tensor_hash
@@ -58,21 +58,11 @@ class Few:
 
 
 @dataclass(frozen=True)
-class ExactJob:
+class ExactJob(TensorJob):
     """Hold a tensor of few values exactly, as plain PQ with the blocks that the record says."""
 
     record: Record
     weights: Weights
-
-    @property
-    def name(self) -> str:
-        """The tensor's."""
-        return self.record.name
-
-    @property
-    def n_weights(self) -> int:
-        """The tensor's."""
-        return self.record.info.numel
 
     @property
     def n_bytes(self) -> int:

@@ -23,6 +23,7 @@ from pqcli.codecs.base import (
     Streams,
     Survey,
     Tell,
+    TensorJob,
     Weights,
     as_matrix,
 )
@@ -43,7 +44,7 @@ WORKING_COPIES = 4
 
 
 @dataclass(frozen=True)
-class EcpqJob:
+class EcpqJob(TensorJob):
     """Encode one tensor with a model; `price` is what a bit may cost, in squared units of scaled weights."""
 
     index: int
@@ -53,16 +54,6 @@ class EcpqJob:
     price: float
     scale: float
     seed: int
-
-    @property
-    def name(self) -> str:
-        """The tensor's."""
-        return self.record.name
-
-    @property
-    def n_weights(self) -> int:
-        """The tensor's."""
-        return self.record.info.numel
 
     @property
     def n_bytes(self) -> int:

@@ -15,7 +15,19 @@ import torch
 from numpy.typing import NDArray
 
 from pqcli.codecs import values, zeros
-from pqcli.codecs.base import Codec, Draft, Piece, Session, StreamPiece, Survey, Tell, Use, Weights, record_of
+from pqcli.codecs.base import (
+    Codec,
+    Draft,
+    Piece,
+    Session,
+    StreamPiece,
+    Survey,
+    Tell,
+    TensorJob,
+    Use,
+    Weights,
+    record_of,
+)
 from pqcli.codecs.kept import kept_piece
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.core import metrics
@@ -33,23 +45,13 @@ WORKING_COPIES = 2
 
 
 @dataclass(frozen=True)
-class PlainJob:
+class PlainJob(TensorJob):
     """Learn a tensor's codebook, and keep the tensor where that turns out not to pay."""
 
     record: Record
     weights: Weights
     options: em.Options
     is_compact: bool = False
-
-    @property
-    def name(self) -> str:
-        """The tensor's."""
-        return self.record.name
-
-    @property
-    def n_weights(self) -> int:
-        """The tensor's."""
-        return self.record.info.numel
 
     @property
     def n_bytes(self) -> int:
