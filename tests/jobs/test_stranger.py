@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,11 +136,13 @@ def test_names_that_no_file_can_hold_are_refused_and_not_dropped(tmp_path, pqcli
     assert "warning" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
-def test_shell_completion_is_printed(name, tmp_path):
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_each_shell_s_completion_is_printed(shell, tmp_path):
+    """Asked for by name: `--show-completion` prints that of the shell from which it is run."""
     done = subprocess.run(
-        [sys.executable, "-m", "pqcli", "--show-completion", name],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
+        [Path(sys.executable).with_name("pqcli")],
+        cwd=tmp_path, env={**ENVIRONMENT, "_PQCLI_COMPLETE": f"source_{shell}"},
+        capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "pqcli" in done.stdout
+    assert f"_PQCLI_COMPLETE=complete_{shell}" in done.stdout
