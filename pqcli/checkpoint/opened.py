@@ -97,6 +97,7 @@ class Checkpoint:
         skeleton: Json,
         side_sizes: Mapping[str, int] | None = None,
         more_stamps: tuple[Stamp, ...] = (),
+        weights: tuple[str, ...] | None = None,
     ) -> None:
         self.path = path
         self.format = format
@@ -110,6 +111,7 @@ class Checkpoint:
             *more_stamps,
         )
         self._parts = parts
+        self._weights = weights
         self._is_model_only = False
         self._owns_files = True
         self._closed = False
@@ -178,7 +180,7 @@ class Checkpoint:
             ]
         else:
             skeleton |= parts[0][1].skeleton
-        model = Checkpoint(self.path, self.format, parts, skeleton, self.side_sizes)
+        model = Checkpoint(self.path, self.format, parts, skeleton, self.side_sizes, weights=self._weights)
         model.stamps = self.stamps
         model._is_model_only = True
         model._owns_files = self._owns_files
@@ -195,8 +197,10 @@ class Checkpoint:
         vars(twin).update(vars(self), _owns_files=False)
         return twin
 
-    def __reduce__(self) -> tuple[Callable[..., Checkpoint], tuple[str, tuple[Stamp, ...], bool]]:
-        return reopened, (str(self.path.absolute()), self.stamps, self._is_model_only)
+    def __reduce__(
+        self,
+    ) -> tuple[Callable[..., Checkpoint], tuple[str, tuple[Stamp, ...], bool, tuple[str, ...] | None]]:
+        return reopened, (str(self.path.absolute()), self.stamps, self._is_model_only, self._weights)
 
     def close(self) -> None:
         """Close the files; may be called twice."""

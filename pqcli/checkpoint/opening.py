@@ -21,17 +21,20 @@ if TYPE_CHECKING:
     from pqcli.checkpoint.stamps import Stamp
 
 
-def open_checkpoint(path: str | Path, *, limits: Limits | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, limits: Limits | None = None, weights: tuple[str, ...] | None = None
+) -> Checkpoint:
     """A `Checkpoint` over a `.pt` (zip or legacy), a `.safetensors` or a folder; only headers are read.
 
     What the file is, its first bytes tell, not its name. Raises `CheckpointError`, with one message that says what is
     wrong, where, and what to do. Nothing in a pickle is imported or run (see `pickles`), and what understanding the
-    headers may cost is limited.
+    headers may cost is limited. Of a folder, `weights` names the files to take (one, or an index and its shards);
+    without it they are found.
     """
     path = Path(path)
     limits = limits or Limits()
     if sniff(path) == formats.FOLDER:
-        return _open_folder(path, limits)
+        return _open_folder(path, limits, weights)
     with ExitStack() as stack:
         format_, source, layout = _open_file(path, stack, limits)
         skeleton = {"source": format_, **layout.skeleton}
@@ -59,8 +62,8 @@ def _open_file(path: Path, stack: ExitStack, limits: Limits) -> tuple[str, ByteS
     return kind, source, layout
 
 
-def _open_folder(folder: Path, limits: Limits) -> Checkpoint:
-    names = names_in(folder)
+def _open_folder(folder: Path, limits: Limits, weights: tuple[str, ...] | None) -> Checkpoint:
+    names = names_in(folder) if weights is None else list(weights)
     if is_distributed(names):
         own = {name for name in names if name.endswith(ENDING)}
         sizes = {name: n_bytes for name, n_bytes in sizes_in(folder).items() if name not in own}
@@ -87,4 +90,5 @@ def _open_folder(folder: Path, limits: Limits) -> Checkpoint:
         n_bytes = sum(info.n_bytes for _, layout in parts for info in layout.tensors if info.alias_of is None)
         stamps = (stamp_of(folder / files.index.name),)
         skeleton["index"] = {"file": files.index.name, "metadata": files.index.metadata, "n_bytes": n_bytes}
-    return Checkpoint(folder, formats.FOLDER, tuple(parts), skeleton, files.side_sizes, stamps)
+    side_sizes = files.side_sizes if weights is None else {}
+    return Checkpoint(folder, formats.FOLDER, tuple(parts), skeleton, side_sizes, stamps, weights)

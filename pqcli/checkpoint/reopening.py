@@ -28,21 +28,23 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp(str(path.absolute()), status.st_size, status.st_mtime_ns)
 
 
-def reopened(path: str, stamps: tuple[Stamp, ...], model_only: bool) -> Checkpoint:
+def reopened(
+    path: str, stamps: tuple[Stamp, ...], model_only: bool, weights: tuple[str, ...] | None = None
+) -> Checkpoint:
     """The checkpoint at `path`; closing it leaves it to the other jobs of this process.
 
     Raises `CheckpointError`, naming the file, where one has changed since `stamps` were taken.
     """
     for stamp in stamps:
         _check(stamp, stamp_of(Path(stamp.path)))
-    return _opened_once(path, stamps, model_only).shared()
+    return _opened_once(path, stamps, model_only, weights).shared()
 
 
 @functools.lru_cache(maxsize=_KEPT_OPEN)
-def _opened_once(path: str, stamps: tuple[Stamp, ...], model_only: bool) -> Checkpoint:
+def _opened_once(path: str, stamps: tuple[Stamp, ...], model_only: bool, weights: tuple[str, ...] | None) -> Checkpoint:
     from pqcli.checkpoint.opening import open_checkpoint  # which needs `opened`, which needs this module
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, weights=weights)
     found = {stamp.path: stamp for stamp in checkpoint.stamps}
     for stamp in stamps:
         _check(stamp, found.get(stamp.path))

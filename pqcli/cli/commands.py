@@ -28,12 +28,14 @@ from pqcli.cli.options import (
     Output,
     Quiet,
     Source,
+    WithCopies,
     flag,
     takes_recipe,
 )
 from pqcli.cli.running import run
 from pqcli.container.peek import check_container
 from pqcli.errors import CheckFailedError
+from pqcli.jobs.folders.outputs import check_folder_output, default_folder, goes_to_folder
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def _root(
     cls=Command,
     epilog=examples(
         "pqcli compress model.pt --block-size 8",
+        "pqcli compress folder/ -o folder.pq",
         "pqcli compress model.pt --target-size 6MB --codec trellis",
         "pqcli compress model.pt --config transformer --dry-run",
         "pqcli compress model.pt --quality balanced --exclude 'lm_head*'",
@@ -82,22 +85,26 @@ def compress(
     config: Config = None,
     dry_run: DryRun = False,
     device: Device = "auto",
+    with_copies: WithCopies = False,
     force: Force = False,
     no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Compress a checkpoint: codebooks and packed assignments in one safetensors file."""
+    """Compress a checkpoint: codebooks and packed assignments in one safetensors file; of a folder, a folder."""
 
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings, device)
         _check_source(src)
-        _check_output(output, src, force=force)
+        if goes_to_folder(src, output):
+            check_folder_output(output or default_folder(src), src, force=force)
+        else:
+            _check_output(output, src, force=force)
         if dry_run:
             from pqcli.jobs import preview
 
-            found = preview.preview(src, output, recipe)
+            found = preview.preview(src, output, recipe, with_copies=with_copies)
             preview.check_possible(found, device, force=force)
             console.plan(found)
             return
@@ -105,7 +112,14 @@ def compress(
 
         with console.progress(src.name) as hook:
             report = compress.compress(
-                src, output, recipe, device=device, force=force, verify=not no_verify, progress=hook
+                src,
+                output,
+                recipe,
+                device=device,
+                with_copies=with_copies,
+                force=force,
+                verify=not no_verify,
+                progress=hook,
             )
         console.summary(report)
 
@@ -156,7 +170,7 @@ def decode(
             "-o",
             "--output",
             metavar="PATH",
-            help="A .pt or .safetensors file, or a folder; without it, STEM.decoded with the source's suffix.",
+            help="A .pt or .safetensors file, or a folder; without it, NAME.decoded with the source's suffix.",
         ),
     ] = None,
     dtype: Annotated[
@@ -254,7 +268,9 @@ def inspect(
         if json:
             console.json(found)
         else:
-            console.inspection(found)
+            console.inspection({name: value for name, value in found.items() if name != "containers"})
+            for container in found.get("containers", ()):
+                console.inspection(container)
 
     run(work, json=json)
 
@@ -283,7 +299,8 @@ def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet
         if findings:
             raise CheckFailedError(f"{file}: {len(findings)} problems\n" + "\n".join(map(str, findings)))
         if not json:
-            console.note(f"{file}: every tensor decodes to the bytes that were compressed")
+            beside = ", and the files beside the weights are the same" if file.is_dir() and against else ""
+            console.note(f"{file}: every tensor decodes to the bytes that were compressed{beside}")
 
     run(work, json=json, quiet=quiet)
 

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from pqcli.cli import readable
 from pqcli.cli.readable import elide, visible
-from pqcli.cli.tables import N_DROPPED, field_lines, plan_document, plan_table, record_table, report_table
+from pqcli.cli.tables import N_NAMED, field_lines, plan_document, plan_table, record_table, report_table
 from pqcli.jobs.events import Hook, ignore
 from pqcli.reports.figures import Report
 
@@ -98,7 +98,7 @@ class Console:
             self.json(plan_document(preview))
             return
         self._lines(plan_table(preview, self._width, ascii_only=self._out.options.ascii_only))
-        self._dropped(preview.dropped)
+        self._dropped(preview.dropped, "folder" if preview.n_side_files else "file")
 
     def summary(self, report: Report) -> None:
         """Print what `compress` did: the result in one line on stdout, what to know about it on stderr."""
@@ -114,7 +114,10 @@ class Console:
             self.note(f"kept bit-exact: {len(kept)} of {readable.plural(len(report.tensors), 'tensor')}")
             for line in readable.kept_reasons(report, N_REASONS):
                 self.note(f"  {line}")
-        self._dropped(report.dropped)
+        if report.parts:
+            for line in readable.part_lines(report):
+                self.note(line)
+        self._dropped(report.dropped, "folder" if report.parts else "file")
         for warning in report.warnings:
             self.warn(warning)
         if not report.quantized:
@@ -187,10 +190,10 @@ class Console:
 
     # --- how ------------------------------------------------------------------------------------------------------
 
-    def _dropped(self, dropped: Sequence[str]) -> None:
+    def _dropped(self, dropped: Sequence[str], kind: str) -> None:
         if dropped:
-            what = readable.joined(dropped, N_DROPPED)
-            self.warn(f"not in the compressed file, and lost when you delete the original: {what}")
+            what = ", ".join(readable.grouped(dropped, N_NAMED))
+            self.warn(f"not in the compressed {kind}, and lost when you delete the original: {what}")
 
     def _say(self, prefix: str, text: str, style: str) -> None:
         """Print on stderr; a line break in a name cannot forge a line."""

@@ -68,12 +68,12 @@ Source = Annotated[
     Path,
     typer.Argument(metavar="SRC", help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a Hugging Face folder."),
 ]
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A .pq.safetensors file.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A .pq.safetensors file, or a compressed folder.")]
 Output = Annotated[
     Path | None,
     typer.Option(
-        "-o", "--output", metavar="FILE", rich_help_panel=MAIN,
-        help="Where to write; without it, STEM.pq.safetensors beside SRC.",
+        "-o", "--output", metavar="PATH", rich_help_panel=MAIN,
+        help="Where to write; without it, STEM.pq.safetensors or FOLDER.pq beside SRC. x.safetensors: always one file.",
     ),
 ]  # fmt: skip
 Config = Annotated[
@@ -91,6 +91,9 @@ Device = Annotated[
         help="Where the EM of plain PQ runs: auto, cpu, cuda, cuda:0, mps.",
     ),
 ]  # fmt: skip
+WithCopies = Annotated[
+    bool, flag("--with-copies", help="Of a folder, copy the same model in other formats as well.", panel=MAIN)
+]
 Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output.")]
 NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]

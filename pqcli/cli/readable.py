@@ -128,6 +128,16 @@ def headline(report: Report) -> str:
     return "  ".join(parts)
 
 
+def part_lines(report: Report) -> list[str]:
+    """Of a folder: how many files beside the weights there are; and with several containers a line for each."""
+    files = plural(report.n_side_files, "file")
+    lines = [f"beside the weights: {files}, {size(report.side_bytes)}, copied as they are"]
+    if len(report.parts) > 1:
+        start = report.output.rstrip("/") + "/"
+        lines += [f"{visible(part.output.removeprefix(start))}: {headline(part)}" for part in report.parts]
+    return lines
+
+
 def entropy_line(report: Report) -> str | None:
     """What the assignments take against their entropy; None where that is unknown."""
     taken, ideal = report.assignment_bytes, report.entropy_bytes
@@ -177,6 +187,15 @@ def _group(members: Sequence[tuple[str, int]]) -> str:
     if len(members) == 1:
         return f"{elide(visible(members[0][0]), 60)}, {total}"
     return f"{plural(len(members), 'tensor')}, {total}"
+
+
+def grouped(items: Iterable[str], most: int) -> list[str]:
+    """Items such as `config.json (its reason)`: where several have one reason, the first of them and a count."""
+    groups: dict[str, list[str]] = {}
+    for item in items:
+        name, _, reason = item.partition(" (")
+        groups.setdefault(reason, []).append(name if reason else item)
+    return [joined(names, most) + (f" ({visible(reason)}" if reason else "") for reason, names in groups.items()]
 
 
 def joined(items: Iterable[str], most: int) -> str:

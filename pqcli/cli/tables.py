@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 N_NOTES = 4
 """Reasons and aliases that the lines below a table name."""
-N_DROPPED = 10
-"""Dropped entries that are named."""
+N_NAMED = 3
+"""Dropped entries that are named of those with one reason."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,14 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
         f"{readable.plural(len(report.quantized), 'tensor')} quantized",
         f"{readable.plural(len(kept), 'tensor')} kept",
         "header and manifest",
-        "file",
+        *([_beside(report.n_side_files)] if report.parts else []),
+        "folder" if report.parts else "file",
     ]
     sizes = [
         sum(tensor.bytes for tensor in report.quantized),
         sum(tensor.bytes for tensor in kept),
         report.overhead_bytes,
+        *([report.side_bytes] if report.parts else []),
         report.compressed_bytes,
     ]
     blank = [""] * len(titles)
@@ -170,6 +172,10 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
     ]
 
 
+def _beside(n_files: int) -> str:
+    return f"{readable.plural(n_files, 'file')} beside the weights"
+
+
 def _scheme(tensor: Any) -> str:
     return "alias" if tensor.action == "alias" else visible(tensor.scheme)
 
@@ -180,11 +186,12 @@ def _used(tensor: Any) -> str:
 
 def _notes(report: Report) -> list[Text]:
     aliases = [f"{tensor.name} is {tensor.alias_of}" for tensor in report.tensors if tensor.action == "alias"]
-    notes = [f"kept      {line}" for line in readable.kept_reasons(report, N_NOTES)]
+    notes = [f"part      {line}" for line in readable.part_lines(report)[1:]] if len(report.parts) > 1 else []
+    notes += [f"kept      {line}" for line in readable.kept_reasons(report, N_NOTES)]
     if aliases:
         notes.append(f"tied      {readable.joined(aliases, N_NOTES)}")
     if report.dropped:
-        notes.append(f"dropped   {readable.joined(report.dropped, N_DROPPED)}")
+        notes.append(f"dropped   {', '.join(readable.grouped(report.dropped, N_NAMED))}")
     if report.paper_mib is not None:
         notes.append(f"papers    {report.paper_mib:.3f} MiB by the accounting of the papers on PQ")
     notes += [
@@ -200,7 +207,10 @@ def plan_table(preview: Preview, width: int | None, *, ascii_only: bool = False)
     entries = preview.plan.entries
     tensor_bytes = sum(entry.predicted_bytes for entry in entries)
     titles = ["header and manifest", "file"]
-    sizes = [preview.predicted_bytes - tensor_bytes, preview.predicted_bytes]
+    sizes = [preview.predicted_bytes - preview.side_bytes - tensor_bytes, preview.predicted_bytes]
+    if preview.n_side_files:
+        titles[1:] = [_beside(preview.n_side_files), "folder"]
+        sizes[1:1] = [preview.side_bytes]
     blank = [""] * len(titles)
 
     def texts(text: Callable[[PlanEntry], str]) -> list[str]:

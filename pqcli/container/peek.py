@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pqcli.container.folder import compressed_folder
 from pqcli.container.header import MANIFEST, SUFFIX, open_file, recognised
 from pqcli.container.limits import Limits
 
@@ -11,6 +12,11 @@ __all__ = ["MANIFEST", "SUFFIX", "check_container"]
 
 
 def check_container(path: Path) -> None:
-    """Raise ContainerError where there is no file, or not one that pqcli wrote."""
+    """Raise ContainerError where there is no file, or not one that pqcli wrote; of a folder, where it holds none."""
+    if path.is_dir():
+        folder = compressed_folder(path)
+        for name in folder.containers.values():
+            check_container(path / name)
+        return
     with open_file(path) as file:
         recognised(path, file, Limits())

@@ -41,12 +41,14 @@ from pqcli.errors import CheckpointError, ContainerError, OutputError
 from pqcli.jobs import executors
 from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
+from pqcli.jobs.folders.outputs import goes_to_folder
 from pqcli.jobs.report import paper_bytes_of, tensor_report
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
 from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
+from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Coded, Record, StoredError, with_bundle_shares
 
 COPIES = 2
@@ -63,11 +65,16 @@ def compress(
     recipe: Recipe | None = None,
     *,
     device: str = "auto",
+    with_copies: bool = False,
     force: bool = False,
     verify: bool = True,
     progress: Hook | None = None,
 ) -> Report:
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
+
+    A folder becomes a folder, by default `FOLDER.pq`: containers in the places of its weights, all else copied, the
+    same model in other formats only `with_copies`. Where `output` ends in `.safetensors` it becomes one container, of
+    the weights at its top.
 
     Tensors are read one at a time. With plain PQ each is written as soon as it is encoded, and peak memory is about the
     largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
@@ -78,6 +85,14 @@ def compress(
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
     recipe = recipe or Recipe()
+    if goes_to_folder(source, output):
+        from pqcli.jobs.folders import compressing as folders  # which needs this module
+
+        where = Path(output) if output else None
+        chosen = resolve_device(device)
+        return folders.compress_folder(
+            Path(source), where, recipe, chosen, with_copies=with_copies, force=force, verify=verify, hook=progress
+        )
     with opened(source, recipe) as checkpoint:
         return compress_opened(
             checkpoint, output, recipe, resolve_device(device), force=force, verify=verify, hook=progress
@@ -105,7 +120,11 @@ def save(
 
 def opened(source: str | Path, recipe: Recipe) -> Checkpoint:
     """The checkpoint, or as much of it as the recipe asks for."""
-    checkpoint = checkpoints.open(source)
+    return of_model(checkpoints.open(source), recipe)
+
+
+def of_model(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint, without training state where the recipe asks for that."""
     if not recipe.model_only:
         return checkpoint
     try:
@@ -160,14 +179,15 @@ def compress_opened(
     recipe: Recipe,
     device: torch.device,
     *,
+    others: Sequence[TensorInfo] = (),
     force: bool = False,
     verify: bool = True,
     hook: Hook | None = None,
 ) -> Report:
-    """Compress an open checkpoint."""
+    """Compress an open checkpoint. The recipe's patterns may mean `others`, which are compressed elsewhere."""
     started = time.perf_counter()
     target = Path(output) if output else default_output(checkpoint.path)
-    plan = plans.make(recipe, checkpoint.tensors)
+    plan = plans.make(recipe, checkpoint.tensors, others)
     check_output(target, checkpoint.path, force=force)
     with (
         claimed(target),

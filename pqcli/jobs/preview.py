@@ -15,13 +15,17 @@ from pqcli.container.manifest import make_manifest
 from pqcli.container.peek import SUFFIX
 from pqcli.jobs import compress as compressing
 from pqcli.jobs.devices import resolve_device
+from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
 from pqcli.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pqcli.checkpoint import Checkpoint
     from pqcli.codecs.auto.choosing import Choice
+    from pqcli.tensors.info import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Preview:
     """What `compress` would do: the plan, and the size that the file would have.
 
     With plain PQ the size is exact unless the weights hold a surprise that headers do not show (NaN, fewer distinct
-    blocks than centroids, weights that float16 cannot hold); with the other codecs it is exact.
+    blocks than centroids, weights that float16 cannot hold); with the other codecs it is exact. That of a folder counts
+    the `n_side_files` that lie beside its weights, which have `side_bytes`.
     """
 
     source: Path
@@ -38,25 +43,48 @@ class Preview:
     predicted_bytes: int
     plan: Plan
     dropped: tuple[str, ...]
+    side_bytes: int = 0
+    n_side_files: int = 0
 
 
-def preview(source: str | Path, output: str | Path | None = None, recipe: Recipe | None = None) -> Preview:
+def preview(
+    source: str | Path,
+    output: str | Path | None = None,
+    recipe: Recipe | None = None,
+    *,
+    with_copies: bool = False,
+) -> Preview:
     """What `compress` with the same arguments would do.
 
     Plain PQ needs the headers alone. What codecs with streams will do depends on the weights: they are rehearsed, in a
     temporary folder, which takes as long as compressing.
     """
     recipe = recipe or Recipe()
+    if goes_to_folder(source, output):
+        from pqcli.jobs.folders.compressing import preview_folder  # which needs this module
+
+        where = Path(output) if output else None
+        return preview_folder(Path(source), where, recipe, with_copies=with_copies)
     with compressing.opened(source, recipe) as checkpoint:
-        seen = _from_headers(checkpoint, output, recipe)
-        is_known = all(entry.scheme for entry in seen.plan.entries if entry.action not in {"keep", "alias"})
-        return seen if is_known else _rehearsed(checkpoint, seen, recipe)
+        return preview_opened(checkpoint, output, recipe)
+
+
+def preview_opened(
+    checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe, *, others: Sequence[TensorInfo] = ()
+) -> Preview:
+    """What compressing an open checkpoint would do. The recipe's patterns may mean `others`."""
+    seen = _from_headers(checkpoint, output, recipe, others)
+    is_known = all(entry.scheme for entry in seen.plan.entries if entry.action not in {"keep", "alias"})
+    return seen if is_known else _rehearsed(checkpoint, seen, recipe, others)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     """Raise what `compress` would raise before it does any work: no such device, or an output that may not be."""
     resolve_device(device)
-    compressing.check_output(seen.output, seen.source, force=force)
+    if goes_to_folder(seen.source, seen.output):
+        check_folder_output(seen.output, seen.source, force=force)
+    else:
+        compressing.check_output(seen.output, seen.source, force=force)
 
 
 def explain(source: str | Path, recipe: Recipe | None = None) -> list[Choice]:
@@ -72,8 +100,10 @@ def explain(source: str | Path, recipe: Recipe | None = None) -> list[Choice]:
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
 
-def _from_headers(checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe) -> Preview:
-    plan = plans.make(recipe, checkpoint.tensors)
+def _from_headers(
+    checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe, others: Sequence[TensorInfo]
+) -> Preview:
+    plan = plans.make(recipe, checkpoint.tensors, others)
     about = compressing.about(checkpoint, recipe)
     manifest = make_manifest(about.source, about.recipe, [record_of(entry) for entry in plan.entries])
     return Preview(
@@ -86,10 +116,11 @@ def _from_headers(checkpoint: Checkpoint, output: str | Path | None, recipe: Rec
     )
 
 
-def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe) -> Preview:
+def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, others: Sequence[TensorInfo]) -> Preview:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / f"rehearsal{SUFFIX}"
-        report = compressing.compress_opened(checkpoint, target, recipe, torch.device("cpu"), verify=False)
+        device = torch.device("cpu")
+        report = compressing.compress_opened(checkpoint, target, recipe, device, others=others, verify=False)
     entries = tuple(
         replace(entry, action=found.action, reason=found.reason, predicted_bytes=found.bytes)
         for entry, found in zip(seen.plan.entries, report.tensors, strict=True)

@@ -25,11 +25,23 @@ from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, StoredError, with_bundle_shares
 
 
-def report(file: str | Path, against: str | Path | None = None, *, progress: Hook | None = None) -> Report:
+def report(
+    file: str | Path,
+    against: str | Path | None = None,
+    *,
+    weights: tuple[str, ...] | None = None,
+    progress: Hook | None = None,
+) -> Report:
     """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
 
-    With `against`, the original checkpoint, every error is measured again from the two files, and that of int4.
+    With `against`, the original checkpoint, every error is measured again from the two files, and that of int4; where
+    it is a folder, `weights` may name the files of it that are meant. Of a compressed folder, what its containers add
+    up to.
     """
+    if Path(file).is_dir():
+        from pqcli.jobs.folders.reading import report_folder  # which needs this module
+
+        return report_folder(Path(file), Path(against) if against else None, progress=progress)
     with open_container(file) as container:
         container.check_figures()
         records = with_bundle_shares(list(container.records), container.bundle_bytes)
@@ -37,7 +49,7 @@ def report(file: str | Path, against: str | Path | None = None, *, progress: Hoo
             tensors = tuple(_stored_report(container, record) for record in records)
         else:
             stage = Stage(progress or ignore, "measuring", n_weights(container))
-            with checkpoints.open(against) as original:
+            with checkpoints.open(against, weights=weights) as original:
                 tensors = tuple(_measured_reports(container, records, original, stage))
         source = container.manifest.source
         return Report(
@@ -54,6 +66,10 @@ def report(file: str | Path, against: str | Path | None = None, *, progress: Hoo
 
 def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, Any]:
     """What a container says of itself: version, features, source, recipe, and the records of `names` or of all."""
+    if Path(file).is_dir():
+        from pqcli.jobs.folders.reading import inspect_folder  # which needs this module
+
+        return inspect_folder(Path(file), names)
     with open_container(file) as container:
         records = [container.record(name) for name in names] if names else container.records
         source = container.manifest.source
@@ -66,6 +82,12 @@ def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, A
             "recipe": container.manifest.recipe,
             "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
         }
+
+
+def dropped_of(file: Path) -> list[tuple[str, str]]:
+    """What was not taken into a container: places, each with the reason."""
+    with open_container(file) as container:
+        return container.manifest.source.dropped
 
 
 def write_text(path: Path, text: str, *, force: bool = False) -> None:

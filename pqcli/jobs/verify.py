@@ -34,13 +34,25 @@ class Finding:
         return self.problem if self.name is None else f"tensor {self.name!r} {self.problem}"
 
 
-def verify(file: str | Path, against: str | Path | None = None, *, progress: Hook | None = None) -> list[Finding]:
+def verify(
+    file: str | Path,
+    against: str | Path | None = None,
+    *,
+    weights: tuple[str, ...] | None = None,
+    progress: Hook | None = None,
+) -> list[Finding]:
     """What is wrong with a container; an empty list if nothing is.
 
     Checks its structure, the checksum over every byte, and the hash of every decoded tensor. With `against`, also that
     kept tensors are identical to the original's and that errors are as reported; training state that was left out on
-    request is not missed (see `left_out`). Raises ContainerError where the file is no container, or a newer pqcli's.
+    request is not missed (see `left_out`). Where it is a folder, `weights` may name the files of it that are meant.
+    Of a compressed folder all containers are checked, and against the original the files beside them. Raises
+    ContainerError where the file is no container, or a newer pqcli's.
     """
+    if Path(file).is_dir():
+        from pqcli.jobs.folders.reading import verify_folder  # which needs this module
+
+        return verify_folder(Path(file), Path(against) if against else None, progress=progress)
     try:
         container = open_container(file)
     except DamagedError as error:
@@ -50,7 +62,7 @@ def verify(file: str | Path, against: str | Path | None = None, *, progress: Hoo
         if against is None:
             found = [finding for record in container.records for finding in _checked(container, record, None, stage)]
         else:
-            with checkpoints.open(against) as original:
+            with checkpoints.open(against, weights=weights) as original:
                 found = list(_differences(container, original, stage))
         if not container.is_whole():
             found.append(Finding(None, "its payloads are not those that were written (checksum)"))
@@ -59,6 +71,10 @@ def verify(file: str | Path, against: str | Path | None = None, *, progress: Hoo
 
 def left_out(file: str | Path) -> tuple[str, ...]:
     """The training state that compression was asked to leave out, entry by entry."""
+    if Path(file).is_dir():
+        from pqcli.jobs.folders.reading import left_out_of_folder  # which needs this module
+
+        return left_out_of_folder(Path(file))
     try:
         opened = open_container(file)
     except DamagedError:

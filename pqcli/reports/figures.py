@@ -98,6 +98,9 @@ class Report:
     `dropped` names what the source held and the output does not. `paper_bytes` is the size by the papers' own
     accounting (log2(k) bits a block, fp16 codebooks, fp32 for the rest, running statistics not counted), None where
     anything but plain PQ was at work. `warnings` say what a budget gave up, known to `compress` alone.
+
+    Of a folder, `parts` are the reports of its containers, and `n_side_files` files with `side_bytes` lie beside them,
+    before as after; a file has none of these.
     """
 
     source: str
@@ -110,6 +113,9 @@ class Report:
     recipe: Mapping[str, object] = field(default_factory=dict)
     paper_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    parts: tuple[Report, ...] = ()
+    n_side_files: int = 0
+    side_bytes: int = 0
 
     @property
     def quantized(self) -> tuple[TensorReport, ...]:
@@ -138,8 +144,8 @@ class Report:
 
     @property
     def overhead_bytes(self) -> int:
-        """What the file holds beside tensors: header, manifest, alignment."""
-        return self.compressed_bytes - self.tensor_bytes
+        """What the containers hold beside tensors: header, manifest, alignment."""
+        return self.compressed_bytes - self.tensor_bytes - self.side_bytes
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -238,9 +244,24 @@ class Report:
             "recipe": self.recipe,
             "dropped": self.dropped,
             "warnings": self.warnings,
+            "parts": [part.headline() for part in self.parts],
+            "n_side_files": self.n_side_files,
+            "side_bytes": self.side_bytes,
             "tensors": [tensor.to_json() for tensor in self.tensors],
         }
         return {key: _jsonable(value) for key, value in document.items()}
+
+    def headline(self) -> dict[str, object]:
+        """The figures of the whole, without its tensors."""
+        return {
+            "output": self.output,
+            "original_bytes": self.original_bytes,
+            "compressed_bytes": self.compressed_bytes,
+            "ratio": self.ratio,
+            "relative_mse": self.relative_mse,
+            "bits_per_weight": self.bits_per_weight,
+            "n_tensors": len(self.tensors),
+        }
 
     def to_csv(self) -> str:
         """A header line, then a line a tensor; columns and names as in the JSON.
