@@ -133,8 +133,11 @@ def components_of(folder: Path, *, limits: Limits | None = None, with_copies: bo
             f"'{folder}' is compressed already; `pqcli decode` gives back the folder that it was made from"
         )
     if not components:
-        find_weights(folder, places[""], limits or Limits())  # says why
-        raise CheckpointError(f"'{folder}' is a folder without weights{_told(found.refused)}")
+        try:
+            find_weights(folder, places[""], limits or Limits())
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_told(found.refused)}") from error
+        raise CheckpointError(f"'{folder}' is a folder without weights of its own")
     for place, names in places.items():
         if _is_called_after_a_format(place):
             copies |= {posixpath.join(place, name) for name in names if name.endswith(_WEIGHT_ENDINGS)}

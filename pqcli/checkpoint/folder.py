@@ -65,6 +65,7 @@ _KNOWN_FOLDERS = (
     ),
 )
 """Folders of training frameworks, told by a file in them."""
+
 _INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
 _MAX_INDEX = 256 << 20
 _SHOWN = 5
@@ -180,12 +181,16 @@ def is_of_training_framework(names: list[str]) -> bool:
 
 
 def index_name(names: list[str]) -> str | None:
-    """The name of the index among the names of files; None where there is none, or one of several unknown ones."""
-    for name in INDEX_NAMES:
-        if name in names:
-            return name
-    others = [name for name in names if name.endswith(_INDEX_ENDINGS)]
-    return others[0] if len(others) == 1 else None
+    """The name of the index among the names of files; None where there is none, or one of several unknown ones.
+
+    Safetensors come before torch.save, even where they are a single file.
+    """
+    safetensors, bins = ([name for name in names if name.endswith(ending)] for ending in _INDEX_ENDINGS)
+    found = safetensors
+    if not safetensors and not (single_name(names) or "").endswith(".safetensors"):
+        found = bins
+    known = next((name for name in INDEX_NAMES if name in found), None)
+    return known or (found[0] if len(found) == 1 else None)
 
 
 def _single(folder: Path, names: list[str]) -> str:

@@ -96,15 +96,16 @@ def compress(
 
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings, device)
-        _check_source(src)
-        if goes_to_folder(src, output):
-            check_folder_output(output or default_folder(src), src, force=force)
+        source, target = _located(src, output)
+        _check_source(source)
+        if goes_to_folder(source, target):
+            check_folder_output(target or default_folder(source), source, force=force)
         else:
-            _check_output(output, src, force=force)
+            _check_output(target, source, force=force)
         if dry_run:
             from pqcli.jobs import preview
 
-            found = preview.preview(src, output, recipe, with_copies=with_copies)
+            found = preview.preview(source, target, recipe, with_copies=with_copies)
             preview.check_possible(found, device, force=force)
             console.plan(found)
             return
@@ -112,8 +113,8 @@ def compress(
 
         with console.progress(src.name) as hook:
             report = compress.compress(
-                src,
-                output,
+                source,
+                target,
                 recipe,
                 device=device,
                 with_copies=with_copies,
@@ -150,13 +151,14 @@ def plan(
 
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings)
-        _check_source(src)
+        source, target = _located(src, None)
+        _check_source(source)
         from pqcli.jobs import preview
 
         if explain:
-            console.choices(preview.explain(src, recipe))
+            console.choices(preview.explain(source, recipe))
         else:
-            console.plan(preview.preview(src, None, recipe))
+            console.plan(preview.preview(source, target, recipe))
 
     run(work, json=json)
 
@@ -319,6 +321,14 @@ def presets(json: Json = False) -> None:
             console.presets(found)
 
     run(work, json=json)
+
+
+def _located(source: Path, output: Path | None) -> tuple[Path, Path | None]:
+    """Where the source lies and where the output goes; a model of the Hugging Face Hub is fetched for it."""
+    from pqcli.checkpoint.hub import located
+
+    place = located(source)
+    return place.path, output or place.output()
 
 
 def _check_source(path: Path) -> None:

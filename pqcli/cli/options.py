@@ -66,7 +66,7 @@ def _preset_names() -> list[str]:
 
 Source = Annotated[
     Path,
-    typer.Argument(metavar="SRC", help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a Hugging Face folder."),
+    typer.Argument(metavar="SRC", help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a folder of a model."),
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A .pq.safetensors file, or a compressed folder.")]
 Output = Annotated[
@@ -91,9 +91,7 @@ Device = Annotated[
         help="Where the EM of plain PQ runs: auto, cpu, cuda, cuda:0, mps.",
     ),
 ]  # fmt: skip
-WithCopies = Annotated[
-    bool, flag("--with-copies", help="Of a folder, copy the same model in other formats as well.", panel=MAIN)
-]
+WithCopies = Annotated[bool, flag("--with-copies", help="Of a folder, copy the same model in other formats as well.")]
 Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output.")]
 NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]

@@ -23,6 +23,7 @@ import torch
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import check_target
 from pqcli.checkpoint import Checkpoint
+from pqcli.checkpoint.hub import located
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
 from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
@@ -73,8 +74,8 @@ def compress(
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
 
     A folder becomes a folder, by default `FOLDER.pq`: containers in the places of its weights, all else copied, the
-    same model in other formats only `with_copies`. Where `output` ends in `.safetensors` it becomes one container, of
-    the weights at its top.
+    same model in other formats only `with_copies`. So does `org/name`, a model of the Hugging Face Hub. Where `output`
+    ends in `.safetensors` a folder becomes one container, of the weights at its top.
 
     Tensors are read one at a time. With plain PQ each is written as soon as it is encoded, and peak memory is about the
     largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
@@ -85,13 +86,15 @@ def compress(
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
     recipe = recipe or Recipe()
+    place = located(source)
+    source, output = place.path, output or place.output()
     if goes_to_folder(source, output):
         from pqcli.jobs.folders import compressing as folders  # which needs this module
 
         where = Path(output) if output else None
         chosen = resolve_device(device)
         return folders.compress_folder(
-            Path(source), where, recipe, chosen, with_copies=with_copies, force=force, verify=verify, hook=progress
+            source, where, recipe, chosen, with_copies=with_copies, force=force, verify=verify, hook=progress
         )
     with opened(source, recipe) as checkpoint:
         return compress_opened(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pqcli.checkpoint.hub import located
 from pqcli.codecs.base import record_of
 from pqcli.container.layout import lay_out
 from pqcli.container.manifest import make_manifest
@@ -60,11 +61,13 @@ def preview(
     temporary folder, which takes as long as compressing.
     """
     recipe = recipe or Recipe()
+    place = located(source)
+    source, output = place.path, output or place.output()
     if goes_to_folder(source, output):
         from pqcli.jobs.folders.compressing import preview_folder  # which needs this module
 
         where = Path(output) if output else None
-        return preview_folder(Path(source), where, recipe, with_copies=with_copies)
+        return preview_folder(source, where, recipe, with_copies=with_copies)
     with compressing.opened(source, recipe) as checkpoint:
         return preview_opened(checkpoint, output, recipe)
 
@@ -92,7 +95,7 @@ def explain(source: str | Path, recipe: Recipe | None = None) -> list[Choice]:
     from pqcli.codecs.auto.choosing import choose
 
     recipe = replace(recipe or Recipe(), codec="auto")
-    with compressing.opened(source, recipe) as checkpoint, tempfile.TemporaryDirectory() as folder:
+    with compressing.opened(located(source).path, recipe) as checkpoint, tempfile.TemporaryDirectory() as folder:
         plan = plans.make(recipe, checkpoint.tensors)
         device, target = torch.device("cpu"), Path(folder) / "none"
         with compressing.compression(checkpoint, plan, recipe, device, target) as work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 from pqcli.checkpoint.components import Components, components_of
 from pqcli.container.folder import CompressedFolder, compressed_folder, full_name
 from pqcli.container.header import SUFFIX
-from pqcli.errors import CheckpointError, ContainerError
+from pqcli.errors import CheckpointError, ContainerError, DamagedError
 from pqcli.jobs import report as reporting
 from pqcli.jobs import verify as verifying
 from pqcli.jobs.events import Hook
@@ -103,7 +104,8 @@ def _beside(folder: CompressedFolder, original: Original) -> Iterator[Finding]:
     """What is wrong with the files beside the weights: those that were carried must be there with their bytes."""
     dropped = set()
     for path in folder.containers.values():
-        dropped |= {entry for entry, _ in reporting.dropped_of(folder.path / path)}
+        with contextlib.suppress(DamagedError):  # told already
+            dropped |= {entry for entry, _ in reporting.dropped_of(folder.path / path)}
     for path in original.parts.side:
         if path in dropped:
             continue
