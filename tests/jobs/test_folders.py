@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import pqcli
 from pqcli import atomic
 from pqcli.atomic import atomic_folder
 from pqcli.checkpoint import components, walking
 from pqcli.checkpoint.components import components_of
+from pqcli.cli.commands import app
+from pqcli.jobs.folders.compressing import opened_folder, shared_recipes
 from pqcli.jobs.report import inspect
 
 RECIPE = pqcli.Recipe(block_size=4, n_centroids=16, n_iter=2)
@@ -138,15 +141,28 @@ def test_patterns_may_mean_the_tensors_of_one_component_alone(tmp_path):
         pqcli.compress(source, recipe=pqcli.Recipe(exclude=("nothing*",)), force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"target_bytes": 9_000}, {"target_ratio": 2.2}])
 def test_a_size_is_that_of_the_whole_folder(tmp_path, settings):
-    source = made(tmp_path / "m")
     most = settings.get("target_bytes", 0)
-    report = pqcli.compress(source, recipe=pqcli.Recipe(**settings))
+    report = pqcli.compress(made(tmp_path / "m"), recipe=pqcli.Recipe(**settings))
     assert report.compressed_bytes <= (most or report.original_bytes / 2.2)
     assert report.compressed_bytes > 0.85 * (most or report.original_bytes / 2.2)
-    with pytest.raises(pqcli.PQError, match="7 files beside its weights are copied and take"):
-        pqcli.compress(source, recipe=pqcli.Recipe(target_bytes=100), force=True)
+
+
+def test_a_size_is_shared_among_the_components_after_what_lies_beside_them(tmp_path):
+    source = made(tmp_path / "m")
+    save_file({"linear.weight": torch.randn(640, 32)}, source / "2_Dense" / "model.safetensors")
+    with opened_folder(source, RECIPE) as folder:
+        shared = shared_recipes(folder, pqcli.Recipe(target_bytes=50_000))
+        sizes = [recipe.target_bytes for recipe in shared.values()]
+        assert 50_000 - len(sizes) <= sum(sizes) + folder.parts.side_bytes <= 50_000
+        assert 8 < sizes[1] / sizes[0] < 10
+        half = shared_recipes(folder, pqcli.Recipe(target_ratio=2))
+        assert sum(recipe.target_bytes for recipe in half.values()) < folder.original_bytes / 2
+        assert set(shared_recipes(folder, RECIPE).values()) == {RECIPE}
+        with pytest.raises(pqcli.PQError, match="7 files beside its weights are copied and take"):
+            shared_recipes(folder, pqcli.Recipe(target_bytes=100))
 
 
 def test_shards_come_back_under_their_names_with_their_index(tmp_path):
@@ -433,18 +449,29 @@ def test_a_file_that_was_lost_or_changed_is_found_by_verify(tmp_path):
     assert "2_Dense/model.pq.safetensors" in found
 
 
-def test_the_command_line_takes_folders_everywhere(tmp_path, pqcli_command):
+def test_the_command_line_takes_folders_everywhere(tmp_path, monkeypatch):
     source = made(tmp_path / "m")
     (source / "tf_model.h5").write_bytes(b"x")
-    done = pqcli_command("compress", "m/", "--n-iter", "1")
-    assert done.returncode == 0, done.stderr
-    assert "m.pq" in done.stdout
-    assert "beside the weights: 7 files" in done.stderr
-    assert "tf_model.h5 (the same model in another format)" in done.stderr
-    assert pqcli_command("verify", "m.pq", "--against", "m").returncode == 0
-    assert "7 files beside the weights" in pqcli_command("report", "m.pq").stdout
-    assert "2_Dense/model.pq.safetensors" in pqcli_command("inspect", "m.pq").stdout
-    assert pqcli_command("decode", "m.pq", "--force").returncode == 0
-    again = pqcli_command("compress", "m")
-    assert again.returncode == 1
-    assert "use --force" in again.stderr
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == code, done.output
+        return " ".join(done.output.split())
+
+    compressed = said("compress", "m/", "--n-iter", "1")
+    assert "m.pq" in compressed
+    assert "beside the weights: 7 files" in compressed
+    assert "2_Dense/model.pq.safetensors: " in compressed
+    assert "tf_model.h5 (the same model in another format)" in compressed
+    assert "the files beside the weights are the same" in said("verify", "m.pq", "--against", "m")
+    assert "7 files beside the weights" in said("report", "m.pq")
+    assert "2_Dense/model.pq.safetensors" in said("inspect", "m.pq")
+    assert "7 files beside the weights" in said("plan", "m")
+    said("decode", "m.pq")
+    same = {name for name in files(source) if name != "tf_model.h5"}
+    assert files(tmp_path / "m.decoded").keys() == same
+    assert "use --force" in said("compress", "m", code=1)
+    assert "use --force" in said("decode", "m.pq", code=1)
+    said("compress", "m", "--n-iter", "1", "--force")
+    said("decode", "m.pq", "--force")
