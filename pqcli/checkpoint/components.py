@@ -102,6 +102,12 @@ class Components:
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
+    def files(self) -> list[str]:
+        """All files that are carried, weights or not."""
+        weights = [posixpath.join(one.place, name) for one in self.components for name in one.weights]
+        return [*weights, *self.side]
+
+    @property
     def side_bytes(self) -> int:
         """What the files that are carried as they are have together."""
         return sum(self.side.values())

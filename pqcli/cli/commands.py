@@ -20,6 +20,7 @@ from pqcli.cli.options import (
     Device,
     DryRun,
     Dtype,
+    EmbedFiles,
     File,
     Force,
     Format,
@@ -86,6 +87,7 @@ def compress(
     dry_run: DryRun = False,
     device: Device = "auto",
     with_copies: WithCopies = False,
+    embed_files: EmbedFiles = False,
     force: Force = False,
     no_verify: NoVerify = False,
     json: Json = False,
@@ -105,7 +107,7 @@ def compress(
         if dry_run:
             from pqcli.jobs import preview
 
-            found = preview.preview(source, target, recipe, with_copies=with_copies)
+            found = preview.preview(source, target, recipe, with_copies=with_copies, embed_files=embed_files)
             preview.check_possible(found, device, force=force)
             console.plan(found)
             return
@@ -118,6 +120,7 @@ def compress(
                 recipe,
                 device=device,
                 with_copies=with_copies,
+                embed_files=embed_files,
                 force=force,
                 verify=not no_verify,
                 progress=hook,

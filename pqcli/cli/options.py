@@ -92,6 +92,9 @@ Device = Annotated[
     ),
 ]  # fmt: skip
 WithCopies = Annotated[bool, flag("--with-copies", help="Of a folder, copy the same model in other formats as well.")]
+EmbedFiles = Annotated[
+    bool, flag("--embed-files", help="Of a folder and with -o x.pq.safetensors, put its small files into the file.")
+]
 Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output.")]
 NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pqcli.codecs import registry, zeros
-from pqcli.container import checksum
+from pqcli.container import checksum, files
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.entries import Entries
 from pqcli.container.header import MANIFEST
@@ -131,6 +131,8 @@ def _check_records(manifest: Manifest, index: dict[str, int]) -> None:
         problem = _problem(record, manifest) or _problem_of_alias(record, manifest.tensors, index)
         if problem:
             raise ValueError(f"the record of tensor {record.name!r} makes no sense: {problem}")
+    if (manifest.files is not None) != (files.FEATURE in manifest.features):
+        raise ValueError("the manifest does not describe the files inside")
     codecs = {record.action for record in manifest.tensors if isinstance(record.coding, Coded)}
     if codecs != ({manifest.coded.codec} if manifest.coded else set()):
         raise ValueError("the manifest does not describe its coded tensors")
@@ -186,7 +188,8 @@ def _problem_of_alias(record: Record, records: tuple[Record, ...], index: dict[s
 
 def _check_expansion(manifest: Manifest, n_bytes: int, limits: Limits) -> None:
     """No more dense bytes than a file of this size may hold: those of one centroid take no bytes at all."""
-    dense, most = 0, limits.decoded_bytes + DENSE_BYTES_PER_BYTE * n_bytes
+    dense = sum(size for _, size in manifest.files.files) if manifest.files else 0
+    most = limits.decoded_bytes + DENSE_BYTES_PER_BYTE * n_bytes
     for record in manifest.tensors:
         dense += 0 if isinstance(record.coding, Alias) else record.info.n_bytes
         if dense > most:

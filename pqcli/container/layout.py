@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pqcli.codecs import registry, zeros
-from pqcli.container import checksum
+from pqcli.container import checksum, files
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, manifest_bytes
@@ -31,7 +31,7 @@ _ENTRY_BYTES: Final = 80
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE}
+    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, files.FEATURE}
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ def entries_of(manifest: Manifest, bundle_bytes: int | None, hash_bytes: int, *,
         entries.append(Entry(CHECKSUM, "uint8", (checksum.N_BYTES,)))
     if manifest.coded is not None:
         entries.append(Entry(CODED, "uint8", (manifest.coded_bytes,)))
+    if manifest.files is not None:
+        entries.append(Entry(files.FILES, "uint8", (manifest.files.n_bytes,)))
     if has_entropies:
         entries.append(_entropies_entry(manifest))
     return entries

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from pqcli.codecs import zeros
 from pqcli.container import checksum
+from pqcli.container.files import FEATURE as FILES_FEATURE
+from pqcli.container.files import Files
 from pqcli.container.header import LARGEST, is_shape, is_size
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record
@@ -72,7 +74,10 @@ class CodedStreams:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `pqcli.manifest` holds; `recipe` is the wish, `coded` is None where there is no `pqcli.coded`."""
+    """What `pqcli.manifest` holds; `recipe` is the wish.
+
+    `coded` is None where there is no `pqcli.coded`, `files` where there is no `pqcli.files`.
+    """
 
     version: int
     features: tuple[str, ...]
@@ -80,6 +85,7 @@ class Manifest:
     recipe: Mapping[str, Any]
     tensors: tuple[Record, ...]
     coded: CodedStreams | None = None
+    files: Files | None = None
 
     @property
     def coded_bytes(self) -> int:
@@ -162,6 +168,7 @@ class StoredManifest:
     recipe: dict[str, Any]
     tensors: tuple[StoredRecord, ...]
     coded: CodedStreams | None = None
+    files: Files | None = None
 
     def manifest(self) -> Manifest:
         """The manifest. Raises ValueError, naming the tensor, where a record lacks what it needs."""
@@ -171,7 +178,7 @@ class StoredManifest:
                 records.append(stored.record())
             except ValueError as error:
                 raise ValueError(f"the record of {stored.name!r} makes no sense: {error}") from None
-        return Manifest(self.version, self.features, self.source, self.recipe, tuple(records), self.coded)
+        return Manifest(self.version, self.features, self.source, self.recipe, tuple(records), self.coded, self.files)
 
 
 def make_manifest(
@@ -180,6 +187,7 @@ def make_manifest(
     records: Sequence[Record],
     coded: CodedStreams | None = None,
     features: Iterable[str] = (),
+    files: Files | None = None,
 ) -> Manifest:
     """The manifest of a file with these records, naming the features that they need, and `features` beside.
 
@@ -188,7 +196,9 @@ def make_manifest(
     needed = {record.action for record in records if record.quantized} | {checksum.FEATURE, *features}
     if any(record.zero_bytes is not None for record in records):
         needed.add(zeros.FEATURE)
-    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded)
+    if files is not None:
+        needed.add(FILES_FEATURE)
+    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded, files)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -202,6 +212,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     }
     if manifest.coded is not None:
         plain["coded"] = vars(manifest.coded)
+    if manifest.files is not None:
+        plain["files"] = vars(manifest.files)
     return zlib.compress(json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode(), 9)
 
 

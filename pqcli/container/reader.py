@@ -17,6 +17,7 @@ from pqcli.container import checksum
 from pqcli.container.checksum import CHECKSUM
 from pqcli.container.door import admit
 from pqcli.container.entries import open_entries
+from pqcli.container.files import FILES, unpack
 from pqcli.container.layout import CODED, KEPT
 from pqcli.container.limits import Limits
 from pqcli.container.manifest import KEPT_CODED, CodedStreams
@@ -66,6 +67,16 @@ class Container:
     def bundle_bytes(self) -> int:
         """Length of `pqcli.kept`."""
         return self._entries.place(KEPT).n_bytes
+
+    def files(self) -> dict[str, bytes]:
+        """The small files that the container holds beside its tensors, by their paths. Raises ContainerError."""
+        about = self.manifest.files
+        if about is None:
+            return {}
+        try:
+            return unpack(about, self._entries.read(FILES))
+        except ValueError as error:
+            raise self._entries.damaged(f"entry {FILES!r}: {error}") from None
 
     def record(self, name: str) -> Record:
         """The record of a tensor. Raises ContainerError for a name that is not there."""

@@ -17,6 +17,7 @@ from pqcli.atomic import atomic_writer, output_errors
 from pqcli.codecs.base import Piece, Streams
 from pqcli.codecs.kept import bundle
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES, Checksum
+from pqcli.container.files import FILES, Packed
 from pqcli.container.header import MANIFEST
 from pqcli.container.layout import CODED, KEPT, SHORT_HASH_BYTES, Layout, lay_out
 from pqcli.container.manifest import KEPT_CODED, CodedStreams, Manifest, make_manifest, manifest_bytes
@@ -28,11 +29,19 @@ _COPY_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class About:
-    """What a file says beside its tensors: their order, the source, the recipe."""
+    """What a file says, and holds, beside its tensors: their order, the source, the recipe, small files."""
 
     order: tuple[str, ...]
     source: Mapping[str, Any]
     recipe: Mapping[str, Any]
+    files: Packed | None = None
+
+    def manifest(
+        self, records: Sequence[Record], coded: CodedStreams | None = None, features: Iterable[str] = ()
+    ) -> Manifest:
+        """The manifest of a file with these records; see `make_manifest`."""
+        files = self.files.about if self.files else None
+        return make_manifest(self.source, self.recipe, records, coded, features, files)
 
 
 @dataclass
@@ -113,6 +122,8 @@ class Writer:
         self._put(HASHES, [piece.digest[:hash_bytes] for piece in pieces])
         self._put(ERRORS, [_error_rows(pieces)])
         self._put(MANIFEST, [manifest_bytes(manifest)])
+        if self.about.files is not None:
+            self._put(FILES, [self.about.files.data])
         if any(entry.key == ENTROPIES for entry in layout.entries):
             self._put(ENTROPIES, [_entropy_densities(pieces)])
         with atomic_writer(self.target, force=self.force, check=check) as out:
@@ -139,7 +150,7 @@ class Writer:
         if streams is not None:
             about = CodedStreams(codec, len(streams.shared), tuple(len(data) for data in streams.streams))
             features += streams.features
-        return make_manifest(self.about.source, self.about.recipe, records, about, features)
+        return self.about.manifest(records, about, features)
 
     def _put(self, key: str, pieces: Iterable[bytes | NDArray[np.uint8]]) -> None:
         with output_errors(self.target):

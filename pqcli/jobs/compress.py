@@ -33,8 +33,8 @@ from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
 from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import NOT_FINITE
+from pqcli.container.files import pack
 from pqcli.container.layout import CODED, lay_out
-from pqcli.container.manifest import make_manifest
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
@@ -42,6 +42,7 @@ from pqcli.errors import CheckpointError, ContainerError, OutputError
 from pqcli.jobs import executors
 from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
+from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import goes_to_folder
 from pqcli.jobs.report import paper_bytes_of, tensor_report
 from pqcli.plan import plan as plans
@@ -56,6 +57,9 @@ COPIES = 2
 """What the disk holds of a file while it is written: the spool, and the file itself."""
 SAMPLED = 1 / 16
 """The fraction of the dense bytes that a finished file is decoded for, to check it."""
+Files = Mapping[str, bytes]
+NO_FILES: Files = {}
+"""Small files that go into the container, by their paths."""
 BASE_MEMORY_BYTES = 400 << 20
 """Memory of a process that has torch loaded and kernels compiled."""
 
@@ -67,6 +71,7 @@ def compress(
     *,
     device: str = "auto",
     with_copies: bool = False,
+    embed_files: bool = False,
     force: bool = False,
     verify: bool = True,
     progress: Hook | None = None,
@@ -75,7 +80,8 @@ def compress(
 
     A folder becomes a folder, by default `FOLDER.pq`: containers in the places of its weights, all else copied, the
     same model in other formats only `with_copies`. So does `org/name`, a model of the Hugging Face Hub. Where `output`
-    ends in `.safetensors` a folder becomes one container, of the weights at its top.
+    ends in `.safetensors` a folder becomes one container, of the weights at its top, and with `embed_files` of the
+    small files beside them.
 
     Tensors are read one at a time. With plain PQ each is written as soon as it is encoded, and peak memory is about the
     largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
@@ -88,6 +94,8 @@ def compress(
     recipe = recipe or Recipe()
     place = located(source)
     source, output = place.path, output or place.output()
+    if embed_files:
+        check_embedding(source, output)
     if goes_to_folder(source, output):
         from pqcli.jobs.folders import compressing as folders  # which needs this module
 
@@ -96,9 +104,11 @@ def compress(
         return folders.compress_folder(
             source, where, recipe, chosen, with_copies=with_copies, force=force, verify=verify, hook=progress
         )
+    files = small_files(source) if embed_files else NO_FILES
     with opened(source, recipe) as checkpoint:
+        chosen = resolve_device(device)
         return compress_opened(
-            checkpoint, output, recipe, resolve_device(device), force=force, verify=verify, hook=progress
+            checkpoint, output, recipe, chosen, files=files, force=force, verify=verify, hook=progress
         )
 
 
@@ -151,26 +161,28 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
     check_target(output, force=force)
 
 
-def about(checkpoint: Checkpoint, recipe: Recipe) -> About:
-    """What the file of this checkpoint says beside its tensors."""
+def about(checkpoint: Checkpoint, recipe: Recipe, files: Files = NO_FILES) -> About:
+    """What the file of this checkpoint says, and holds, beside its tensors."""
     source = {
         "format": checkpoint.format,
         "n_bytes": checkpoint.n_bytes,
         "skeleton": checkpoint.skeleton,
-        "dropped": _left_out(checkpoint),
+        "dropped": _left_out(checkpoint, files),
     }
-    return About(tuple(info.name for info in checkpoint.tensors), source, documents.to_json(recipe))
+    names = tuple(info.name for info in checkpoint.tensors)
+    return About(names, source, documents.to_json(recipe), pack(files) if files else None)
 
 
-def dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
+def dropped(checkpoint: Checkpoint, files: Files = NO_FILES) -> tuple[str, ...]:
     """What the source holds and the file does not, each with the reason."""
-    return tuple(f"{path} ({reason})" for path, reason in _left_out(checkpoint))
+    return tuple(f"{path} ({reason})" for path, reason in _left_out(checkpoint, files))
 
 
-def _left_out(checkpoint: Checkpoint) -> list[list[str]]:
+def _left_out(checkpoint: Checkpoint, files: Files) -> list[list[str]]:
     """What the container does not hold: entries that JSON cannot carry, and files of a folder that are no weights."""
     entries = [[item.path, item.reason] for item in checkpoint.dropped]
-    return entries + [[name, "a file beside the weights; copy it yourself"] for name in checkpoint.side_files]
+    beside = [name for name in checkpoint.side_files if name not in files]
+    return entries + [[name, "a file beside the weights; copy it yourself"] for name in beside]
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -183,18 +195,22 @@ def compress_opened(
     device: torch.device,
     *,
     others: Sequence[TensorInfo] = (),
+    files: Files = NO_FILES,
     force: bool = False,
     verify: bool = True,
     hook: Hook | None = None,
 ) -> Report:
-    """Compress an open checkpoint. The recipe's patterns may mean `others`, which are compressed elsewhere."""
+    """Compress an open checkpoint, and put `files` into the container.
+
+    The recipe's patterns may mean `others`, tensors that are compressed elsewhere.
+    """
     started = time.perf_counter()
     target = Path(output) if output else default_output(checkpoint.path)
     plan = plans.make(recipe, checkpoint.tensors, others)
     check_output(target, checkpoint.path, force=force)
     with (
         claimed(target),
-        compression(checkpoint, plan, recipe, device, target, force=force, hook=hook) as work,
+        compression(checkpoint, plan, recipe, device, target, files=files, force=force, hook=hook) as work,
     ):
         check_space(target, COPIES * work.expected_bytes())
         size = work.finish(work.coded(work.prepared()), verify=verify)
@@ -206,7 +222,7 @@ def compress_opened(
         compressed_bytes=size,
         seconds=time.perf_counter() - started,
         tensors=tensors,
-        dropped=dropped(checkpoint),
+        dropped=dropped(checkpoint, files),
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
         warnings=work.warnings,
@@ -221,13 +237,14 @@ def compression(
     device: torch.device,
     target: Path,
     *,
+    files: Files = NO_FILES,
     force: bool = False,
     hook: Hook | None = None,
 ) -> Iterator[Compression]:
     """The work of compressing `checkpoint` into `target`; what is not finished leaves nothing behind."""
     row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
     codec = load(row.name)
-    with Writer(target, about(checkpoint, recipe), force, compact=codec.is_compact) as writer:
+    with Writer(target, about(checkpoint, recipe, files), force, compact=codec.is_compact) as writer:
         weights = Weights(checkpoint)
         run = _runner(device, recipe)
         yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook or ignore)
@@ -300,7 +317,7 @@ class Compression:
         if self.codec.is_compact:
             return 0
         records = [record_of(entry) for entry in self.plan.entries]
-        return lay_out(make_manifest(self.writer.about.source, self.writer.about.recipe, records)).n_bytes
+        return lay_out(self.writer.about.manifest(records)).n_bytes
 
     def finish(self, streams: Streams | None, *, verify: bool = True) -> int:
         """Write the file; its size in bytes. With `verify`, read it again first."""

@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 
 from pqcli import checkpoint as checkpoints
+from pqcli.atomic import atomic_folder
 from pqcli.checkpoint import formats
+from pqcli.checkpoint.folder import is_weights_name
+from pqcli.checkpoint.writing import write_into
 from pqcli.claim import check_space, claimed
 from pqcli.container.folder import compressed_folder, full_name
 from pqcli.container.manifest import Source
@@ -17,6 +20,7 @@ from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import Container, open_container
 from pqcli.errors import ContainerError, UsageError
 from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.folders.embedding import write_files
 from pqcli.jobs.report import n_weights
 from pqcli.plan import plan as plans
 from pqcli.tensors.info import TensorInfo
@@ -57,7 +61,12 @@ def decode(
         read = dense_reader(container, dtype, Stage(progress or ignore, "decoding", n_weights(container)))
         with claimed(target):
             check_space(target, sum(info.n_bytes for info in infos if info.alias_of is None))
-            checkpoints.write(target, infos, read, source.skeleton, format=format_, force=force, verify=verify)
+            if format_ == formats.FOLDER and container.manifest.files:
+                with atomic_folder(target, force=force, may_go=is_weights_name) as new:
+                    write_into(new, "model.safetensors", infos, read, source.skeleton, format=format_, verify=verify)
+                    write_files(new, container.files())
+            else:
+                checkpoints.write(target, infos, read, source.skeleton, format=format_, force=force, verify=verify)
         return target
 
 

@@ -12,10 +12,11 @@ import torch
 from pqcli.checkpoint.hub import located
 from pqcli.codecs.base import record_of
 from pqcli.container.layout import lay_out
-from pqcli.container.manifest import make_manifest
 from pqcli.container.peek import SUFFIX
 from pqcli.jobs import compress as compressing
+from pqcli.jobs.compress import NO_FILES, Files
 from pqcli.jobs.devices import resolve_device
+from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
@@ -54,6 +55,7 @@ def preview(
     recipe: Recipe | None = None,
     *,
     with_copies: bool = False,
+    embed_files: bool = False,
 ) -> Preview:
     """What `compress` with the same arguments would do.
 
@@ -63,22 +65,30 @@ def preview(
     recipe = recipe or Recipe()
     place = located(source)
     source, output = place.path, output or place.output()
+    if embed_files:
+        check_embedding(source, output)
     if goes_to_folder(source, output):
         from pqcli.jobs.folders.compressing import preview_folder  # which needs this module
 
         where = Path(output) if output else None
         return preview_folder(source, where, recipe, with_copies=with_copies)
+    files = small_files(source) if embed_files else {}
     with compressing.opened(source, recipe) as checkpoint:
-        return preview_opened(checkpoint, output, recipe)
+        return preview_opened(checkpoint, output, recipe, files=files)
 
 
 def preview_opened(
-    checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe, *, others: Sequence[TensorInfo] = ()
+    checkpoint: Checkpoint,
+    output: str | Path | None,
+    recipe: Recipe,
+    *,
+    others: Sequence[TensorInfo] = (),
+    files: Files = NO_FILES,
 ) -> Preview:
-    """What compressing an open checkpoint would do. The recipe's patterns may mean `others`."""
-    seen = _from_headers(checkpoint, output, recipe, others)
+    """What compressing an open checkpoint would do; `others` and `files` are those of `compress_opened`."""
+    seen = _from_headers(checkpoint, output, recipe, others, files)
     is_known = all(entry.scheme for entry in seen.plan.entries if entry.action not in {"keep", "alias"})
-    return seen if is_known else _rehearsed(checkpoint, seen, recipe, others)
+    return seen if is_known else _rehearsed(checkpoint, seen, recipe, others, files)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
@@ -104,26 +114,30 @@ def explain(source: str | Path, recipe: Recipe | None = None) -> list[Choice]:
 
 
 def _from_headers(
-    checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe, others: Sequence[TensorInfo]
+    checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe, others: Sequence[TensorInfo], files: Files
 ) -> Preview:
     plan = plans.make(recipe, checkpoint.tensors, others)
-    about = compressing.about(checkpoint, recipe)
-    manifest = make_manifest(about.source, about.recipe, [record_of(entry) for entry in plan.entries])
+    about = compressing.about(checkpoint, recipe, files)
+    manifest = about.manifest([record_of(entry) for entry in plan.entries])
     return Preview(
         source=checkpoint.path,
         output=Path(output) if output else compressing.default_output(checkpoint.path),
         original_bytes=checkpoint.n_bytes,
         predicted_bytes=lay_out(manifest).n_bytes,
         plan=plan,
-        dropped=compressing.dropped(checkpoint),
+        dropped=compressing.dropped(checkpoint, files),
     )
 
 
-def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, others: Sequence[TensorInfo]) -> Preview:
+def _rehearsed(
+    checkpoint: Checkpoint, seen: Preview, recipe: Recipe, others: Sequence[TensorInfo], files: Files
+) -> Preview:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / f"rehearsal{SUFFIX}"
         device = torch.device("cpu")
-        report = compressing.compress_opened(checkpoint, target, recipe, device, others=others, verify=False)
+        report = compressing.compress_opened(
+            checkpoint, target, recipe, device, others=others, files=files, verify=False
+        )
     entries = tuple(
         replace(entry, action=found.action, reason=found.reason, predicted_bytes=found.bytes)
         for entry, found in zip(seen.plan.entries, report.tensors, strict=True)

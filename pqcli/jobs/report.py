@@ -80,6 +80,7 @@ def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, A
             "features": list(container.manifest.features),
             "source": {"format": source.format, "n_bytes": source.n_bytes, "dropped": source.dropped},
             "recipe": container.manifest.recipe,
+            "files": dict(container.manifest.files.files) if container.manifest.files else {},
             "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
         }
 

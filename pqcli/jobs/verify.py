@@ -64,6 +64,7 @@ def verify(
         else:
             with checkpoints.open(against, weights=weights) as original:
                 found = list(_differences(container, original, stage))
+        found += _files(container)
         if not container.is_whole():
             found.append(Finding(None, "its payloads are not those that were written (checksum)"))
         return found
@@ -84,6 +85,14 @@ def left_out(file: str | Path) -> tuple[str, ...]:
             return ()
         dropped = container.manifest.source.dropped
         return tuple(f"{path} ({reason})" for path, reason in dropped if reason.startswith(checkpoints.LEFT_OUT))
+
+
+def _files(container: Container) -> Iterator[Finding]:
+    """What is wrong with the small files inside."""
+    try:
+        container.files()
+    except ContainerError as error:
+        yield Finding(None, str(error))
 
 
 def _differences(container: Container, original: Checkpoint, done: Stage) -> Iterator[Finding]:
