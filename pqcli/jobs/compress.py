@@ -8,20 +8,20 @@ jobs) comes to nothing, but nowhere does the loop ask which codec it drives.
 
 from __future__ import annotations
 
-import tempfile
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli.atomic import check_target
+from pqcli.atomic import check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
@@ -94,13 +94,24 @@ def save(
 ) -> Report:
     """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script.
 
-    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give.
+    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give. Where
+    the process is killed meanwhile, the next one that writes `file` removes what is left of it.
     """
-    check_target(Path(file), force=force)
-    with tempfile.NamedTemporaryFile(dir=Path(file).parent, suffix=".pt") as dense:
-        torch.save(state_dict, dense)
-        dense.flush()
-        return replace(compress(dense.name, file, recipe, device=device, force=force), source="")
+    target = Path(file)
+    check_target(target, force=force)
+    with temporary_beside(final_path(target), suffix=".pt") as (dense, descriptor):
+        with output_errors(target), os.fdopen(os.dup(descriptor), "wb") as saved:
+            _torch_save(state_dict, saved)
+        return replace(compress(dense, file, recipe, device=device, force=force), source="")
+
+
+def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(state_dict, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # the disk's error, after which torch fails at ending its archive
+            raise error.__context__ from None
+        raise
 
 
 def opened(source: str | Path, recipe: Recipe) -> Checkpoint:
@@ -278,6 +289,10 @@ class Compression:
             return 0
         records = [record_of(entry) for entry in self.plan.entries]
         return lay_out(make_manifest(self.writer.about.source, self.writer.about.recipe, records)).n_bytes
+
+    def file_bytes(self, streams: Streams | None) -> int:
+        """The size of the file if it were finished with these streams."""
+        return self.writer.layout(self.codec_name, streams).n_bytes
 
     def finish(self, streams: Streams | None, *, verify: bool = True) -> int:
         """Write the file; its size in bytes. With `verify`, read it again first."""
