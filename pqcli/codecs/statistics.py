@@ -1,4 +1,4 @@
-"""From a file of statistics to what the trellis encoder can use: steps, rows and feedback of every tensor.
+"""From a file of statistics to what encoders can use: what is known of each tensor, and the steps that follow.
 
 A tensor's matrix (rows, columns) has its inputs along the columns; where the layer's weight is stored the other way
 round (transformers' `Conv1D`, transposed convolutions) along the rows, and then it is coded as it lies.
@@ -6,6 +6,9 @@ round (transformers' `Conv1D`, transposed convolutions) along the rows, and then
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,54 +36,58 @@ COARSEST: Final = 32.0
 def learned(path: str, survey: Survey, weights: Weights, steps: Steps, tell: Tell) -> tuple[SecondOrder, Steps]:
     """What the statistics in the file say of the surveyed tensors, and the steps that follow in place of `steps`.
 
-    Tensors without statistics keep theirs, in comparable units. Raises StatsError where the file is none, knows no
-    tensor of the checkpoint, or knows one by another shape.
+    Tensors without statistics keep theirs, in comparable units. Raises StatsError as `opened` does.
     """
-    file = statistics.open(path)
-    reading = _Reading(file, weights)
+    reading = opened(path, survey.records, weights)
     known: dict[str, Moments | RowImportance] = {}
+    energies, turned = {}, set()
     for record in survey.records:
         found = reading.known(record)
         if found is not None:
             known[record.name] = found
+        if isinstance(found, Moments):
+            if found.gradient is None:
+                energies[record.name] = reading.output_energy(record, found)
+            if reading.axis(record) == 0:
+                turned.add(record.name)
         tell(0, record.name)
-    if not known:
-        raise StatsError(_no_match(path, file, survey))
     tensors = {record.name: Plain(record.info.numel, steps.scales[record.name]) for record in survey.records}
-    plan = prepare(tensors, known, reading.energies)
-    plan = replace(plan, rows={name: _turned(rows, name in reading.turned) for name, rows in plan.rows.items()})
+    plan = prepare(tensors, known, energies)
+    plan = replace(plan, rows={name: _turned(rows, name in turned) for name, rows in plan.rows.items()})
     scales = {name: _bounded(scale, survey, name) for name, scale in plan.steps.items()}
     ceilings = {name: np.inf if name in known else ceiling for name, ceiling in steps.ceilings.items()}
     return plan, Steps(scales, ceilings)
 
 
-def _turned(rows: Any, is_turned: bool) -> Any:
-    return replace(rows, is_transposed=False) if is_turned and isinstance(rows, Feedback) else rows
+def opened(path: str, records: Sequence[Record], weights: Weights) -> Reading:
+    """The statistics in the file, for tensors of these weights.
+
+    Raises StatsError where the file is none, or knows none of the tensors; `Reading` does where shapes differ.
+    """
+    file = statistics.open(path)
+    if not any(record.name in file for record in records):
+        ours = ", ".join(record.name for record in records[:2])
+        theirs = ", ".join(list(file.names)[:2])
+        raise StatsError(
+            f"{path}: none of its {len(file)} weights ({theirs}, ...) is one of the {len(records)} tensors "
+            f"({ours}, ...) to be coded; collect them from this model"
+        )
+    return Reading(path, file, weights)
 
 
-def _bounded(scale: float, survey: Survey, name: str) -> float:
-    """A step that the streams can hold, whatever the statistics ask for."""
-    relative = (survey.spreads[name] or survey.unit) / survey.unit
-    return min(max(scale, SMALLEST_STEP * relative), COARSEST * relative)
+class Reading:
+    """Statistics turned into the core's terms, tensor by tensor; layers that share inputs share the matrix.
 
+    A matrix is held for as long as it is in use. A copy in another process opens the file anew.
+    """
 
-def _no_match(path: str, file: statistics.Statistics, survey: Survey) -> str:
-    ours = ", ".join(record.name for record in survey.records[:2])
-    theirs = ", ".join(list(file.names)[:2])
-    return (
-        f"{path}: none of its {len(file)} weights ({theirs}, ...) is one of the {len(survey.records)} tensors "
-        f"({ours}, ...) to be coded; collect them from this model"
-    )
+    def __init__(self, path: str, file: statistics.Statistics, weights: Weights) -> None:
+        self._path, self._file, self._weights = path, file, weights
+        self._matrices: dict[int, weakref.ref[Matrix]] = {}
+        self._reading = threading.Lock()
 
-
-class _Reading:
-    """Statistics turned into the core's terms, tensor by tensor; layers that share inputs share the matrix."""
-
-    def __init__(self, file: statistics.Statistics, weights: Weights) -> None:
-        self._file, self._weights = file, weights
-        self._matrices: dict[int, Matrix | None] = {}
-        self.energies: dict[str, float] = {}
-        self.turned: set[str] = set()
+    def __reduce__(self) -> tuple[Any, tuple[str, Weights]]:
+        return _reopened, (self._path, self._weights)
 
     def known(self, record: Record) -> Moments | RowImportance | None:
         """What is known of a tensor; None where that is nothing, or nothing that fits how it is coded."""
@@ -89,6 +96,16 @@ class _Reading:
             return None
         inputs = self._inputs(record, seen)
         return inputs if seen.row_frequency is None else self._looked_up(record, seen, inputs)
+
+    def axis(self, record: Record) -> int:
+        """The axis of the tensor's matrix that its inputs belong to."""
+        return self._file.weights[self._file.aliases.get(record.name, record.name)].axis
+
+    def output_energy(self, record: Record, known: Moments) -> float:
+        """The mean square of an output of the layer."""
+        weight = as_matrix(self._weights.coded(record.name), record)
+        across = weight if self.axis(record) == 1 else weight.T
+        return float(np.einsum("ij,ij->", across @ known.matrix, across)) / len(across)
 
     def _inputs(self, record: Record, seen: statistics.Moments) -> Moments | None:
         rows, columns = record.matrix_shape
@@ -103,22 +120,20 @@ class _Reading:
         matrix = self._matrix(record.name, seen)
         if matrix is None or not seen.n_samples:
             return None
-        if seen.axis == 0:
-            self.turned.add(record.name)
-        if seen.gradient is None:
-            weight = as_matrix(self._weights.coded(record.name), record)
-            across = weight if seen.axis == 1 else weight.T
-            self.energies[record.name] = float(np.einsum("ij,ij->", across @ matrix, across)) / len(across)
         return Moments(matrix, seen.n_samples, seen.gradient, noise=seen.noise)
 
     def _matrix(self, name: str, seen: statistics.Moments) -> Matrix | None:
         """Second moments as one matrix, zero where only blocks of it are known."""
         site = self._file.weights[self._file.aliases.get(name, name)].site
-        if site is None or seen.diagonal is None:
+        if site is None or seen.diagonal is None or len(seen.diagonal) > WIDEST:
             return None
-        if site not in self._matrices:
-            self._matrices[site] = _whole(seen) if len(seen.diagonal) <= WIDEST else None
-        return self._matrices[site]
+        with self._reading:
+            held = self._matrices.get(site)
+            matrix = held() if held else None
+            if matrix is None:
+                matrix = _whole(seen)
+                self._matrices[site] = weakref.ref(matrix)
+            return matrix
 
     def _looked_up(self, record: Record, seen: statistics.Moments, inputs: Moments | None) -> RowImportance | None:
         rows, _ = record.matrix_shape
@@ -135,6 +150,20 @@ class _Reading:
             matrix = as_matrix(self._weights.coded(record.name), record)
             gradient = 1 / max(float(frequency @ np.square(matrix, dtype=np.float64).mean(1)), 1e-30)
         return RowImportance.of(frequency * seen.n_lookups, gradient, inputs, seen.row_gradient)
+
+
+def _reopened(path: str, weights: Weights) -> Reading:
+    return Reading(path, statistics.open(path), weights)
+
+
+def _turned(rows: Any, is_turned: bool) -> Any:
+    return replace(rows, is_transposed=False) if is_turned and isinstance(rows, Feedback) else rows
+
+
+def _bounded(scale: float, survey: Survey, name: str) -> float:
+    """A step that the streams can hold, whatever the statistics ask for."""
+    relative = (survey.spreads[name] or survey.unit) / survey.unit
+    return min(max(scale, SMALLEST_STEP * relative), COARSEST * relative)
 
 
 def _whole(seen: statistics.Moments) -> Matrix:
