@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +25,7 @@ from pqcli.errors import StatsError
 
 if TYPE_CHECKING:
     from pqcli.codecs.base import Survey, Tell, Weights
+    from pqcli.stats.sums import WeightSums
     from pqcli.tensors.records import Record
 
 WIDEST: Final = 1 << 14
@@ -65,33 +66,53 @@ def opened(path: str, records: Sequence[Record], weights: Weights) -> Reading:
     Raises StatsError where the file is none, or knows none of the tensors; `Reading` does where shapes differ.
     """
     file = statistics.open(path)
-    if not any(record.name in file for record in records):
+    names = _matched([record.name for record in records], list(file.names))
+    if not names and not any(record.name in file for record in records):
         ours = ", ".join(record.name for record in records[:2])
         theirs = ", ".join(list(file.names)[:2])
         raise StatsError(
             f"{path}: none of its {len(file)} weights ({theirs}, ...) is one of the {len(records)} tensors "
             f"({ours}, ...) to be coded; collect them from this model"
         )
-    return Reading(path, file, weights)
+    return Reading(path, file, weights, names)
+
+
+def _matched(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
+    """Their names by ours where all of one side begin with what the other side lacks, as DataParallel's `module.`.
+
+    Empty where some name is known as it is, or where nothing makes the names the same.
+    """
+    if set(ours) & set(theirs):
+        return {}
+    for first, second, is_ours in ((ours, theirs, True), (theirs, ours, False)):
+        prefixes = {name[: -len(other)] for name in first for other in second if name.endswith(f".{other}")}
+        for prefix in prefixes:
+            longer = {name: name.removeprefix(prefix) for name in first if name.removeprefix(prefix) in set(second)}
+            if longer and all(name.startswith(prefix) for name in first):
+                return longer if is_ours else {other: name for name, other in longer.items()}
+    return {}
 
 
 class Reading:
     """Statistics turned into the core's terms, tensor by tensor; layers that share inputs share the matrix.
 
-    A matrix is held for as long as it is in use. A copy in another process opens the file anew.
+    `names` are those in the file of tensors that have other ones there. A matrix is held for as long as it is in use. A
+    copy in another process opens the file anew.
     """
 
-    def __init__(self, path: str, file: statistics.Statistics, weights: Weights) -> None:
-        self._path, self._file, self._weights = path, file, weights
+    def __init__(
+        self, path: str, file: statistics.Statistics, weights: Weights, names: Mapping[str, str] | None = None
+    ) -> None:
+        self._path, self._file, self._weights, self._names = path, file, weights, names or {}
         self._matrices: dict[int, weakref.ref[Matrix]] = {}
         self._reading = threading.Lock()
 
-    def __reduce__(self) -> tuple[Any, tuple[str, Weights]]:
-        return _reopened, (self._path, self._weights)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _reopened, (self._path, self._weights, self._names)
 
     def known(self, record: Record) -> Moments | RowImportance | None:
         """What is known of a tensor; None where that is nothing, or nothing that fits how it is coded."""
-        seen = self._file.moments(record.name)
+        seen = self._file.moments(self._name(record))
         if seen is None:
             return None
         inputs = self._inputs(record, seen)
@@ -99,7 +120,14 @@ class Reading:
 
     def axis(self, record: Record) -> int:
         """The axis of the tensor's matrix that its inputs belong to."""
-        return self._file.weights[self._file.aliases.get(record.name, record.name)].axis
+        return self._sums(record).axis
+
+    def _name(self, record: Record) -> str:
+        return self._names.get(record.name, record.name)
+
+    def _sums(self, record: Record) -> WeightSums:
+        name = self._name(record)
+        return self._file.weights[self._file.aliases.get(name, name)]
 
     def output_energy(self, record: Record, known: Moments) -> float:
         """The mean square of an output of the layer."""
@@ -117,14 +145,14 @@ class Reading:
                 f"{record.name}: statistics of {len(seen.diagonal):,} inputs, but the weight has {size:,}; collect "
                 "them from this model"
             )
-        matrix = self._matrix(record.name, seen)
+        matrix = self._matrix(record, seen)
         if matrix is None or not seen.n_samples:
             return None
         return Moments(matrix, seen.n_samples, seen.gradient, noise=seen.noise)
 
-    def _matrix(self, name: str, seen: statistics.Moments) -> Matrix | None:
+    def _matrix(self, record: Record, seen: statistics.Moments) -> Matrix | None:
         """Second moments as one matrix, zero where only blocks of it are known."""
-        site = self._file.weights[self._file.aliases.get(name, name)].site
+        site = self._sums(record).site
         if site is None or seen.diagonal is None or len(seen.diagonal) > WIDEST:
             return None
         with self._reading:
@@ -152,8 +180,8 @@ class Reading:
         return RowImportance.of(frequency * seen.n_lookups, gradient, inputs, seen.row_gradient)
 
 
-def _reopened(path: str, weights: Weights) -> Reading:
-    return Reading(path, statistics.open(path), weights)
+def _reopened(path: str, weights: Weights, names: Mapping[str, str]) -> Reading:
+    return Reading(path, statistics.open(path), weights, names)
 
 
 def _turned(rows: Any, is_turned: bool) -> Any:

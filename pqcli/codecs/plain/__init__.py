@@ -32,9 +32,9 @@ from pqcli.codecs.kept import kept_piece
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.core import metrics
 from pqcli.core.digests import seed_of, tensor_bytes, tensor_hash
+from pqcli.core.feeding import Inputs
 from pqcli.core.importance import Importance
 from pqcli.core.pq import em, packing, pq
-from pqcli.core.pq.feedback import Inputs
 from pqcli.core.second_order import Moments, RowImportance
 from pqcli.errors import PQError
 from pqcli.tensors.records import Plain, Record

@@ -30,8 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from pqcli.core import kernels
-from pqcli.core.importance import Importance
-from pqcli.core.trellis.feedback import LEAST_MOMENT, triangle
+from pqcli.core.feeding import Inputs, bundles, coded_order, fed_forward, groups_of, places_of
 
 Matrix = NDArray[np.float32]
 Assignments = NDArray[np.int32]
@@ -42,43 +41,12 @@ SOLVER_STEPS: Final = 4
 """Steps of conjugate gradients that fit a codebook; each starts from the one before."""
 FITTED_WEIGHTS: Final = 1 << 20
 """A codebook is fitted to so many weights at most, those of evenly spread outputs."""
-_TOGETHER: Final = 128
-"""Inputs whose errors reach each other one by one; beyond, they are added by one product of matrices for all."""
 _RIDGE: Final = 1e-6
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Second moments of a layer's inputs; `shrinkage` is the share of what is off their diagonal that is not believed.
-
-    Inputs belong to the columns of the matrix, `axis` 1, or where weights are stored transposed to its rows, 0.
-    """
-
-    moments: Matrix
-    shrinkage: float
-    axis: int = 1
-
-    def suit(self, shape: tuple[int, ...], block_size: int) -> bool:
-        """Whether a matrix can be assigned under them: but for short vectors along the outputs."""
-        return self.axis == 1 or shape[1] % block_size == 0
-
-    def importance(self, shape: tuple[int, int]) -> Importance:
-        """What their mean squares alone say of a matrix of that shape."""
-        factors = self.mean_squares.astype(np.float32)
-        return Importance.of_columns(factors, shape[0]) if self.axis == 1 else Importance.of_rows(factors, shape[1])
-
-    @property
-    def mean_squares(self) -> NDArray[np.float64]:
-        """Of every input, relative to the mean of all; those never seen count next to nothing."""
-        diagonal = np.maximum(np.diag(self.moments).astype(np.float64), 0.0)
-        return np.maximum(diagonal / max(float(diagonal.mean()), 1e-30), LEAST_MOMENT)
-
-    def believed(self) -> Matrix:
-        """The moments as they are minimised: shrunk, on the scale of `mean_squares`."""
-        mean = max(float(np.diag(self.moments).mean(dtype=np.float64)), 1e-30)
-        found: Matrix = self.moments * np.float32((1 - self.shrinkage) / mean)
-        np.fill_diagonal(found, self.mean_squares)
-        return found
+def suits(inputs: Inputs, shape: tuple[int, ...], block_size: int) -> bool:
+    """Whether a matrix can be assigned under these moments: but for short vectors along the outputs."""
+    return inputs.axis == 1 or shape[1] % block_size == 0
 
 
 @dataclass(frozen=True)
@@ -106,20 +74,17 @@ class Layer:
 
     @classmethod
     def of(cls, matrix: Matrix, block_size: int, inputs: Inputs) -> Layer:
-        """The layer of a matrix (rows, columns). Raises ValueError for what `Inputs.suit` rules out."""
-        if not inputs.suit(matrix.shape, block_size):
+        """The layer of a matrix (rows, columns). Raises ValueError for what `suits` rules out."""
+        if not suits(inputs, matrix.shape, block_size):
             raise ValueError(f"blocks of {block_size} do not divide {matrix.shape[1]} outputs")
         is_across = inputs.axis == 0
         weights = matrix.T if is_across else matrix
         n_inputs = weights.shape[1]
         width = 1 if is_across else block_size
-        means = np.add.reduceat(inputs.mean_squares, np.arange(0, n_inputs, width)) / width
-        if n_inputs % width:
-            means[-1] = -1.0  # the short block last, whatever its inputs
-        order = np.argsort(-means, kind="stable")
-        places = (order[:, None] * width + np.arange(width)).reshape(-1)[:n_inputs]
-        groups = tuple(slice(start, min(start + width, n_inputs)) for start in range(0, n_inputs, width))
+        order = coded_order(inputs.mean_squares, width)
+        places = places_of(order, width, n_inputs)
         moments = inputs.believed()[np.ix_(places, places)]
+        groups = tuple(groups_of(n_inputs, width))
         return cls(np.ascontiguousarray(weights[:, places]), moments, block_size, groups, order, is_across)
 
     def refined(self, codebook: Matrix) -> Assigned:
@@ -145,21 +110,13 @@ class Layer:
 
     def fed_forward(self, codebook: Matrix) -> Assignments:
         """Assignments made group after group, each with the errors of those before fed forward to it."""
-        n_inputs = self.weights.shape[1]
-        factor, pivots = triangle(self.moments, np.arange(n_inputs), 0.0)
-        fed = np.zeros_like(self.weights)
-        errors = np.empty_like(self.weights)
         found = self._none()
-        for together, groups in self._bundles():
-            for i, group in groups:
-                before = slice(together.start, group.start)
-                own = np.triu(factor[group, group], 1) + np.eye(group.stop - group.start, dtype=np.float32)
-                reached = fed[:, group] + errors[:, before] @ factor[before, group]
-                target = self.weights[:, group] + reached @ np.linalg.inv(own)
-                metric = own * np.sqrt(pivots[group]).astype(np.float32)
-                found[i] = self._nearest(target, metric, codebook)
-                errors[:, group] = self.weights[:, group] - self._looked_up(codebook, found[i], group)
-            fed[:, together.stop :] += errors[:, together] @ factor[together, together.stop :]
+
+        def code(i: int, group: slice, target: Matrix, metric: Matrix) -> Matrix:
+            found[i] = self._nearest(target, metric, codebook)
+            return self._looked_up(codebook, found[i], group)
+
+        fed_forward(self.weights, self.moments, self.groups, code)
         return found
 
     def fitted(self, found: Assigned) -> Assigned:
@@ -193,7 +150,7 @@ class Layer:
         errors = self.weights - self._decoded(found.codebook, found.assignments)
         felt = errors @ self.moments
         assignments = found.assignments.copy()
-        for together, groups in self._bundles():
+        for together, groups in bundles(self.groups):
             shift = np.zeros((len(errors), together.stop - together.start), np.float32)
             for i, group in groups:
                 inside = slice(group.start - together.start, group.stop - together.start)
@@ -209,14 +166,6 @@ class Layer:
         return Assigned(found.codebook, assignments)
 
     # --- between inputs and vectors ---
-
-    def _bundles(self) -> list[tuple[slice, list[tuple[int, slice]]]]:
-        """Runs of inputs, each with its groups by number."""
-        width = self.groups[0].stop
-        n = max(1, _TOGETHER // width)
-        numbered = list(enumerate(self.groups))
-        runs = [numbered[start : start + n] for start in range(0, len(numbered), n)]
-        return [(slice(run[0][1].start, run[-1][1].stop), run) for run in runs]
 
     def _none(self) -> Assignments:
         n = self.weights.shape[0] // (self.block_size if self.is_across else 1)

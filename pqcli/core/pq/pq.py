@@ -19,14 +19,14 @@ import torch
 from pqcli.core import metrics
 from pqcli.core.pq import blocks as block_layout
 from pqcli.core.pq import em
-from pqcli.core.pq.feedback import Layer
+from pqcli.core.pq.feedback import Layer, suits
 from pqcli.core.threads import lone_blas
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pqcli.core.feeding import Inputs
     from pqcli.core.importance import Importance
-    from pqcli.core.pq.feedback import Inputs
 
 LOG = logging.getLogger("pqcli")
 FP16_LOSS = 1e-6
@@ -94,7 +94,7 @@ def encode(
     matrix = weight.detach().reshape(matrix_shape).to(device)
     exponent = _exponent(matrix)
     scaled = torch.ldexp(matrix.float(), torch.tensor(-exponent)) if exponent else matrix
-    is_felt = inputs is not None and inputs.suit(matrix_shape, block_size)
+    is_felt = inputs is not None and suits(inputs, matrix_shape, block_size)
     cut = block_layout.cut(scaled, block_size, inputs.importance(matrix_shape) if inputs else importance)
     fitted = em.fit(cut, options)
     if inputs is not None and is_felt and fitted.objective != (0.0,):
