@@ -97,10 +97,15 @@ Errors e (1, group) against the target cost |e metric|^2.
 """
 
 
-def fed_forward(weights: Matrix, moments: Matrix, groups: Sequence[slice], code: Code) -> None:
+def factored(moments: Matrix) -> tuple[Matrix, NDArray[np.float64]]:
+    """(F, d) of moments in coded order: F D F'."""
+    return triangle(moments, np.arange(len(moments)), 0.0)
+
+
+def fed_forward(
+    weights: Matrix, factor: Matrix, pivots: NDArray[np.float64], groups: Sequence[slice], code: Code
+) -> None:
     """Code group after group, each with the errors of those before fed forward to it."""
-    n_inputs = weights.shape[1]
-    factor, pivots = triangle(moments, np.arange(n_inputs), 0.0)
     fed = np.zeros_like(weights)
     errors = np.empty_like(weights)
     for together, run in bundles(groups):

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from pqcli.core import kernels
-from pqcli.core.feeding import Inputs, bundles, coded_order, fed_forward, groups_of, places_of
+from pqcli.core.feeding import Inputs, bundles, coded_order, factored, fed_forward, groups_of, places_of
 
 Matrix = NDArray[np.float32]
 Assignments = NDArray[np.int32]
@@ -116,7 +116,7 @@ class Layer:
             found[i] = self._nearest(target, metric, codebook)
             return self._looked_up(codebook, found[i], group)
 
-        fed_forward(self.weights, self.moments, self.groups, code)
+        fed_forward(self.weights, *factored(self.moments), self.groups, code)
         return found
 
     def fitted(self, found: Assigned) -> Assigned:
