@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pqcli.jobs.preview import preview
     from pqcli.jobs.report import report
     from pqcli.jobs.verify import verify
+    from pqcli.limits import Limits
     from pqcli.recipe.recipe import Recipe, Rule
     from pqcli.reports.figures import Report
     from pqcli.stats.collecting import collect
@@ -37,6 +38,7 @@ _LAZY = {
     "PQ": ("pqcli.core.pq.pq", "PQ"),
     "Container": ("pqcli.container.reader", "Container"),
     "Containers": ("pqcli.container.folder", "Containers"),
+    "Limits": ("pqcli.limits", "Limits"),
     "Recipe": ("pqcli.recipe.recipe", "Recipe"),
     "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
@@ -53,7 +55,7 @@ _LAZY = {
 }
 
 __all__ = [
-    "PQ", "Container", "Containers", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__",
+    "PQ", "Container", "Containers", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__",
     "collect", "compress", "decode", "load", "open", "preview", "report", "save", "verify",
 ]  # fmt: skip
 

@@ -33,9 +33,9 @@ from pqcli.checkpoint.folder import (
     is_of_training_framework,
     single_name,
 )
-from pqcli.checkpoint.limits import Limits
 from pqcli.checkpoint.walking import walk
 from pqcli.errors import CheckpointError
+from pqcli.limits import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

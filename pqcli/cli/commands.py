@@ -25,6 +25,7 @@ from pqcli.cli.options import (
     Force,
     Format,
     Json,
+    Limit,
     NoVerify,
     Output,
     Quiet,
@@ -37,6 +38,7 @@ from pqcli.cli.running import run
 from pqcli.container.peek import check_container
 from pqcli.errors import CheckFailedError
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder, goes_to_folder
+from pqcli.limits import limits_of
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ def compress(
     embed_files: EmbedFiles = False,
     force: Force = False,
     no_verify: NoVerify = False,
+    limit: Limit = None,
     json: Json = False,
     quiet: Quiet = False,
     **settings: Any,
@@ -98,6 +101,7 @@ def compress(
 
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings, device)
+        limits = limits_of(limit or ())
         source, target = _located(src, output)
         _check_source(source)
         if goes_to_folder(source, target):
@@ -107,7 +111,9 @@ def compress(
         if dry_run:
             from pqcli.jobs import preview
 
-            found = preview.preview(source, target, recipe, with_copies=with_copies, embed_files=embed_files)
+            found = preview.preview(
+                source, target, recipe, with_copies=with_copies, embed_files=embed_files, limits=limits
+            )
             preview.check_possible(found, device, force=force)
             console.plan(found)
             return
@@ -124,6 +130,7 @@ def compress(
                 force=force,
                 verify=not no_verify,
                 progress=hook,
+                limits=limits,
             )
         console.summary(report)
 
@@ -147,21 +154,22 @@ def plan(
         bool,
         flag("--explain", help="Show how --codec auto decides: candidates, bits, error, cost (reads the weights)."),
     ] = False,
+    limit: Limit = None,
     json: Json = False,
     **settings: Any,
 ) -> None:
     """Show what compress would do to each tensor, why, and the size it would give; write nothing."""
 
     def work(console: Console) -> None:
-        recipe = _recipe(console, config, settings)
+        recipe, limits = _recipe(console, config, settings), limits_of(limit or ())
         source, target = _located(src, None)
         _check_source(source)
         from pqcli.jobs import preview
 
         if explain:
-            console.choices(preview.explain(source, recipe))
+            console.choices(preview.explain(source, recipe, limits=limits))
         else:
-            console.plan(preview.preview(source, target, recipe))
+            console.plan(preview.preview(source, target, recipe, limits=limits))
 
     run(work, json=json)
 
@@ -183,18 +191,26 @@ def decode(
     ] = None,
     force: Force = False,
     no_verify: NoVerify = False,
+    limit: Limit = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         from pqcli.jobs import decode
 
         with console.progress(file.name) as hook:
             target = decode.decode(
-                file, output, dtype=dtype.value if dtype else None, force=force, verify=not no_verify, progress=hook
+                file,
+                output,
+                dtype=dtype.value if dtype else None,
+                force=force,
+                verify=not no_verify,
+                progress=hook,
+                limits=limits,
             )
         if json:
             console.json({"input": str(file), "output": str(target), "output_bytes": _size(target)})
@@ -222,6 +238,7 @@ def report(
         ),
     ] = None,
     force: Force = False,
+    limit: Limit = None,
     json: Annotated[bool, flag("--json", help="Same as --format json.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -235,14 +252,15 @@ def report(
             checks.check_sortable(sort)
         for text in fail_above or []:
             checks.check_condition(text)
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         if against:
             _check_source(against)
         _check_output(output, file, force=force)
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
-            found = report.report(file, against, progress=hook)
+            found = report.report(file, against, progress=hook, limits=limits)
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
@@ -261,15 +279,17 @@ def report(
 def inspect(
     file: File,
     tensor: Annotated[list[str] | None, typer.Option(help="Only this tensor; repeatable.", metavar="NAME")] = None,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Show what a container holds: format version, features, source, recipe, and each tensor's record."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         from pqcli.jobs import report
 
-        found = report.inspect(file, tensor)
+        found = report.inspect(file, tensor, limits=limits)
         if json:
             console.json(found)
         else:
@@ -281,18 +301,21 @@ def inspect(
 
 
 @app.command(cls=Command, epilog=examples("pqcli verify model.pq.safetensors --against model.pt"))
-def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet = False) -> None:
+def verify(
+    file: File, against: Against = None, *, limit: Limit = None, json: Json = False, quiet: Quiet = False
+) -> None:
     """Check structure and hashes; with the original, that kept tensors are identical and errors as reported."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         if against:
             _check_source(against)
         from pqcli.jobs import verify
 
         with console.progress(file.name) as hook:
-            findings = verify.verify(file, against, progress=hook)
-        left_out = verify.left_out(file) if against else ()
+            findings = verify.verify(file, against, progress=hook, limits=limits)
+        left_out = verify.left_out(file, limits=limits) if against else ()
         if left_out:
             console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
         if json:

@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 from pqcli.checkpoint.folder import bare_name
 from pqcli.container.header import LARGEST
 from pqcli.container.limits import inflate
+from pqcli.limits import OverLimitError
 
 FEATURE: Final = "files"
 FILES: Final = "pqcli.files"
@@ -57,7 +58,10 @@ def pack(files: Mapping[str, bytes]) -> Packed:
 def unpack(about: Files, data: bytes | bytearray) -> dict[str, bytes]:
     """The files by their paths. Raises ValueError where the entry holds something else."""
     total = sum(n_bytes for _, n_bytes in about.files)
-    contents = inflate(data, total)
+    try:
+        contents = inflate(data, total)
+    except OverLimitError:
+        raise ValueError(f"files of more than the {total:,} bytes that they should have") from None
     if len(contents) != total:
         raise ValueError(f"files of {len(contents):,} bytes, which should have {total:,}")
     files, start = {}, 0

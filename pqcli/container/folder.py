@@ -24,8 +24,8 @@ from pqcli.errors import CheckpointError, ContainerError
 if TYPE_CHECKING:
     import torch
 
-    from pqcli.container.limits import Limits
     from pqcli.container.reader import Container
+    from pqcli.limits import Limits
     from pqcli.tensors.info import TensorInfo
     from pqcli.tensors.records import Record, StoredError
 

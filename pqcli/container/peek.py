@@ -11,12 +11,12 @@ from pqcli.container.limits import Limits
 __all__ = ["MANIFEST", "SUFFIX", "check_container"]
 
 
-def check_container(path: Path) -> None:
+def check_container(path: Path, limits: Limits | None = None) -> None:
     """Raise ContainerError where there is no file, or not one that pqcli wrote; of a folder, where it holds none."""
     if path.is_dir():
         folder = compressed_folder(path)
         for name in folder.containers.values():
-            check_container(path / name)
+            check_container(path / name, limits)
         return
     with open_file(path) as file:
-        recognised(path, file, Limits())
+        recognised(path, file, limits or Limits())

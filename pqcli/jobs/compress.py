@@ -8,20 +8,20 @@ jobs) comes to nothing, but nowhere does the loop ask which codec it drives.
 
 from __future__ import annotations
 
-import tempfile
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli.atomic import check_target
+from pqcli.atomic import check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
 from pqcli.checkpoint.hub import located
 from pqcli.claim import check_space, claimed
@@ -45,6 +45,7 @@ from pqcli.jobs.events import Event, Hook, Stage, ignore
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import goes_to_folder
 from pqcli.jobs.report import paper_bytes_of, tensor_report
+from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
 from pqcli.recipe import documents
@@ -75,6 +76,7 @@ def compress(
     force: bool = False,
     verify: bool = True,
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
 
@@ -87,7 +89,7 @@ def compress(
     largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
     whole or not at all. With `verify`, what was written is read again before it is put in place: its bytes must be
     those that were meant, and a sample must decode to its hashes. `progress` is told of every stage
-    (`pqcli.jobs.events.Event`).
+    (`pqcli.jobs.events.Event`). `limits` bound what the structure of the checkpoint may cost to understand.
 
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
@@ -99,16 +101,29 @@ def compress(
     if goes_to_folder(source, output):
         from pqcli.jobs.folders import compressing as folders  # which needs this module
 
-        where = Path(output) if output else None
-        chosen = resolve_device(device)
         return folders.compress_folder(
-            source, where, recipe, chosen, with_copies=with_copies, force=force, verify=verify, hook=progress
+            source,
+            Path(output) if output else None,
+            recipe,
+            resolve_device(device),
+            with_copies=with_copies,
+            force=force,
+            verify=verify,
+            hook=progress,
+            limits=limits,
         )
-    files = small_files(source) if embed_files else NO_FILES
-    with opened(source, recipe) as checkpoint:
-        chosen = resolve_device(device)
+    files = small_files(source, limits) if embed_files else NO_FILES
+    with opened(source, recipe, limits) as checkpoint:
         return compress_opened(
-            checkpoint, output, recipe, chosen, files=files, force=force, verify=verify, hook=progress
+            checkpoint,
+            output,
+            recipe,
+            resolve_device(device),
+            files=files,
+            force=force,
+            verify=verify,
+            hook=progress,
+            limits=limits,
         )
 
 
@@ -122,18 +137,29 @@ def save(
 ) -> Report:
     """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script.
 
-    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give.
+    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give. Where
+    the process is killed meanwhile, the next one that writes `file` removes what is left of it.
     """
-    check_target(Path(file), force=force)
-    with tempfile.NamedTemporaryFile(dir=Path(file).parent, suffix=".pt") as dense:
-        torch.save(state_dict, dense)
-        dense.flush()
-        return replace(compress(dense.name, file, recipe, device=device, force=force), source="")
+    target = Path(file)
+    check_target(target, force=force)
+    with temporary_beside(final_path(target), suffix=".pt") as (dense, descriptor):
+        with output_errors(target), os.fdopen(os.dup(descriptor), "wb") as saved:
+            _torch_save(state_dict, saved)
+        return replace(compress(dense, file, recipe, device=device, force=force), source="")
 
 
-def opened(source: str | Path, recipe: Recipe) -> Checkpoint:
+def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(state_dict, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # the disk's error, after which torch fails at ending its archive
+            raise error.__context__ from None
+        raise
+
+
+def opened(source: str | Path, recipe: Recipe, limits: Limits | None = None) -> Checkpoint:
     """The checkpoint, or as much of it as the recipe asks for."""
-    return of_model(checkpoints.open(source), recipe)
+    return of_model(checkpoints.open(source, limits=limits, from_module=recipe.from_module), recipe)
 
 
 def of_model(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -199,6 +225,7 @@ def compress_opened(
     force: bool = False,
     verify: bool = True,
     hook: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Compress an open checkpoint, and put `files` into the container.
 
@@ -213,7 +240,7 @@ def compress_opened(
         compression(checkpoint, plan, recipe, device, target, files=files, force=force, hook=hook) as work,
     ):
         check_space(target, COPIES * work.expected_bytes())
-        size = work.finish(work.coded(work.prepared()), verify=verify)
+        size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
         records, tensors = work.writer.records, work.tensor_reports()
     return Report(
         source=str(checkpoint.path),
@@ -319,9 +346,14 @@ class Compression:
         records = [record_of(entry) for entry in self.plan.entries]
         return lay_out(self.writer.about.manifest(records)).n_bytes
 
-    def finish(self, streams: Streams | None, *, verify: bool = True) -> int:
+    def file_bytes(self, streams: Streams | None) -> int:
+        """The size of the file if it were finished with these streams."""
+        return self.writer.layout(self.codec_name, streams).n_bytes
+
+    def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> int:
         """Write the file; its size in bytes. With `verify`, read it again first."""
-        return self.writer.finish(self.codec_name, streams, partial(check_written, streams) if verify else None)
+        check = partial(check_written, streams, limits=limits) if verify else None
+        return self.writer.finish(self.codec_name, streams, check)
 
     def tensor_reports(self) -> tuple[TensorReport, ...]:
         """What became of every tensor of the finished file."""
@@ -382,13 +414,13 @@ class Compression:
         return Stage(self.hook, stage, sum(record.info.numel for record in records))
 
 
-def check_written(streams: Streams | None, path: Path) -> None:
+def check_written(streams: Streams | None, path: Path, limits: Limits | None = None) -> None:
     """Raise ContainerError unless the container at `path` opens, a sample has its hashes, and its streams are these.
 
     The sample is of tensors held by themselves, the smallest first: as many as can be for `SAMPLED` of the time, since
     what would be wrong is where entries lie. Streams were decoded from memory when their errors were measured.
     """
-    with open_container(path) as container:
+    with open_container(path, limits=limits) as container:
         own = [record for record in container.records if not isinstance(record.coding, Alias | Coded)]
         left = SAMPLED * sum(record.info.n_bytes for record in own)
         for i, record in enumerate(sorted(own, key=lambda record: record.info.n_bytes)):

@@ -22,6 +22,7 @@ from pqcli.errors import ContainerError, UsageError
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.folders.embedding import write_files
 from pqcli.jobs.report import n_weights
+from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias
@@ -35,6 +36,7 @@ def decode(
     force: bool = False,
     verify: bool = True,
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Path:
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes, kept tensors bit-identical.
 
@@ -51,9 +53,11 @@ def decode(
         where = Path(output) if output else None
         lone = folders.lone_container(Path(file), where)
         if lone is None:
-            return folders.decode_folder(Path(file), where, dtype=dtype, force=force, verify=verify, hook=progress)
+            return folders.decode_folder(
+                Path(file), where, dtype=dtype, force=force, verify=verify, hook=progress, limits=limits
+            )
         file = lone
-    with open_container(file) as container:
+    with open_container(file, limits=limits) as container:
         source = container.manifest.source
         target = Path(output) if output else _default_output(Path(file), source)
         format_ = formats.by_suffix(target) if output else source.format
@@ -63,14 +67,16 @@ def decode(
             check_space(target, sum(info.n_bytes for info in infos if info.alias_of is None))
             if format_ == formats.FOLDER and container.manifest.files:
                 with atomic_folder(target, force=force, may_go=is_weights_name) as new:
-                    write_into(new, "model.safetensors", infos, read, source.skeleton, format=format_, verify=verify)
+                    write_into(new, "", infos, read, source.skeleton, format=format_, verify=verify, limits=limits)
                     write_files(new, container.files())
             else:
-                checkpoints.write(target, infos, read, source.skeleton, format=format_, force=force, verify=verify)
+                checkpoints.write(
+                    target, infos, read, source.skeleton, format=format_, force=force, verify=verify, limits=limits
+                )
         return target
 
 
-def load(file: str | Path) -> dict[str, torch.Tensor]:
+def load(file: str | Path, *, limits: Limits | None = None) -> dict[str, torch.Tensor]:
     """The dense tensors of a container by name; tied tensors share their memory.
 
     Of a compressed folder with several, those of all; their names begin with the sub-folder.
@@ -80,9 +86,9 @@ def load(file: str | Path) -> dict[str, torch.Tensor]:
         return {
             full_name(label, name): tensor
             for label, path in folder.containers.items()
-            for name, tensor in load(folder.path / path).items()
+            for name, tensor in load(folder.path / path, limits=limits).items()
         }
-    with open_container(file) as container:
+    with open_container(file, limits=limits) as container:
         tensors: dict[str, torch.Tensor] = {}
         for record in container.records:
             owner = record.coding.of if isinstance(record.coding, Alias) else None

@@ -18,6 +18,7 @@ from pqcli.jobs.compress import NO_FILES, Files
 from pqcli.jobs.devices import resolve_device
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
+from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
 from pqcli.recipe.recipe import Recipe
@@ -56,11 +57,12 @@ def preview(
     *,
     with_copies: bool = False,
     embed_files: bool = False,
+    limits: Limits | None = None,
 ) -> Preview:
     """What `compress` with the same arguments would do.
 
-    Plain PQ needs the headers alone. What codecs with streams will do depends on the weights: they are rehearsed, in a
-    temporary folder, which takes as long as compressing.
+    Plain PQ needs the headers alone. What codecs with streams will do depends on the weights: they are rehearsed, which
+    takes as long as compressing.
     """
     recipe = recipe or Recipe()
     place = located(source)
@@ -71,9 +73,9 @@ def preview(
         from pqcli.jobs.folders.compressing import preview_folder  # which needs this module
 
         where = Path(output) if output else None
-        return preview_folder(source, where, recipe, with_copies=with_copies)
-    files = small_files(source) if embed_files else {}
-    with compressing.opened(source, recipe) as checkpoint:
+        return preview_folder(source, where, recipe, with_copies=with_copies, limits=limits)
+    files = small_files(source, limits) if embed_files else {}
+    with compressing.opened(source, recipe, limits) as checkpoint:
         return preview_opened(checkpoint, output, recipe, files=files)
 
 
@@ -88,7 +90,7 @@ def preview_opened(
     """What compressing an open checkpoint would do; `others` and `files` are those of `compress_opened`."""
     seen = _from_headers(checkpoint, output, recipe, others, files)
     is_known = all(entry.scheme for entry in seen.plan.entries if entry.action not in {"keep", "alias"})
-    return seen if is_known else _rehearsed(checkpoint, seen, recipe, others, files)
+    return seen if is_known else _rehearsed(checkpoint, seen, recipe, files)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
@@ -100,15 +102,14 @@ def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
         compressing.check_output(seen.output, seen.source, force=force)
 
 
-def explain(source: str | Path, recipe: Recipe | None = None) -> list[Choice]:
+def explain(source: str | Path, recipe: Recipe | None = None, *, limits: Limits | None = None) -> list[Choice]:
     """How `--codec auto` decides: for every tensor the candidates with their measured bits, error and cost."""
     from pqcli.codecs.auto.choosing import choose
 
     recipe = replace(recipe or Recipe(), codec="auto")
-    with compressing.opened(located(source).path, recipe) as checkpoint, tempfile.TemporaryDirectory() as folder:
+    with compressing.opened(located(source).path, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
-        device, target = torch.device("cpu"), Path(folder) / "none"
-        with compressing.compression(checkpoint, plan, recipe, device, target) as work:
+        with compressing.compression(checkpoint, plan, recipe, torch.device("cpu"), _nowhere()) as work:
             survey = work.prepared()
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
@@ -129,17 +130,18 @@ def _from_headers(
     )
 
 
-def _rehearsed(
-    checkpoint: Checkpoint, seen: Preview, recipe: Recipe, others: Sequence[TensorInfo], files: Files
-) -> Preview:
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / f"rehearsal{SUFFIX}"
-        device = torch.device("cpu")
-        report = compressing.compress_opened(
-            checkpoint, target, recipe, device, others=others, files=files, verify=False
-        )
+def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, files: Files) -> Preview:
+    device = torch.device("cpu")
+    with compressing.compression(checkpoint, seen.plan, recipe, device, _nowhere(), files=files) as work:
+        n_bytes = work.file_bytes(work.coded(work.prepared()))
+        tensors = work.tensor_reports()
     entries = tuple(
         replace(entry, action=found.action, reason=found.reason, predicted_bytes=found.bytes)
-        for entry, found in zip(seen.plan.entries, report.tensors, strict=True)
+        for entry, found in zip(seen.plan.entries, tensors, strict=True)
     )
-    return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=report.compressed_bytes)
+    return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=n_bytes)
+
+
+def _nowhere() -> Path:
+    """A target that is never written. Beside it lies what is coded meanwhile, in a file without a name."""
+    return Path(tempfile.gettempdir()) / f"rehearsal{SUFFIX}"

@@ -19,6 +19,7 @@ from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics, rtn
 from pqcli.errors import CheckpointError
 from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
 from pqcli.reports.figures import INT4_GROUP, Report, TensorReport
 from pqcli.tensors.info import TensorInfo
@@ -31,6 +32,7 @@ def report(
     *,
     weights: tuple[str, ...] | None = None,
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
 
@@ -41,15 +43,15 @@ def report(
     if Path(file).is_dir():
         from pqcli.jobs.folders.reading import report_folder  # which needs this module
 
-        return report_folder(Path(file), Path(against) if against else None, progress=progress)
-    with open_container(file) as container:
+        return report_folder(Path(file), Path(against) if against else None, progress=progress, limits=limits)
+    with open_container(file, limits=limits) as container:
         container.check_figures()
         records = with_bundle_shares(list(container.records), container.bundle_bytes)
         if against is None:
             tensors = tuple(_stored_report(container, record) for record in records)
         else:
             stage = Stage(progress or ignore, "measuring", n_weights(container))
-            with checkpoints.open(against, weights=weights) as original:
+            with original_of(container, against, limits, weights) as original:
                 tensors = tuple(_measured_reports(container, records, original, stage))
         source = container.manifest.source
         return Report(
@@ -64,13 +66,13 @@ def report(
         )
 
 
-def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Limits | None = None) -> dict[str, Any]:
     """What a container says of itself: version, features, source, recipe, and the records of `names` or of all."""
     if Path(file).is_dir():
         from pqcli.jobs.folders.reading import inspect_folder  # which needs this module
 
-        return inspect_folder(Path(file), names)
-    with open_container(file) as container:
+        return inspect_folder(Path(file), names, limits=limits)
+    with open_container(file, limits=limits) as container:
         records = [container.record(name) for name in names] if names else container.records
         source = container.manifest.source
         return {
@@ -85,9 +87,9 @@ def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, A
         }
 
 
-def dropped_of(file: Path) -> list[tuple[str, str]]:
+def dropped_of(file: Path, limits: Limits | None = None) -> list[tuple[str, str]]:
     """What was not taken into a container: places, each with the reason."""
-    with open_container(file) as container:
+    with open_container(file, limits=limits) as container:
         return container.manifest.source.dropped
 
 
@@ -95,6 +97,14 @@ def write_text(path: Path, text: str, *, force: bool = False) -> None:
     """Write a text file whole or not at all."""
     with atomic_writer(path, force=force) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def original_of(
+    container: Container, against: str | Path, limits: Limits | None, weights: tuple[str, ...] | None = None
+) -> Checkpoint:
+    """The checkpoint that a container is compared with, read as it was read when it was compressed."""
+    from_module = container.manifest.recipe.get("from_module") is True
+    return checkpoints.open(against, limits=limits, from_module=from_module, weights=weights)
 
 
 def n_weights(container: Container) -> int:

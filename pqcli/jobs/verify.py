@@ -15,7 +15,8 @@ from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
 from pqcli.errors import ContainerError, DamagedError
 from pqcli.jobs.events import Hook, Stage, ignore
-from pqcli.jobs.report import describe, n_weights
+from pqcli.jobs.report import describe, n_weights, original_of
+from pqcli.limits import Limits
 from pqcli.tensors.records import Alias, Record, StoredError
 
 REPORTED_WITHIN = 1e-4
@@ -40,6 +41,7 @@ def verify(
     *,
     weights: tuple[str, ...] | None = None,
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> list[Finding]:
     """What is wrong with a container; an empty list if nothing is.
 
@@ -52,9 +54,9 @@ def verify(
     if Path(file).is_dir():
         from pqcli.jobs.folders.reading import verify_folder  # which needs this module
 
-        return verify_folder(Path(file), Path(against) if against else None, progress=progress)
+        return verify_folder(Path(file), Path(against) if against else None, progress=progress, limits=limits)
     try:
-        container = open_container(file)
+        container = open_container(file, limits=limits)
     except DamagedError as error:
         return [Finding(None, str(error))]
     with container:
@@ -62,7 +64,7 @@ def verify(
         if against is None:
             found = [finding for record in container.records for finding in _checked(container, record, None, stage)]
         else:
-            with checkpoints.open(against, weights=weights) as original:
+            with original_of(container, against, limits, weights) as original:
                 found = list(_differences(container, original, stage))
         found += _files(container)
         if not container.is_whole():
@@ -70,14 +72,14 @@ def verify(
         return found
 
 
-def left_out(file: str | Path) -> tuple[str, ...]:
+def left_out(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ...]:
     """The training state that compression was asked to leave out, entry by entry."""
     if Path(file).is_dir():
         from pqcli.jobs.folders.reading import left_out_of_folder  # which needs this module
 
-        return left_out_of_folder(Path(file))
+        return left_out_of_folder(Path(file), limits=limits)
     try:
-        opened = open_container(file)
+        opened = open_container(file, limits=limits)
     except DamagedError:
         return ()  # `verify` tells
     with opened as container:

@@ -32,6 +32,7 @@ from pqcli.jobs.events import Hook, ignore
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder
 from pqcli.jobs.preview import Preview, preview_opened
+from pqcli.limits import Limits
 from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
@@ -68,6 +69,7 @@ def compress_folder(
     force: bool = False,
     verify: bool = True,
     hook: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Compress the folder at `source` into a folder, by default `FOLDER.pq` beside it, which appears whole.
 
@@ -76,7 +78,7 @@ def compress_folder(
     started = time.perf_counter()
     target = output or default_folder(source)
     check_folder_output(target, source, force=force)
-    with opened_folder(source, recipe, with_copies=with_copies) as folder, claimed(target):
+    with opened_folder(source, recipe, with_copies=with_copies, limits=limits) as folder, claimed(target):
         recipes = shared_recipes(folder, recipe)
         check_space(target, folder.parts.side_bytes)
         reports = {}
@@ -88,7 +90,14 @@ def compress_folder(
                     other for one in folder.checkpoints.values() if one is not checkpoint for other in one.tensors
                 ]
                 report = compress_opened(
-                    checkpoint, temporary / path, recipes[path], device, others=others, verify=verify, hook=hook
+                    checkpoint,
+                    temporary / path,
+                    recipes[path],
+                    device,
+                    others=others,
+                    verify=verify,
+                    hook=hook,
+                    limits=limits,
                 )
                 reports[path] = replace(report, output=str(target / path))
             copy_files(source, temporary, folder.parts.side, hook or ignore, verify=verify)
@@ -102,9 +111,11 @@ def compress_folder(
         )
 
 
-def preview_folder(source: Path, output: Path | None, recipe: Recipe, *, with_copies: bool = False) -> Preview:
+def preview_folder(
+    source: Path, output: Path | None, recipe: Recipe, *, with_copies: bool = False, limits: Limits | None = None
+) -> Preview:
     """What `compress_folder` with the same arguments would do; see `preview`."""
-    with opened_folder(source, recipe, with_copies=with_copies) as folder:
+    with opened_folder(source, recipe, with_copies=with_copies, limits=limits) as folder:
         recipes = shared_recipes(folder, recipe)
         names = labels(folder.checkpoints)
         seen = {
@@ -124,15 +135,17 @@ def preview_folder(source: Path, output: Path | None, recipe: Recipe, *, with_co
 
 
 @contextmanager
-def opened_folder(source: Path, recipe: Recipe, *, with_copies: bool = False) -> Iterator[OpenFolder]:
+def opened_folder(
+    source: Path, recipe: Recipe, *, with_copies: bool = False, limits: Limits | None = None
+) -> Iterator[OpenFolder]:
     """The folder with the weights of all its components open, or as much of them as the recipe asks for."""
-    parts = _without_training(components_of(source, with_copies=with_copies), recipe)
+    parts = _without_training(components_of(source, limits=limits, with_copies=with_copies), recipe)
     with ExitStack() as stack:
         checkpoints: dict[str, Checkpoint] = {}
         side, left_out = dict(parts.side), dict(parts.left_out)
         for component in parts.components:
             try:
-                checkpoint = _opened(source, component, recipe)
+                checkpoint = _opened(source, component, recipe, limits)
             except CheckpointError:
                 if component.is_main or len(parts.components) == 1:
                     raise
@@ -167,8 +180,9 @@ def shared_recipes(folder: OpenFolder, recipe: Recipe) -> dict[str, Recipe]:
     }
 
 
-def _opened(source: Path, component: Component, recipe: Recipe) -> Checkpoint:
-    return of_model(checkpoints.open(source / component.place, weights=component.weights), recipe)
+def _opened(source: Path, component: Component, recipe: Recipe, limits: Limits | None) -> Checkpoint:
+    place, weights = source / component.place, component.weights
+    return of_model(checkpoints.open(place, limits=limits, from_module=recipe.from_module, weights=weights), recipe)
 
 
 def _without_training(parts: Components, recipe: Recipe) -> Components:

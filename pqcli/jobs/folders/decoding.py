@@ -20,6 +20,7 @@ from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import ENDING, check_folder_output
 from pqcli.jobs.report import n_weights
+from pqcli.limits import Limits
 
 
 def lone_container(folder: Path, output: Path | None) -> Path | None:
@@ -46,19 +47,20 @@ def decode_folder(
     force: bool = False,
     verify: bool = True,
     hook: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Path:
     """Rebuild the folder, by default as `NAME.decoded` beside `NAME.pq`; returns its path. It appears whole."""
     folder = compressed_folder(source)
     target = output or _default_output(source)
     check_folder_output(target, source, force=force)
-    with Containers(folder) as opened, claimed(target):
+    with Containers(folder, limits) as opened, claimed(target):
         dense = sum(converted(info, dtype).n_bytes for info in opened.infos if info.alias_of is None)
         check_space(target, folder.side_bytes + dense)
         with atomic_folder(target, force=force, may_go=is_weights_name) as temporary:
             make_folders(temporary, folder.folders, folder.links)
             for label, container in opened.containers.items():
                 place = temporary / folder.place(label)
-                _write(container, folder, label, place, dtype, hook or ignore, verify=verify)
+                _write(container, folder, label, place, dtype, hook or ignore, verify=verify, limits=limits)
             _check_free(folder, temporary)
             copy_files(folder.path, temporary, folder.side, hook or ignore, verify=verify)
     return target
@@ -73,6 +75,7 @@ def _write(
     hook: Hook,
     *,
     verify: bool,
+    limits: Limits | None,
 ) -> None:
     source = container.manifest.source
     path = folder.containers[label]
@@ -86,6 +89,7 @@ def _write(
         source.skeleton,
         format=source.format,
         verify=verify,
+        limits=limits,
     )
 
 

@@ -10,6 +10,7 @@ from pqcli.checkpoint.bytesource import reading
 from pqcli.checkpoint.components import components_of
 from pqcli.errors import OutputError, UsageError
 from pqcli.jobs.folders.outputs import goes_to_folder
+from pqcli.limits import Limits
 
 LARGEST_BYTES = 16 << 20
 """A larger file is none that is meant to lie inside another one."""
@@ -26,12 +27,12 @@ def check_embedding(source: Path, output: str | Path | None) -> None:
         )
 
 
-def small_files(source: Path) -> dict[str, bytes]:
+def small_files(source: Path, limits: Limits | None = None) -> dict[str, bytes]:
     """The files beside the weights at the top of a folder, by their paths; larger ones stay where they are.
 
     Weights in its sub-folders are such files too.
     """
-    found = components_of(source)
+    found = components_of(source, limits=limits)
     top = {name for one in found.components if one.is_main and not one.place for name in one.weights}
     paths = [path for path in found.files if path not in top and path not in found.left_out]
     sizes = {path: (source / path).stat().st_size for path in paths}

@@ -18,6 +18,7 @@ from pqcli.jobs import verify as verifying
 from pqcli.jobs.events import Hook
 from pqcli.jobs.folders.copying import is_same
 from pqcli.jobs.verify import Finding
+from pqcli.limits import Limits
 from pqcli.reports.figures import Report
 from pqcli.reports.folders import folder_report
 
@@ -30,9 +31,9 @@ class Original:
     parts: Components
 
     @staticmethod
-    def at(path: Path) -> Original:
+    def at(path: Path, limits: Limits | None) -> Original:
         """The folder at `path`, everything in it counted."""
-        return Original(path, components_of(path, with_copies=True))
+        return Original(path, components_of(path, limits=limits, with_copies=True))
 
     def weights(self, container: str) -> tuple[Path, tuple[str, ...]]:
         """The sub-folder and the files that the container at this path was made from."""
@@ -42,24 +43,26 @@ class Original:
         raise CheckpointError(f"'{self.path}' has no weights of which {container} can have been made")
 
 
-def report_folder(source: Path, against: Path | None = None, *, progress: Hook | None = None) -> Report:
+def report_folder(
+    source: Path, against: Path | None = None, *, progress: Hook | None = None, limits: Limits | None = None
+) -> Report:
     """What the reports of all containers add up to; see `report`."""
     folder = compressed_folder(source)
-    original = None if against is None else Original.at(against)
+    original = None if against is None else Original.at(against, limits)
     parts = {}
     for label, path in folder.containers.items():
         place, weights = original.weights(path) if original else (None, None)
-        parts[label] = reporting.report(source / path, place, weights=weights, progress=progress)
+        parts[label] = reporting.report(source / path, place, weights=weights, progress=progress, limits=limits)
     recipe = next(iter(parts.values())).recipe
     return folder_report(parts, source=str(against or ""), output=str(source), side=folder.side, recipe=recipe)
 
 
-def inspect_folder(source: Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+def inspect_folder(source: Path, names: Sequence[str] | None = None, *, limits: Limits | None = None) -> dict[str, Any]:
     """What each container says of itself; of the tensors those called `names`, in the folder or in their container."""
     folder = compressed_folder(source)
     found = {}
     for label, path in folder.containers.items():
-        document = reporting.inspect(source / path)
+        document = reporting.inspect(source / path, limits=limits)
         if names:
             document["tensors"] = [
                 record
@@ -80,32 +83,36 @@ def inspect_folder(source: Path, names: Sequence[str] | None = None) -> dict[str
     }
 
 
-def verify_folder(source: Path, against: Path | None = None, *, progress: Hook | None = None) -> list[Finding]:
+def verify_folder(
+    source: Path, against: Path | None = None, *, progress: Hook | None = None, limits: Limits | None = None
+) -> list[Finding]:
     """What is wrong with the containers; with `against`, the original folder, also with the files beside them."""
     folder = compressed_folder(source)
-    original = None if against is None else Original.at(against)
+    original = None if against is None else Original.at(against, limits)
     found = []
     for label, path in folder.containers.items():
         place, weights = original.weights(path) if original else (None, None)
-        for finding in verifying.verify(source / path, place, weights=weights, progress=progress):
+        for finding in verifying.verify(source / path, place, weights=weights, progress=progress, limits=limits):
             name = None if finding.name is None else full_name(label, finding.name)
             problem = finding.problem if name else f"{path}: {finding.problem}"
             found.append(replace(finding, name=name, problem=problem))
-    return [*found, *(_beside(folder, original) if original else ())]
+    return [*found, *(_beside(folder, original, limits) if original else ())]
 
 
-def left_out_of_folder(source: Path) -> tuple[str, ...]:
+def left_out_of_folder(source: Path, *, limits: Limits | None = None) -> tuple[str, ...]:
     """The training state that compression was asked to leave out of the folder, entry by entry."""
     folder = compressed_folder(source)
-    return tuple(what for path in folder.containers.values() for what in verifying.left_out(source / path))
+    return tuple(
+        what for path in folder.containers.values() for what in verifying.left_out(source / path, limits=limits)
+    )
 
 
-def _beside(folder: CompressedFolder, original: Original) -> Iterator[Finding]:
+def _beside(folder: CompressedFolder, original: Original, limits: Limits | None) -> Iterator[Finding]:
     """What is wrong with the files beside the weights: those that were carried must be there with their bytes."""
     dropped = set()
     for path in folder.containers.values():
         with contextlib.suppress(DamagedError):  # told already
-            dropped |= {entry for entry, _ in reporting.dropped_of(folder.path / path)}
+            dropped |= {entry for entry, _ in reporting.dropped_of(folder.path / path, limits)}
     for path in original.parts.side:
         if path in dropped:
             continue
