@@ -29,6 +29,7 @@ from pqcli.cli.options import (
     NoVerify,
     Output,
     Quiet,
+    ShardSize,
     Source,
     WithCopies,
     flag,
@@ -36,7 +37,7 @@ from pqcli.cli.options import (
 )
 from pqcli.cli.running import run
 from pqcli.container.peek import check_container
-from pqcli.errors import CheckFailedError
+from pqcli.errors import CheckFailedError, RecipeError, UsageError
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder, goes_to_folder
 from pqcli.limits import limits_of
 from pqcli.version import __version__
@@ -44,6 +45,9 @@ from pqcli.version import __version__
 if TYPE_CHECKING:
     from pqcli.cli.console import Console
     from pqcli.recipe.recipe import Recipe
+
+LEAST_SHARD = 1000
+"""The smallest `--shard-size`: more entries than that have a header."""
 
 app = typer.Typer(
     name="pqcli",
@@ -90,6 +94,7 @@ def compress(
     device: Device = "auto",
     with_copies: WithCopies = False,
     embed_files: EmbedFiles = False,
+    shard_size: ShardSize = "5GB",
     force: Force = False,
     no_verify: NoVerify = False,
     limit: Limit = None,
@@ -102,6 +107,7 @@ def compress(
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings, device)
         limits = limits_of(limit or ())
+        shard_bytes = _shard_bytes(shard_size)
         source, target = _located(src, output)
         _check_source(source)
         if goes_to_folder(source, target):
@@ -112,7 +118,13 @@ def compress(
             from pqcli.jobs import preview
 
             found = preview.preview(
-                source, target, recipe, with_copies=with_copies, embed_files=embed_files, limits=limits
+                source,
+                target,
+                recipe,
+                with_copies=with_copies,
+                embed_files=embed_files,
+                shard_bytes=shard_bytes,
+                limits=limits,
             )
             preview.check_possible(found, device, force=force)
             console.plan(found)
@@ -127,6 +139,7 @@ def compress(
                 device=device,
                 with_copies=with_copies,
                 embed_files=embed_files,
+                shard_bytes=shard_bytes,
                 force=force,
                 verify=not no_verify,
                 progress=hook,
@@ -347,6 +360,19 @@ def presets(json: Json = False) -> None:
             console.presets(found)
 
     run(work, json=json)
+
+
+def _shard_bytes(text: str) -> int:
+    """The bytes of `--shard-size`."""
+    from pqcli.recipe.settings import size
+
+    try:
+        n_bytes = size(text)
+    except RecipeError as error:
+        raise UsageError(f"--shard-size: {error}") from None
+    if not isinstance(n_bytes, int) or n_bytes < LEAST_SHARD:
+        raise UsageError(f"--shard-size {text}: give at least {LEAST_SHARD:,} bytes")
+    return n_bytes
 
 
 def _located(source: Path, output: Path | None) -> tuple[Path, Path | None]:

@@ -96,6 +96,13 @@ Device = Annotated[
     ),
 ]  # fmt: skip
 WithCopies = Annotated[bool, flag("--with-copies", help="Of a folder, copy the same model in other formats as well.")]
+ShardSize = Annotated[
+    str,
+    typer.Option(
+        "--shard-size", metavar="SIZE", rich_help_panel=RUNNING,
+        help="Of a folder: containers above this size become several files with an index.",
+    ),
+]  # fmt: skip
 EmbedFiles = Annotated[
     bool, flag("--embed-files", help="Of a folder and with -o x.pq.safetensors, put its small files into the file.")
 ]

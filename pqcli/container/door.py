@@ -25,7 +25,7 @@ from pqcli.container import checksum, files
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.entries import Entries
 from pqcli.container.header import MANIFEST
-from pqcli.container.layout import KEPT, entries_of, known_features, metadata_of
+from pqcli.container.layout import KEPT, SHARDS_FEATURE, entries_of, known_features, metadata_of
 from pqcli.container.limits import DENSE_BYTES_PER_BYTE, TENSOR_BYTES, TEXT_SHARE, Limits, inflate, parse_json
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, parse_manifest
 from pqcli.core.digests import HASH_BYTES
@@ -55,6 +55,7 @@ def admit(entries: Entries, limits: Limits) -> Admitted:
     try:
         manifest = _manifest(entries, limits)
         index = {record.name: i for i, record in enumerate(manifest.tensors)}
+        _check_shards(entries, manifest)
         _check_records(manifest, index)
         _check_expansion(manifest, sum(place.n_bytes for place in entries.header.entries.values()), limits)
         _check_entries(entries, manifest)
@@ -121,6 +122,15 @@ def _check_head(entries: Entries, *, has_checksum: bool) -> None:
         raise ValueError(f"entry {CHECKSUM!r} has {entries.place(CHECKSUM).n_bytes} bytes, not {checksum.N_BYTES}")
     if entries.checksum_of_head() != entries.read(CHECKSUM, 0, checksum.PART_BYTES):
         raise ValueError("its header, manifest, hashes or errors are not those that were written (checksum)")
+
+
+def _check_shards(entries: Entries, manifest: Manifest) -> None:
+    """Check that there are as many files as it says, and that the others belong to the first."""
+    if (manifest.shards is not None) != (SHARDS_FEATURE in manifest.features):
+        raise ValueError("the manifest does not tell of several files as its features do")
+    if entries.n_files != (manifest.shards or 1):
+        raise ValueError(f"it lies in {manifest.shards or 1} files, and {entries.n_files} are named")
+    entries.check_others()
 
 
 # --- records ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """A compressed folder: containers (`NAME.pq.safetensors`) where the weights were, all else as it was.
 
+A container in several files stands for itself by its index (`NAME.pq.safetensors.index.json`).
+
 Nothing in it says so but the containers themselves: a folder is a compressed one if a container lies in it or in a
 folder of it. Several containers are told apart by labels, which are made of their paths alone: the sub-folder (`unet`),
 or with several in one place the sub-folder and the stem. A tensor of the folder is called LABEL/NAME, and NAME where
@@ -18,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pqcli.checkpoint.walking import walk
-from pqcli.container.header import SUFFIX
+from pqcli.container.header import INDEX_SUFFIX, SHARD_NAME, SUFFIX
 from pqcli.errors import CheckpointError, ContainerError
 
 if TYPE_CHECKING:
@@ -62,13 +64,15 @@ def compressed_folder(path: str | Path) -> CompressedFolder:
         found = walk(path)
     except CheckpointError as error:
         raise ContainerError(str(error)) from error
-    containers = [name for name in found.files if name.endswith(SUFFIX)]
+    indices = [name for name in found.files if name.endswith(INDEX_SUFFIX)]
+    parts = {name for name in found.files if _index_of(name) in indices}
+    containers = [name for name in found.files if name in indices or (name.endswith(SUFFIX) and name not in parts)]
     if not containers:
         raise ContainerError(
             f"{path}: a folder without a {SUFFIX} file in it; `pqcli compress` makes a compressed folder of a folder "
             "with weights"
         )
-    side = {name: n_bytes for name, n_bytes in found.files.items() if name not in containers}
+    side = {name: n_bytes for name, n_bytes in found.files.items() if name not in containers and name not in parts}
     by_label = {label: name for name, label in labels(containers).items()}
     return CompressedFolder(path, by_label, side, found.folders, found.links, found.refused)
 
@@ -77,10 +81,19 @@ def labels(containers: Iterable[str]) -> dict[str, str]:
     """The label of each of these paths of containers."""
     paths = list(containers)
     crowded = Counter(posixpath.dirname(path) for path in paths)
-    return {
-        path: posixpath.dirname(path) if crowded[posixpath.dirname(path)] == 1 else path.removesuffix(SUFFIX)
-        for path in paths
-    }
+    return {path: posixpath.dirname(path) if crowded[posixpath.dirname(path)] == 1 else stem_of(path) for path in paths}
+
+
+def stem_of(path: str) -> str:
+    """The path of a container without the ending of its name."""
+    return path.removesuffix(INDEX_SUFFIX).removesuffix(SUFFIX)
+
+
+def _index_of(path: str) -> str | None:
+    """The path of the index of a container of which this may be one of several files."""
+    place, name = posixpath.split(path)
+    found = SHARD_NAME.fullmatch(name)
+    return posixpath.join(place, found[1] + INDEX_SUFFIX) if found else None
 
 
 def full_name(label: str, name: str) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 VERSION: Final = 1
 KEPT_CODED: Final = "kept-coded"
 """The feature of files whose kept tensors are coded without loss."""
+MOST_SHARDS: Final = 99_999
 _STRICT: Final = {"strict": True, "extra": "forbid"}
 """How the reader has pydantic check what it reads (here it is not imported: that takes a tenth of a second)."""
 
@@ -76,7 +77,8 @@ class CodedStreams:
 class Manifest:
     """What `pqcli.manifest` holds; `recipe` is the wish.
 
-    `coded` is None where there is no `pqcli.coded`, `files` where there is no `pqcli.files`.
+    `coded` is None where there is no `pqcli.coded`, `files` where there is no `pqcli.files`; `shards` is the number of
+    files that the container lies in, None where it is one.
     """
 
     version: int
@@ -86,6 +88,7 @@ class Manifest:
     tensors: tuple[Record, ...]
     coded: CodedStreams | None = None
     files: Files | None = None
+    shards: int | None = None
 
     @property
     def coded_bytes(self) -> int:
@@ -169,6 +172,11 @@ class StoredManifest:
     tensors: tuple[StoredRecord, ...]
     coded: CodedStreams | None = None
     files: Files | None = None
+    shards: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shards is not None and not 2 <= self.shards <= MOST_SHARDS:
+            raise ValueError(f"a container in {self.shards} files")
 
     def manifest(self) -> Manifest:
         """The manifest. Raises ValueError, naming the tensor, where a record lacks what it needs."""
@@ -178,7 +186,9 @@ class StoredManifest:
                 records.append(stored.record())
             except ValueError as error:
                 raise ValueError(f"the record of {stored.name!r} makes no sense: {error}") from None
-        return Manifest(self.version, self.features, self.source, self.recipe, tuple(records), self.coded, self.files)
+        return Manifest(
+            self.version, self.features, self.source, self.recipe, tuple(records), self.coded, self.files, self.shards
+        )
 
 
 def make_manifest(
@@ -214,6 +224,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         plain["coded"] = vars(manifest.coded)
     if manifest.files is not None:
         plain["files"] = vars(manifest.files)
+    if manifest.shards is not None:
+        plain["shards"] = manifest.shards
     return zlib.compress(json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode(), 9)
 
 

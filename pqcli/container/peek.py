@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pqcli.container.folder import compressed_folder
-from pqcli.container.header import MANIFEST, SUFFIX, open_file, recognised
+from pqcli.container.header import INDEX_SUFFIX, MANIFEST, SUFFIX, open_file, recognised
 from pqcli.container.limits import Limits
 
 __all__ = ["MANIFEST", "SUFFIX", "check_container"]
@@ -18,5 +18,7 @@ def check_container(path: Path, limits: Limits | None = None) -> None:
         for name in folder.containers.values():
             check_container(path / name, limits)
         return
+    if path.name.endswith(INDEX_SUFFIX):
+        return  # opening it reads little more
     with open_file(path) as file:
         recognised(path, file, limits or Limits())

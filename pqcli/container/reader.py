@@ -16,11 +16,11 @@ from pqcli.codecs.rate.measuring import dense
 from pqcli.container import checksum
 from pqcli.container.checksum import CHECKSUM
 from pqcli.container.door import admit
-from pqcli.container.entries import open_entries
 from pqcli.container.files import FILES, unpack
 from pqcli.container.layout import CODED, KEPT
 from pqcli.container.limits import Limits
 from pqcli.container.manifest import KEPT_CODED, CodedStreams
+from pqcli.container.shards import open_any
 from pqcli.core.digests import tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.core.pq import packing, pq
@@ -34,7 +34,7 @@ class Container:
 
     def __init__(self, path: Path, limits: Limits | None = None) -> None:
         self.path = path
-        self._entries = open_entries(path, limits or Limits())
+        self._entries = open_any(path, limits or Limits())
         try:
             self._said = admit(self._entries, limits or Limits())
         except BaseException:
@@ -62,6 +62,15 @@ class Container:
     def infos(self) -> tuple[TensorInfo, ...]:
         """The tensors as the checkpoint described them."""
         return tuple(record.info for record in self.records)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the container: its file, or its files and their index."""
+        return self._entries.n_bytes
+
+    def coded(self, start: int, stop: int) -> bytes:
+        """Some bytes of `pqcli.coded`."""
+        return bytes(self._entries.read(CODED, start, stop))
 
     @property
     def bundle_bytes(self) -> int:
@@ -225,10 +234,7 @@ class Container:
         """What all tensors share now, a stream when it is asked for."""
         ends = list(accumulate((coded.shared, *coded.streams), initial=0))
 
-        def fetch(start: int, stop: int) -> bytes:
-            return bytes(self._entries.read(CODED, start, stop))
-
-        return Streams(fetch(0, ends[1]), _Fetched(ends[1:], fetch))
+        return Streams(self.coded(0, ends[1]), _Fetched(ends[1:], self.coded))
 
 
 class _Fetched(Sequence[bytes]):

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors
 import torch
 
 from pqcli import checkpoint as checkpoints
@@ -34,7 +33,7 @@ from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
 from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.container.files import pack
-from pqcli.container.layout import CODED, lay_out
+from pqcli.container.layout import lay_out
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
@@ -58,6 +57,8 @@ COPIES = 2
 """What the disk holds of a file while it is written: the spool, and the file itself."""
 SAMPLED = 1 / 16
 """The fraction of the dense bytes that a finished file is decoded for, to check it."""
+SHARD_BYTES = 5 * 10**9
+"""A container in a folder that is larger is cut into files of this size."""
 Files = Mapping[str, bytes]
 NO_FILES: Files = {}
 """Small files that go into the container, by their paths."""
@@ -73,6 +74,7 @@ def compress(
     device: str = "auto",
     with_copies: bool = False,
     embed_files: bool = False,
+    shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     verify: bool = True,
     progress: Hook | None = None,
@@ -80,10 +82,10 @@ def compress(
 ) -> Report:
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
 
-    A folder becomes a folder, by default `FOLDER.pq`: containers in the places of its weights, all else copied, the
-    same model in other formats only `with_copies`. So does `org/name`, a model of the Hugging Face Hub. Where `output`
-    ends in `.safetensors` a folder becomes one container, of the weights at its top, and with `embed_files` of the
-    small files beside them.
+    A folder becomes a folder, by default `FOLDER.pq`: containers in the places of its weights (in several files each
+    where they are larger than `shard_bytes`), all else copied, the same model in other formats only `with_copies`. So
+    does `org/name`, a model of the Hugging Face Hub. Where `output` ends in `.safetensors` a folder becomes one
+    container, of the weights at its top, and with `embed_files` of the small files beside them.
 
     Tensors are read one at a time. With plain PQ each is written as soon as it is encoded, and peak memory is about the
     largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
@@ -107,6 +109,7 @@ def compress(
             recipe,
             resolve_device(device),
             with_copies=with_copies,
+            shard_bytes=shard_bytes,
             force=force,
             verify=verify,
             hook=progress,
@@ -222,6 +225,7 @@ def compress_opened(
     *,
     others: Sequence[TensorInfo] = (),
     files: Files = NO_FILES,
+    shard_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
     hook: Hook | None = None,
@@ -229,7 +233,8 @@ def compress_opened(
 ) -> Report:
     """Compress an open checkpoint, and put `files` into the container.
 
-    The recipe's patterns may mean `others`, tensors that are compressed elsewhere.
+    The recipe's patterns may mean `others`, tensors that are compressed elsewhere. More than `shard_bytes` become
+    several files with an index, which do not appear together.
     """
     started = time.perf_counter()
     target = Path(output) if output else default_output(checkpoint.path)
@@ -237,14 +242,16 @@ def compress_opened(
     check_output(target, checkpoint.path, force=force)
     with (
         claimed(target),
-        compression(checkpoint, plan, recipe, device, target, files=files, force=force, hook=hook) as work,
+        compression(
+            checkpoint, plan, recipe, device, target, files=files, shard_bytes=shard_bytes, force=force, hook=hook
+        ) as work,
     ):
         check_space(target, COPIES * work.expected_bytes())
-        size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
+        written, size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
         records, tensors = work.writer.records, work.tensor_reports()
     return Report(
         source=str(checkpoint.path),
-        output=str(target),
+        output=str(written),
         original_bytes=checkpoint.n_bytes,
         compressed_bytes=size,
         seconds=time.perf_counter() - started,
@@ -265,13 +272,15 @@ def compression(
     target: Path,
     *,
     files: Files = NO_FILES,
+    shard_bytes: int | None = None,
     force: bool = False,
     hook: Hook | None = None,
 ) -> Iterator[Compression]:
     """The work of compressing `checkpoint` into `target`; what is not finished leaves nothing behind."""
     row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
     codec = load(row.name)
-    with Writer(target, about(checkpoint, recipe, files), force, compact=codec.is_compact) as writer:
+    told = about(checkpoint, recipe, files)
+    with Writer(target, told, force, compact=codec.is_compact, shard_bytes=shard_bytes) as writer:
         weights = Weights(checkpoint)
         run = _runner(device, recipe)
         yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook or ignore)
@@ -350,8 +359,8 @@ class Compression:
         """The size of the file if it were finished with these streams."""
         return self.writer.layout(self.codec_name, streams).n_bytes
 
-    def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> int:
-        """Write the file; its size in bytes. With `verify`, read it again first."""
+    def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> tuple[Path, int]:
+        """Write the file; what to open, and its size in bytes. With `verify`, read it again first."""
         check = partial(check_written, streams, limits=limits) if verify else None
         return self.writer.finish(self.codec_name, streams, check)
 
@@ -428,13 +437,9 @@ def check_written(streams: Streams | None, path: Path, limits: Limits | None = N
             if left < 0 and i:
                 break
             container.decode(record.name)
-    if streams is None:
-        return
-    with safetensors.safe_open(path, "numpy") as file:
-        data = file.get_slice(CODED)
         start = 0
-        for meant in (streams.shared, *streams.streams):
-            if data[start : start + len(meant)].tobytes() != meant:
+        for meant in () if streams is None else (streams.shared, *streams.streams):
+            if container.coded(start, start + len(meant)) != meant:
                 raise ContainerError(f"{path}: the streams on the disk are not those that were coded")
             start += len(meant)
 

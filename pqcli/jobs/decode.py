@@ -14,7 +14,8 @@ from pqcli.checkpoint import formats
 from pqcli.checkpoint.folder import is_weights_name
 from pqcli.checkpoint.writing import write_into
 from pqcli.claim import check_space, claimed
-from pqcli.container.folder import compressed_folder, full_name
+from pqcli.container.folder import compressed_folder, full_name, stem_of
+from pqcli.container.header import INDEX_SUFFIX
 from pqcli.container.manifest import Source
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import Container, open_container
@@ -126,5 +127,5 @@ def default_file_suffix(file: Path, source: Source) -> str:
 
 
 def _default_output(file: Path, source: Source) -> Path:
-    name = file.name.removesuffix(SUFFIX) if file.name.endswith(SUFFIX) else file.stem
+    name = stem_of(file.name) if file.name.endswith((SUFFIX, INDEX_SUFFIX)) else file.stem
     return file.with_name(f"{name}.decoded{default_file_suffix(file, source)}")

@@ -11,10 +11,10 @@ import torch
 
 from pqcli.checkpoint.hub import located
 from pqcli.codecs.base import record_of
-from pqcli.container.layout import lay_out
 from pqcli.container.peek import SUFFIX
+from pqcli.container.shards import cut
 from pqcli.jobs import compress as compressing
-from pqcli.jobs.compress import NO_FILES, Files
+from pqcli.jobs.compress import NO_FILES, SHARD_BYTES, Files
 from pqcli.jobs.devices import resolve_device
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
@@ -57,6 +57,7 @@ def preview(
     *,
     with_copies: bool = False,
     embed_files: bool = False,
+    shard_bytes: int = SHARD_BYTES,
     limits: Limits | None = None,
 ) -> Preview:
     """What `compress` with the same arguments would do.
@@ -73,7 +74,7 @@ def preview(
         from pqcli.jobs.folders.compressing import preview_folder  # which needs this module
 
         where = Path(output) if output else None
-        return preview_folder(source, where, recipe, with_copies=with_copies, limits=limits)
+        return preview_folder(source, where, recipe, with_copies=with_copies, shard_bytes=shard_bytes, limits=limits)
     files = small_files(source, limits) if embed_files else {}
     with compressing.opened(source, recipe, limits) as checkpoint:
         return preview_opened(checkpoint, output, recipe, files=files)
@@ -86,11 +87,12 @@ def preview_opened(
     *,
     others: Sequence[TensorInfo] = (),
     files: Files = NO_FILES,
+    shard_bytes: int | None = None,
 ) -> Preview:
-    """What compressing an open checkpoint would do; `others` and `files` are those of `compress_opened`."""
-    seen = _from_headers(checkpoint, output, recipe, others, files)
+    """What compressing an open checkpoint would do; the arguments are those of `compress_opened`."""
+    seen = _from_headers(checkpoint, output, recipe, others, files, shard_bytes)
     is_known = all(entry.scheme for entry in seen.plan.entries if entry.action not in {"keep", "alias"})
-    return seen if is_known else _rehearsed(checkpoint, seen, recipe, files)
+    return seen if is_known else _rehearsed(checkpoint, seen, recipe, files, shard_bytes)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
@@ -115,24 +117,33 @@ def explain(source: str | Path, recipe: Recipe | None = None, *, limits: Limits 
 
 
 def _from_headers(
-    checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe, others: Sequence[TensorInfo], files: Files
+    checkpoint: Checkpoint,
+    output: str | Path | None,
+    recipe: Recipe,
+    others: Sequence[TensorInfo],
+    files: Files,
+    shard_bytes: int | None,
 ) -> Preview:
     plan = plans.make(recipe, checkpoint.tensors, others)
     about = compressing.about(checkpoint, recipe, files)
     manifest = about.manifest([record_of(entry) for entry in plan.entries])
+    target = Path(output) if output else compressing.default_output(checkpoint.path)
     return Preview(
         source=checkpoint.path,
-        output=Path(output) if output else compressing.default_output(checkpoint.path),
+        output=target,
         original_bytes=checkpoint.n_bytes,
-        predicted_bytes=lay_out(manifest).n_bytes,
+        predicted_bytes=cut(manifest, None, shard_bytes, target.name.removesuffix(SUFFIX)).n_bytes,
         plan=plan,
         dropped=compressing.dropped(checkpoint, files),
     )
 
 
-def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, files: Files) -> Preview:
+def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, files: Files, shard_bytes: int | None) -> Preview:
     device = torch.device("cpu")
-    with compressing.compression(checkpoint, seen.plan, recipe, device, _nowhere(), files=files) as work:
+    target = _nowhere(seen.output.name)
+    with compressing.compression(
+        checkpoint, seen.plan, recipe, device, target, files=files, shard_bytes=shard_bytes
+    ) as work:
         n_bytes = work.file_bytes(work.coded(work.prepared()))
         tensors = work.tensor_reports()
     entries = tuple(
@@ -142,6 +153,6 @@ def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, files: Fil
     return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=n_bytes)
 
 
-def _nowhere() -> Path:
+def _nowhere(name: str = f"rehearsal{SUFFIX}") -> Path:
     """A target that is never written. Beside it lies what is coded meanwhile, in a file without a name."""
-    return Path(tempfile.gettempdir()) / f"rehearsal{SUFFIX}"
+    return Path(tempfile.gettempdir()) / name

@@ -58,7 +58,7 @@ def report(
             source=str(against or ""),
             output=str(file),
             original_bytes=source.n_bytes,
-            compressed_bytes=Path(file).stat().st_size,
+            compressed_bytes=container.n_bytes,
             tensors=tensors,
             dropped=tuple(f"{path} ({reason})" for path, reason in source.dropped),
             recipe=container.manifest.recipe,
@@ -77,7 +77,7 @@ def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Lim
         source = container.manifest.source
         return {
             "file": str(file),
-            "file_bytes": Path(file).stat().st_size,
+            "file_bytes": container.n_bytes,
             "version": container.manifest.version,
             "features": list(container.manifest.features),
             "source": {"format": source.format, "n_bytes": source.n_bytes, "dropped": source.dropped},

@@ -66,6 +66,7 @@ def compress_folder(
     device: torch.device,
     *,
     with_copies: bool = False,
+    shard_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
     hook: Hook | None = None,
@@ -95,11 +96,12 @@ def compress_folder(
                     recipes[path],
                     device,
                     others=others,
+                    shard_bytes=shard_bytes,
                     verify=verify,
                     hook=hook,
                     limits=limits,
                 )
-                reports[path] = replace(report, output=str(target / path))
+                reports[path] = replace(report, output=str(target / Path(report.output).relative_to(temporary)))
             copy_files(source, temporary, folder.parts.side, hook or ignore, verify=verify)
         return folder_report(
             _by_label(reports),
@@ -112,14 +114,26 @@ def compress_folder(
 
 
 def preview_folder(
-    source: Path, output: Path | None, recipe: Recipe, *, with_copies: bool = False, limits: Limits | None = None
+    source: Path,
+    output: Path | None,
+    recipe: Recipe,
+    *,
+    with_copies: bool = False,
+    shard_bytes: int | None = None,
+    limits: Limits | None = None,
 ) -> Preview:
     """What `compress_folder` with the same arguments would do; see `preview`."""
     with opened_folder(source, recipe, with_copies=with_copies, limits=limits) as folder:
         recipes = shared_recipes(folder, recipe)
         names = labels(folder.checkpoints)
         seen = {
-            path: preview_opened(checkpoint, None, recipes[path], others=folder.tensors_beside(path))
+            path: preview_opened(
+                checkpoint,
+                source / path,
+                recipes[path],
+                others=folder.tensors_beside(path),
+                shard_bytes=shard_bytes,
+            )
             for path, checkpoint in folder.checkpoints.items()
         }
         return Preview(

@@ -11,8 +11,7 @@ from pqcli.checkpoint import formats
 from pqcli.checkpoint.folder import is_weights_name
 from pqcli.checkpoint.writing import write_into
 from pqcli.claim import check_space, claimed
-from pqcli.container.folder import CompressedFolder, Containers, compressed_folder
-from pqcli.container.header import SUFFIX
+from pqcli.container.folder import CompressedFolder, Containers, compressed_folder, stem_of
 from pqcli.container.reader import Container
 from pqcli.errors import OutputError, UsageError
 from pqcli.jobs.decode import converted, default_file_suffix, dense_reader
@@ -79,7 +78,7 @@ def _write(
 ) -> None:
     source = container.manifest.source
     path = folder.containers[label]
-    name = posixpath.basename(path).removesuffix(SUFFIX) + default_file_suffix(container.path, source)
+    name = posixpath.basename(stem_of(path)) + default_file_suffix(container.path, source)
     done = Stage(hook, "decoding", n_weights(container))
     write_into(
         place,

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pqcli.checkpoint.components import Components, components_of
-from pqcli.container.folder import CompressedFolder, compressed_folder, full_name
-from pqcli.container.header import SUFFIX
+from pqcli.container.folder import CompressedFolder, compressed_folder, full_name, stem_of
 from pqcli.errors import CheckpointError, ContainerError, DamagedError
 from pqcli.jobs import report as reporting
 from pqcli.jobs import verify as verifying
@@ -38,7 +37,7 @@ class Original:
     def weights(self, container: str) -> tuple[Path, tuple[str, ...]]:
         """The sub-folder and the files that the container at this path was made from."""
         for one in self.parts.components:
-            if posixpath.join(one.place, one.stem + SUFFIX) == container:
+            if posixpath.join(one.place, one.stem) == stem_of(container):
                 return self.path / one.place, one.weights
         raise CheckpointError(f"'{self.path}' has no weights of which {container} can have been made")
 
