@@ -116,8 +116,8 @@ class Writer:
     ) -> tuple[Path, int]:
         """Write the file; returns what to open (it, or the index of several) and its size in bytes.
 
-        `codec` names what made the streams. With a `check`, the file is read again, and must pass it, before it is put in place (`pqcli.atomic`). Raises
-        OutputError where it cannot be written.
+        `codec` names what made the streams. With a `check`, the file is read again, and must pass it, before it is put
+        in place (`pqcli.atomic`). Raises OutputError where it cannot be written.
         """
         if streams is not None:
             self._put(CODED, [streams.shared, *streams.streams])
