@@ -100,6 +100,14 @@ def check_target(target: Path, *, force: bool) -> None:
         raise OutputError(f"'{target}' exists already; use --force to replace it, or -o to write elsewhere")
 
 
+def check_output(target: Path, *inputs: Path, force: bool) -> None:
+    """Raise `OutputError` where `target` is one of the inputs, or as `check_target` does."""
+    with output_errors(target):
+        if any(_is_same(target, source) for source in inputs):
+            raise OutputError(f"'{target}' is the input itself; use -o to write elsewhere")
+    check_target(target, force=force)
+
+
 def final_path(target: Path) -> Path:
     """Where `target` really lies, symbolic links followed."""
     with output_errors(target):
@@ -150,6 +158,13 @@ def output_errors(target: Path) -> Iterator[None]:
         if "null byte" not in str(error):
             raise
         raise OutputError("cannot write a file whose name contains a null byte") from error
+
+
+def _is_same(target: Path, source: Path) -> bool:
+    try:
+        return os.path.samestat(target.stat(), source.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _take_over_mode(real: Path, descriptor: int) -> None:
