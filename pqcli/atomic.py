@@ -214,15 +214,17 @@ class _Remembering(io.BufferedRandom):
 def _last_written(written: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """The writes that no later one reaches into, by place: what is written over, such as a zip's headers, is left."""
     kept: list[tuple[int, int, int]] = []
-    for piece in reversed(written):
-        start, n_bytes, _ = piece
+    starts: list[int] = []
+    ends: list[int] = []  # what later writes cover, in pieces that do not touch
+    for start, n_bytes, expected in reversed(written):
         if not n_bytes:
             continue
-        place = bisect.bisect(kept, piece)
-        before_ends = place == 0 or kept[place - 1][0] + kept[place - 1][1] <= start
-        if before_ends and (place == len(kept) or start + n_bytes <= kept[place][0]):
-            kept.insert(place, piece)
-    return kept
+        stop = start + n_bytes
+        near = slice(bisect.bisect_left(ends, start), bisect.bisect_right(starts, stop))
+        if all(ends[i] == start or starts[i] == stop for i in range(near.start, near.stop)):
+            kept.append((start, n_bytes, expected))
+        starts[near], ends[near] = [min([start, *starts[near]])], [max([stop, *ends[near]])]
+    return sorted(kept)
 
 
 # -- temporary files ---------------------------------------------------------------------------------------------------
