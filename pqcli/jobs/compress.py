@@ -42,6 +42,7 @@ from pqcli.jobs import executors
 from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
 from pqcli.jobs.report import paper_bytes_of, tensor_report
+from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
 from pqcli.recipe import documents
@@ -66,6 +67,7 @@ def compress(
     force: bool = False,
     verify: bool = True,
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
 
@@ -73,14 +75,14 @@ def compress(
     largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
     whole or not at all. With `verify`, what was written is read again before it is put in place: its bytes must be
     those that were meant, and a sample must decode to its hashes. `progress` is told of every stage
-    (`pqcli.jobs.events.Event`).
+    (`pqcli.jobs.events.Event`). `limits` bound what the structure of the checkpoint may cost to understand.
 
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
     recipe = recipe or Recipe()
-    with opened(source, recipe) as checkpoint:
+    with opened(source, recipe, limits) as checkpoint:
         return compress_opened(
-            checkpoint, output, recipe, resolve_device(device), force=force, verify=verify, hook=progress
+            checkpoint, output, recipe, resolve_device(device), force=force, verify=verify, hook=progress, limits=limits
         )
 
 
@@ -114,9 +116,9 @@ def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
         raise
 
 
-def opened(source: str | Path, recipe: Recipe) -> Checkpoint:
+def opened(source: str | Path, recipe: Recipe, limits: Limits | None = None) -> Checkpoint:
     """The checkpoint, or as much of it as the recipe asks for."""
-    checkpoint = checkpoints.open(source)
+    checkpoint = checkpoints.open(source, limits=limits, from_module=recipe.from_module)
     if not recipe.model_only:
         return checkpoint
     try:
@@ -176,6 +178,7 @@ def compress_opened(
     force: bool = False,
     verify: bool = True,
     hook: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Compress an open checkpoint."""
     started = time.perf_counter()
@@ -187,7 +190,7 @@ def compress_opened(
         compression(checkpoint, plan, recipe, device, target, force=force, hook=hook) as work,
     ):
         check_space(target, COPIES * work.expected_bytes())
-        size = work.finish(work.coded(work.prepared()), verify=verify)
+        size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
         records, tensors = work.writer.records, work.tensor_reports()
     return Report(
         source=str(checkpoint.path),
@@ -296,9 +299,10 @@ class Compression:
         """The size of the file if it were finished with these streams."""
         return self.writer.layout(self.codec_name, streams).n_bytes
 
-    def finish(self, streams: Streams | None, *, verify: bool = True) -> int:
+    def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> int:
         """Write the file; its size in bytes. With `verify`, read it again first."""
-        return self.writer.finish(self.codec_name, streams, partial(check_written, streams) if verify else None)
+        check = partial(check_written, streams, limits=limits) if verify else None
+        return self.writer.finish(self.codec_name, streams, check)
 
     def tensor_reports(self) -> tuple[TensorReport, ...]:
         """What became of every tensor of the finished file."""
@@ -359,13 +363,13 @@ class Compression:
         return Stage(self.hook, stage, sum(record.info.numel for record in records))
 
 
-def check_written(streams: Streams | None, path: Path) -> None:
+def check_written(streams: Streams | None, path: Path, limits: Limits | None = None) -> None:
     """Raise ContainerError unless the container at `path` opens, a sample has its hashes, and its streams are these.
 
     The sample is of tensors held by themselves, the smallest first: as many as can be for `SAMPLED` of the time, since
     what would be wrong is where entries lie. Streams were decoded from memory when their errors were measured.
     """
-    with open_container(path) as container:
+    with open_container(path, limits=limits) as container:
         own = [record for record in container.records if not isinstance(record.coding, Alias | Coded)]
         left = SAMPLED * sum(record.info.n_bytes for record in own)
         for i, record in enumerate(sorted(own, key=lambda record: record.info.n_bytes)):

@@ -17,6 +17,7 @@ from pqcli.container.reader import open_container
 from pqcli.errors import ContainerError, OutputError, UsageError
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.report import n_weights
+from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias
@@ -30,6 +31,7 @@ def decode(
     force: bool = False,
     verify: bool = True,
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Path:
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes, kept tensors bit-identical.
 
@@ -39,7 +41,7 @@ def decode(
     """
     if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
         raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
-    with open_container(file) as container:
+    with open_container(file, limits=limits) as container:
         source = container.manifest.source
         target = Path(output) if output else _default_output(Path(file), source)
         _check_place(target, Path(file), force=force)
@@ -56,13 +58,15 @@ def decode(
 
         with claimed(target):
             check_space(target, sum(info.n_bytes for info in infos if info.alias_of is None))
-            checkpoints.write(target, infos, read, source.skeleton, format=format_, force=force, verify=verify)
+            checkpoints.write(
+                target, infos, read, source.skeleton, format=format_, force=force, verify=verify, limits=limits
+            )
         return target
 
 
-def load(file: str | Path) -> dict[str, torch.Tensor]:
+def load(file: str | Path, *, limits: Limits | None = None) -> dict[str, torch.Tensor]:
     """The dense tensors of a container by name; tied tensors share their memory."""
-    with open_container(file) as container:
+    with open_container(file, limits=limits) as container:
         tensors: dict[str, torch.Tensor] = {}
         for record in container.records:
             owner = record.coding.of if isinstance(record.coding, Alias) else None

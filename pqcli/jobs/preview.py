@@ -15,6 +15,7 @@ from pqcli.container.manifest import make_manifest
 from pqcli.container.peek import SUFFIX
 from pqcli.jobs import compress as compressing
 from pqcli.jobs.devices import resolve_device
+from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
 from pqcli.recipe.recipe import Recipe
@@ -40,14 +41,20 @@ class Preview:
     dropped: tuple[str, ...]
 
 
-def preview(source: str | Path, output: str | Path | None = None, recipe: Recipe | None = None) -> Preview:
+def preview(
+    source: str | Path,
+    output: str | Path | None = None,
+    recipe: Recipe | None = None,
+    *,
+    limits: Limits | None = None,
+) -> Preview:
     """What `compress` with the same arguments would do.
 
     Plain PQ needs the headers alone. What codecs with streams will do depends on the weights: they are rehearsed, which
     takes as long as compressing.
     """
     recipe = recipe or Recipe()
-    with compressing.opened(source, recipe) as checkpoint:
+    with compressing.opened(source, recipe, limits) as checkpoint:
         seen = _from_headers(checkpoint, output, recipe)
         is_known = all(entry.scheme for entry in seen.plan.entries if entry.action not in {"keep", "alias"})
         return seen if is_known else _rehearsed(checkpoint, seen, recipe)
@@ -59,12 +66,12 @@ def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     compressing.check_place(seen.output, seen.source, force=force)
 
 
-def explain(source: str | Path, recipe: Recipe | None = None) -> list[Choice]:
+def explain(source: str | Path, recipe: Recipe | None = None, *, limits: Limits | None = None) -> list[Choice]:
     """How `--codec auto` decides: for every tensor the candidates with their measured bits, error and cost."""
     from pqcli.codecs.auto.choosing import choose
 
     recipe = replace(recipe or Recipe(), codec="auto")
-    with compressing.opened(source, recipe) as checkpoint:
+    with compressing.opened(source, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
         with compressing.compression(checkpoint, plan, recipe, torch.device("cpu"), _nowhere()) as work:
             survey = work.prepared()

@@ -1,6 +1,6 @@
 """Random edits of sound containers of every codec: each gives an answer or one of pqcli's errors, and soon.
 
-    python tests/container/fuzz.py --inputs 10000 --seconds 60
+    python -m tests.container.fuzz --inputs 10000 --seconds 60
 
 Some edits are of bytes; some are of the header, the manifest or an entry, with a true checksum, as a stranger can make
 one. Prints the number of inputs.
@@ -121,9 +121,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    rng, n, started = random.Random(asked.seed), 0, time.monotonic()
+    rng, n = random.Random(asked.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         files = sound_files(Path(folder))
+        started = time.monotonic()  # the files are made: kernels may have been compiled for that
         while n < asked.inputs and time.monotonic() - started < asked.seconds:
             data = edited(rng.choice(files), rng.choice(files), rng)
             try:
@@ -133,7 +134,7 @@ def main() -> None:
                 print(f"input {n} of seed {asked.seed} failed; it is in failed.pq.safetensors")
                 raise
             n += 1
-    print(f"{n} inputs in {time.monotonic() - started:.0f} s, no failure")
+    print(f"container: {n:,} inputs in {time.monotonic() - started:.0f} s, no failure")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import zlib
 import pytest
 
 import pqcli
-from pqcli.container.limits import Limits
 from pqcli.errors import ContainerError, DamagedError
+from pqcli.limits import Limits
 from tests.conftest import REPOSITORY
 from tests.container import small
 from tests.container.flips import Flips, all_bits
@@ -352,7 +352,7 @@ def test_packed_parts_of_the_structure_share_one_limit(plain, tmp_path):
         "v": base64.b64encode(zlib.compress(b'"' + b"x" * (30 << 20) + b'"')).decode(),
     }
     forgery.manifest["source"]["skeleton"]["more"] = [packed] * 3
-    refused(forgery, tmp_path, "a packed part of the checkpoint's structure cannot be read")
+    refused(forgery, tmp_path, "a packed part of the checkpoint's structure is .* --limit json_bytes=N")
     for odd in (None, 3, "?", "AAAA", []):
         forgery.manifest["source"]["skeleton"]["more"] = {"$": "packed", "v": odd}
         refused(forgery, tmp_path, "a packed part of the checkpoint's structure cannot be read")
@@ -365,9 +365,9 @@ def test_shapes_that_no_bytes_of_this_file_could_hold_are_refused(plain, tmp_pat
 
 
 def test_limits_can_be_set(plain):
-    with pytest.raises(ContainerError, match=r"Limits\.json_bytes"):
+    with pytest.raises(ContainerError, match=r"--limit json_bytes=N, in Python Limits\(json_bytes=N\)"):
         pqcli.open(plain, limits=Limits(json_bytes=2_000))
-    with pytest.raises(DamagedError, match=r"Limits\.decoded_bytes"):
+    with pytest.raises(DamagedError, match=r"--limit decoded_bytes=N"):
         pqcli.open(plain, limits=Limits(decoded_bytes=-4_000 * plain.stat().st_size))
 
 
