@@ -21,7 +21,7 @@ import safetensors
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli.atomic import check_target, final_path, output_errors, temporary_beside
+from pqcli.atomic import check_output, check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
@@ -135,11 +135,13 @@ def default_output(source: Path) -> Path:
     return source.with_name(stem + SUFFIX)
 
 
-def check_output(output: Path, source: Path, *, force: bool) -> None:
+def check_place(output: Path, source: Path, *, force: bool) -> None:
     """Refuse what cannot be written before any work is done."""
-    if output.exists() and source.exists() and output.samefile(source):
-        raise OutputError(f"'{output}' is the input itself; use -o to write elsewhere")
-    check_target(output, force=force)
+    check_output(output, source, force=force)
+    with output_errors(output):
+        is_inside = output.exists() and source.is_dir() and output.resolve().parent == source.resolve()
+    if is_inside and not output.name.endswith(SUFFIX):
+        raise OutputError(f"'{output}' is a part of the input; use -o to write elsewhere")
 
 
 def about(checkpoint: Checkpoint, recipe: Recipe) -> About:
@@ -182,7 +184,7 @@ def compress_opened(
     started = time.perf_counter()
     target = Path(output) if output else default_output(checkpoint.path)
     plan = plans.make(recipe, checkpoint.tensors)
-    check_output(target, checkpoint.path, force=force)
+    check_place(target, checkpoint.path, force=force)
     with (
         claimed(target),
         compression(checkpoint, plan, recipe, device, target, force=force, hook=hook) as work,

@@ -63,7 +63,7 @@ def preview(
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     """Raise what `compress` would raise before it does any work: no such device, or an output that may not be."""
     resolve_device(device)
-    compressing.check_output(seen.output, seen.source, force=force)
+    compressing.check_place(seen.output, seen.source, force=force)
 
 
 def explain(source: str | Path, recipe: Recipe | None = None, *, limits: Limits | None = None) -> list[Choice]:
