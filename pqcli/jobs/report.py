@@ -23,7 +23,7 @@ from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
 from pqcli.reports.figures import INT4_GROUP, Report, TensorReport
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, StoredError, with_bundle_shares
+from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, StoredError, with_bundle_shares
 
 
 def report(
@@ -113,12 +113,13 @@ def tensor_report(record: Record, error: StoredError | None, use: Use | None) ->
         n_weights=info.numel,
         original_bytes=0 if is_alias else info.n_bytes,
         bytes=payload,
-        bits_per_weight=8 * payload / info.numel if info.numel and not is_alias else None,
+        bits_per_weight=8 * payload / info.numel if info.numel and not isinstance(coding, Alias | Copy) else None,
         centroids_used=use.centroids if use else None,
         assignment_entropy=use.entropy if use else None,
         assignment_bytes=record.assignment_bytes if use else None,
         entropy_bytes=math.ceil(use.entropy_bits / 8) if use else None,
         alias_of=info.alias_of,
+        copy_of=coding.of if isinstance(coding, Copy) else None,
         kind=record.kind,
         **(_error_fields(error, record) if error else {}),
     )
@@ -137,7 +138,7 @@ def paper_bytes_of(records: Sequence[Record]) -> int | None:
             else None,
         )
         for record in records
-        if not isinstance(record.coding, Alias) and record.info.role == "model"
+        if not isinstance(record.coding, Alias | Copy) and record.info.role == "model"
     )
 
 
@@ -156,6 +157,8 @@ def _scheme(record: Record) -> str:
     if isinstance(coding, Coded):
         row = registry.row(coding.codec)
         return row.label or row.name
+    if isinstance(coding, Copy):
+        return f"copy of {coding.of}"
     return "kept" if isinstance(coding, Kept) else f"alias of {coding.of}"
 
 

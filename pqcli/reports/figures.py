@@ -34,11 +34,12 @@ DB_PER_BIT = 20 * math.log10(2)
 class TensorReport:
     """One tensor: what was done to it, why, at what size, with what error.
 
-    `action` is "keep" (stored bit-exact), "alias" (another name of `alias_of`, stores nothing), or the codec that
-    quantized it ("pq"). `scheme` says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk.
-    `energy` is the sum of squares of the original weights. `assignment_entropy` is in bits per assignment;
-    `assignment_bytes` is what the assignments (with a codec for whole checkpoints, all that is coded for the tensor)
-    take, `entropy_bytes` what they would take at their entropy. What was not measured, or has no meaning for the
+    `action` is "keep" (stored bit-exact), "alias" (another name of `alias_of`, stores nothing), "copy" (a tensor of its
+    own with the bytes of `copy_of`, stores nothing and has its error), or the codec that quantized it ("pq"). `scheme`
+    says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk. `energy` is the sum of squares of
+    the original weights. `assignment_entropy` is in bits per assignment; `assignment_bytes` is what the assignments
+    (with a codec for whole checkpoints, all that is coded for the tensor) take, `entropy_bytes` what they would take at
+    their entropy. What was not measured, or has no meaning for the
     action, is None.
     """
 
@@ -65,11 +66,12 @@ class TensorReport:
     assignment_bytes: int | None = None
     entropy_bytes: int | None = None
     int4_relative_mse: float | None = None
+    copy_of: str | None = None
 
     @property
     def quantized(self) -> bool:
-        """Whether the stored weights may differ from the original ones."""
-        return self.action not in ("keep", "alias")
+        """Whether weights are stored for it that may differ from the original ones."""
+        return self.action not in ("keep", "alias", "copy")
 
     @property
     def sqnr_db(self) -> float | None:
@@ -223,6 +225,7 @@ class Report:
                 "n_quantized": len(self.quantized),
                 "n_kept": actions.count("keep"),
                 "n_aliases": actions.count("alias"),
+                "n_copies": actions.count("copy"),
                 "n_weights": self.n_weights,
                 "n_quantized_weights": self.n_quantized_weights,
                 "quantized_bytes": sum(tensor.bytes for tensor in self.quantized),
