@@ -188,6 +188,9 @@ def _notes(report: Report) -> list[Text]:
         notes.append(f"equal     {readable.joined(copies, N_NOTES)}")
     if report.dropped:
         notes.append(f"dropped   {readable.joined(report.dropped, N_DROPPED)}")
+    if report.side_bytes:
+        notes.append(f"beside    {readable.side_line(report)}")
+    notes += [f"warning   {warning}" for warning in report.warnings]
     if report.paper_mib is not None:
         notes.append(f"papers    {report.paper_mib:.3f} MiB by the accounting of the papers on PQ")
     notes += [

@@ -35,7 +35,8 @@ class Source:
     """The checkpoint that was compressed.
 
     `format` is what `pqcli.checkpoint` calls its format, `n_bytes` its size, `skeleton` all that is no tensor, as JSON,
-    and `dropped` what is not in the file: places, each with the reason.
+    `dropped` what is not in the file: places, each with the reason; `side_bytes` is the size of those of its files that
+    are not in it.
     """
 
     __pydantic_config__: ClassVar = {**_STRICT, "extra": "ignore"}  # a later pqcli may tell more
@@ -44,9 +45,10 @@ class Source:
     n_bytes: int
     skeleton: dict[str, Any]
     dropped: list[tuple[str, str]] = field(default_factory=list)
+    side_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.n_bytes <= LARGEST:
+        if not (0 <= self.n_bytes <= LARGEST and 0 <= self.side_bytes <= LARGEST):
             raise ValueError(f"a source of {self.n_bytes} bytes")
 
 
@@ -206,7 +208,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     plain: dict[str, Any] = {
         "version": manifest.version,
         "features": manifest.features,
-        "source": vars(manifest.source),
+        "source": {key: value for key, value in vars(manifest.source).items() if key != "side_bytes" or value},
         "recipe": manifest.recipe,
         "tensors": [_without_defaults(StoredRecord.of(record)) for record in manifest.tensors],
     }

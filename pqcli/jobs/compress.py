@@ -139,6 +139,7 @@ def about(checkpoint: Checkpoint, recipe: Recipe) -> About:
         "n_bytes": checkpoint.n_bytes,
         "skeleton": checkpoint.skeleton,
         "dropped": _left_out(checkpoint),
+        "side_bytes": checkpoint.side_bytes,
     }
     return About(tuple(info.name for info in checkpoint.tensors), source, documents.to_json(recipe))
 
@@ -151,7 +152,10 @@ def dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _left_out(checkpoint: Checkpoint) -> list[list[str]]:
     """What the container does not hold: entries that JSON cannot carry, and files of a folder that are no weights."""
     entries = [[item.path, item.reason] for item in checkpoint.dropped]
-    return entries + [[name, "a file beside the weights; copy it yourself"] for name in checkpoint.side_files]
+    return entries + [
+        [name, f"a file beside the weights, {n_bytes:,} B; copy it yourself"]
+        for name, n_bytes in checkpoint.side_sizes.items()
+    ]
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -191,6 +195,7 @@ def compress_opened(
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
         warnings=work.warnings,
+        side_bytes=checkpoint.side_bytes,
     )
 
 

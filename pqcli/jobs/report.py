@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import registry
 from pqcli.codecs.base import Use
 from pqcli.codecs.plain import use_of
+from pqcli.codecs.rate.budget import error_bound
+from pqcli.codecs.rate.protection import warnings_of_tensors
 from pqcli.container.manifest import StoredRecord
 from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics, rtn
-from pqcli.errors import CheckpointError
+from pqcli.errors import CheckpointError, RecipeError
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
+from pqcli.recipe import documents
 from pqcli.reports.figures import INT4_GROUP, Report, TensorReport
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, StoredError, with_bundle_shares
@@ -56,7 +59,19 @@ def report(
             dropped=tuple(f"{path} ({reason})" for path, reason in source.dropped),
             recipe=container.manifest.recipe,
             paper_bytes=paper_bytes_of(container.records),
+            warnings=_warnings(container.manifest.recipe, tensors),
+            side_bytes=source.side_bytes,
         )
+
+
+def _warnings(recipe: Mapping[str, Any], tensors: Sequence[TensorReport]) -> tuple[str, ...]:
+    """What compression said of tensors that a budget of error gave up, as far as a file tells."""
+    try:
+        bound = error_bound(documents.from_json(recipe))
+    except RecipeError:  # of a stranger, or of a newer pqcli: it is not needed for anything else
+        return ()
+    errors = {tensor.name: tensor.relative_mse for tensor in tensors if tensor.quantized and tensor.relative_mse}
+    return () if bound is None else warnings_of_tensors(bound, errors)
 
 
 def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Limits | None = None) -> dict[str, Any]:
@@ -69,7 +84,13 @@ def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Lim
             "file_bytes": Path(file).stat().st_size,
             "version": container.manifest.version,
             "features": list(container.manifest.features),
-            "source": {"format": source.format, "n_bytes": source.n_bytes, "dropped": source.dropped},
+            "source": {
+                "format": source.format,
+                "n_bytes": source.n_bytes,
+                "dropped": source.dropped,
+                "side_bytes": source.side_bytes,
+            },
+            "warnings": list(_warnings(container.manifest.recipe, [_told(container, r) for r in container.records])),
             "recipe": container.manifest.recipe,
             "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
         }
@@ -123,6 +144,11 @@ def tensor_report(record: Record, error: StoredError | None, use: Use | None) ->
         kind=record.kind,
         **(_error_fields(error, record) if error else {}),
     )
+
+
+def _told(container: Container, record: Record) -> TensorReport:
+    """What the records alone tell of a tensor: no payload is read."""
+    return tensor_report(record, container.error(record.name), None)
 
 
 def paper_bytes_of(records: Sequence[Record]) -> int | None:

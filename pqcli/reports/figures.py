@@ -99,7 +99,8 @@ class Report:
 
     `dropped` names what the source held and the output does not. `paper_bytes` is the size by the papers' own
     accounting (log2(k) bits a block, fp16 codebooks, fp32 for the rest, running statistics not counted), None where
-    anything but plain PQ was at work. `warnings` say what a budget gave up, known to `compress` alone.
+    anything but plain PQ was at work. `warnings` say what a budget gave up; of single rows only `compress` knows.
+    `side_bytes` is the size of the files beside the weights that are not in the output, and in neither of the sizes.
     """
 
     source: str
@@ -112,6 +113,7 @@ class Report:
     recipe: Mapping[str, object] = field(default_factory=dict)
     paper_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    side_bytes: int = 0
 
     @property
     def quantized(self) -> tuple[TensorReport, ...]:
@@ -122,6 +124,12 @@ class Report:
     def ratio(self) -> float:
         """Bytes of the original file per byte of the compressed one."""
         return self.original_bytes / self.compressed_bytes if self.compressed_bytes else math.inf
+
+    @property
+    def ratio_with_side(self) -> float:
+        """The same with the files that have to be kept beside the output counted in both."""
+        compressed = self.compressed_bytes + self.side_bytes
+        return (self.original_bytes + self.side_bytes) / compressed if compressed else math.inf
 
     @property
     def n_weights(self) -> int:
@@ -213,6 +221,8 @@ class Report:
             "original_bytes": self.original_bytes,
             "compressed_bytes": self.compressed_bytes,
             "ratio": self.ratio,
+            "side_bytes": self.side_bytes,
+            "ratio_with_side": self.ratio_with_side,
             "relative_mse": self.relative_mse,
             "sqnr_db": self.sqnr_db,
             "shannon_gap_db": self.shannon_gap_db,
