@@ -20,7 +20,7 @@ from pqcli.jobs.report import n_weights
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias
+from pqcli.tensors.records import Alias, Copy
 
 
 def decode(
@@ -69,8 +69,11 @@ def load(file: str | Path, *, limits: Limits | None = None) -> dict[str, torch.T
     with open_container(file, limits=limits) as container:
         tensors: dict[str, torch.Tensor] = {}
         for record in container.records:
-            owner = record.coding.of if isinstance(record.coding, Alias) else None
-            tensors[record.name] = tensors[owner] if owner in tensors else container.decode(record.name)
+            owner = record.coding.of if isinstance(record.coding, Alias | Copy) else None
+            if owner not in tensors:
+                tensors[record.name] = container.decode(record.name)
+            else:
+                tensors[record.name] = tensors[owner] if isinstance(record.coding, Alias) else tensors[owner].clone()
         return tensors
 
 

@@ -30,7 +30,8 @@ class Preview:
     """What `compress` would do: the plan, and the size that the file would have.
 
     With plain PQ the size is exact unless the weights hold a surprise that headers do not show (NaN, fewer distinct
-    blocks than centroids, weights that float16 cannot hold); with the other codecs it is exact.
+    blocks than centroids, weights that float16 cannot hold, zeros, tensors with the same bytes); with the other codecs
+    it is exact.
     """
 
     source: Path
