@@ -98,7 +98,7 @@ class Console:
             self.json(plan_document(preview))
             return
         self._lines(plan_table(preview, self._width, ascii_only=self._out.options.ascii_only))
-        self._dropped(preview.dropped, "folder" if preview.n_side_files else "file")
+        self._dropped(preview.dropped, "folder" if preview.n_carried else "file")
 
     def summary(self, report: Report) -> None:
         """Print what `compress` did: the result in one line on stdout, what to know about it on stderr."""
@@ -118,6 +118,8 @@ class Console:
             for line in readable.part_lines(report):
                 self.note(line)
         self._dropped(report.dropped, "folder" if report.parts else "file")
+        if report.side_bytes:
+            self.note(readable.side_line(report))
         for warning in report.warnings:
             self.warn(warning)
         if not report.quantized:
@@ -191,9 +193,14 @@ class Console:
     # --- how ------------------------------------------------------------------------------------------------------
 
     def _dropped(self, dropped: Sequence[str], kind: str) -> None:
-        if dropped:
-            what = ", ".join(readable.grouped(dropped, N_NAMED))
+        plainer = [item for item in dropped if readable.COMES_BACK in item]
+        lost = [item for item in dropped if readable.COMES_BACK not in item]
+        if lost:
+            what = ", ".join(readable.grouped(lost, N_NAMED))
             self.warn(f"not in the compressed {kind}, and lost when you delete the original: {what}")
+        if plainer:
+            what = ", ".join(readable.grouped(plainer, N_NAMED))
+            self.note(f"in the compressed {kind}, but as something plainer: {what}")
 
     def _say(self, prefix: str, text: str, style: str) -> None:
         """Print on stderr; a line break in a name cannot forge a line."""

@@ -124,14 +124,14 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
         f"{readable.plural(len(report.quantized), 'tensor')} quantized",
         f"{readable.plural(len(kept), 'tensor')} kept",
         "header and manifest",
-        *([_beside(report.n_side_files)] if report.parts else []),
+        *([_beside(report.n_carried)] if report.parts else []),
         "folder" if report.parts else "file",
     ]
     sizes = [
         sum(tensor.bytes for tensor in report.quantized),
         sum(tensor.bytes for tensor in kept),
         report.overhead_bytes,
-        *([report.side_bytes] if report.parts else []),
+        *([report.carried_bytes] if report.parts else []),
         report.compressed_bytes,
     ]
     blank = [""] * len(titles)
@@ -177,7 +177,7 @@ def _beside(n_files: int) -> str:
 
 
 def _scheme(tensor: Any) -> str:
-    return "alias" if tensor.action == "alias" else visible(tensor.scheme)
+    return tensor.action if tensor.action in ("alias", "copy") else visible(tensor.scheme)
 
 
 def _used(tensor: Any) -> str:
@@ -188,10 +188,16 @@ def _notes(report: Report) -> list[Text]:
     aliases = [f"{tensor.name} is {tensor.alias_of}" for tensor in report.tensors if tensor.action == "alias"]
     notes = [f"part      {line}" for line in readable.part_lines(report)[1:]] if len(report.parts) > 1 else []
     notes += [f"kept      {line}" for line in readable.kept_reasons(report, N_NOTES)]
+    copies = [f"{tensor.name} is {tensor.copy_of}" for tensor in report.tensors if tensor.action == "copy"]
     if aliases:
         notes.append(f"tied      {readable.joined(aliases, N_NOTES)}")
+    if copies:
+        notes.append(f"equal     {readable.joined(copies, N_NOTES)}")
     if report.dropped:
         notes.append(f"dropped   {', '.join(readable.grouped(report.dropped, N_NAMED))}")
+    if report.side_bytes:
+        notes.append(f"beside    {readable.side_line(report)}")
+    notes += [f"warning   {warning}" for warning in report.warnings]
     if report.paper_mib is not None:
         notes.append(f"papers    {report.paper_mib:.3f} MiB by the accounting of the papers on PQ")
     notes += [
@@ -207,10 +213,10 @@ def plan_table(preview: Preview, width: int | None, *, ascii_only: bool = False)
     entries = preview.plan.entries
     tensor_bytes = sum(entry.predicted_bytes for entry in entries)
     titles = ["header and manifest", "file"]
-    sizes = [preview.predicted_bytes - preview.side_bytes - tensor_bytes, preview.predicted_bytes]
-    if preview.n_side_files:
-        titles[1:] = [_beside(preview.n_side_files), "folder"]
-        sizes[1:1] = [preview.side_bytes]
+    sizes = [preview.predicted_bytes - preview.carried_bytes - tensor_bytes, preview.predicted_bytes]
+    if preview.n_carried:
+        titles[1:] = [_beside(preview.n_carried), "folder"]
+        sizes[1:1] = [preview.carried_bytes]
     blank = [""] * len(titles)
 
     def texts(text: Callable[[PlanEntry], str]) -> list[str]:
@@ -228,14 +234,14 @@ def plan_table(preview: Preview, width: int | None, *, ascii_only: bool = False)
     why = [
         (action, line)
         for action in dict.fromkeys(entry.action for entry in entries)
-        if action != "alias"
+        if action not in ("alias", "copy")
         for line in readable.reasons(
             [(entry.info.name, entry.reason, entry.predicted_bytes) for entry in entries if entry.action == action],
             N_NOTES,
         )
     ]
-    styles = ["" if entry.action not in ("keep", "alias") else "dim" for entry in entries]
-    quantized = sum(entry.action not in ("keep", "alias") for entry in entries)
+    styles = ["" if entry.action not in ("keep", "alias", "copy") else "dim" for entry in entries]
+    quantized = sum(entry.action not in ("keep", "alias", "copy") for entry in entries)
     ratio = preview.original_bytes / preview.predicted_bytes if preview.predicted_bytes else 0.0
     before, after = readable.size(preview.original_bytes), readable.size(preview.predicted_bytes)
     return [

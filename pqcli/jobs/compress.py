@@ -20,13 +20,13 @@ from typing import Any, BinaryIO
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli.atomic import check_target, final_path, output_errors, temporary_beside
+from pqcli.atomic import check_output, check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
 from pqcli.checkpoint.hub import located
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
 from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
-from pqcli.codecs.kept import KeptJob, alias_piece
+from pqcli.codecs.kept import KeptJob, reference_piece
 from pqcli.codecs.rate.budget import Goal, error_bound
 from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
@@ -39,6 +39,7 @@ from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
 from pqcli.errors import CheckpointError, ContainerError, OutputError
 from pqcli.jobs import executors
+from pqcli.jobs.copies import copies_of
 from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
 from pqcli.jobs.folders.embedding import check_embedding, small_files
@@ -46,12 +47,12 @@ from pqcli.jobs.folders.outputs import goes_to_folder
 from pqcli.jobs.report import paper_bytes_of, tensor_report
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
-from pqcli.plan.plan import Plan
+from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Record, StoredError, with_bundle_shares
+from pqcli.tensors.records import Alias, Coded, Copy, Record, StoredError, with_bundle_shares
 
 COPIES = 2
 """What the disk holds of a file while it is written: the spool, and the file itself."""
@@ -183,11 +184,13 @@ def default_output(source: Path) -> Path:
     return source.with_name(stem + SUFFIX)
 
 
-def check_output(output: Path, source: Path, *, force: bool) -> None:
+def check_place(output: Path, source: Path, *, force: bool) -> None:
     """Refuse what cannot be written before any work is done."""
-    if output.exists() and source.exists() and output.samefile(source):
-        raise OutputError(f"'{output}' is the input itself; use -o to write elsewhere")
-    check_target(output, force=force)
+    check_output(output, source, force=force)
+    with output_errors(output):
+        is_inside = output.exists() and source.is_dir() and output.resolve().parent == source.resolve()
+    if is_inside and not output.name.endswith(SUFFIX):
+        raise OutputError(f"'{output}' is a part of the input; use -o to write elsewhere")
 
 
 def about(checkpoint: Checkpoint, recipe: Recipe, files: Files = NO_FILES) -> About:
@@ -197,6 +200,7 @@ def about(checkpoint: Checkpoint, recipe: Recipe, files: Files = NO_FILES) -> Ab
         "n_bytes": checkpoint.n_bytes,
         "skeleton": checkpoint.skeleton,
         "dropped": _left_out(checkpoint, files),
+        "side_bytes": sum(_beside(checkpoint, files).values()),
     }
     names = tuple(info.name for info in checkpoint.tensors)
     return About(names, source, documents.to_json(recipe), pack(files) if files else None)
@@ -210,8 +214,15 @@ def dropped(checkpoint: Checkpoint, files: Files = NO_FILES) -> tuple[str, ...]:
 def _left_out(checkpoint: Checkpoint, files: Files) -> list[list[str]]:
     """What the container does not hold: entries that JSON cannot carry, and files of a folder that are no weights."""
     entries = [[item.path, item.reason] for item in checkpoint.dropped]
-    beside = [name for name in checkpoint.side_files if name not in files]
-    return entries + [[name, "a file beside the weights; copy it yourself"] for name in beside]
+    return entries + [
+        [name, f"a file beside the weights, {n_bytes:,} B; copy it yourself"]
+        for name, n_bytes in _beside(checkpoint, files).items()
+    ]
+
+
+def _beside(checkpoint: Checkpoint, files: Files) -> dict[str, int]:
+    """The files beside the weights that the container does not hold, with their sizes."""
+    return {name: n_bytes for name, n_bytes in checkpoint.side_sizes.items() if name not in files}
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -239,7 +250,7 @@ def compress_opened(
     started = time.perf_counter()
     target = Path(output) if output else default_output(checkpoint.path)
     plan = plans.make(recipe, checkpoint.tensors, others)
-    check_output(target, checkpoint.path, force=force)
+    check_place(target, checkpoint.path, force=force)
     with (
         claimed(target),
         compression(
@@ -260,6 +271,7 @@ def compress_opened(
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
         warnings=work.warnings,
+        side_bytes=sum(_beside(checkpoint, files).values()),
     )
 
 
@@ -307,11 +319,16 @@ class Compression:
 
     def prepared(self) -> Survey:
         """Read what the codec wants to know, write what is kept; the survey of what is to be coded."""
-        entries = [entry for entry in self.plan.entries if entry.action not in {"keep", "alias"}]
-        records = [record_of(entry) for entry in self.plan.entries if entry.action in {"keep", "alias"}]
+        copies = copies_of(self.plan.entries, self.weights)
+        own = [entry for entry in self.plan.entries if entry.info.name not in copies]
+        entries = [entry for entry in own if entry.action not in {"keep", "alias"}]
+        records = [record_of(entry) for entry in own if entry.action in {"keep", "alias"}]
+        records += [
+            _copy_of(entry, copies[entry.info.name]) for entry in self.plan.entries if entry.info.name in copies
+        ]
         for record in records:
-            if record.action == "alias":
-                self.writer.add(alias_piece(record))
+            if record.action != "keep":
+                self.writer.add(reference_piece(record))
         survey = self.codec.survey(
             entries, self.weights, Stage(self.hook, "reading", sum(entry.info.numel for entry in entries))
         )
@@ -368,8 +385,9 @@ class Compression:
         """What became of every tensor of the finished file."""
         pieces = self.writer.pieces
         records = with_bundle_shares([piece.record for piece in pieces], len(self.writer.bundle))
+        errors = {piece.record.name: StoredError.of(piece.error) for piece in pieces if piece.error}
         return tuple(
-            tensor_report(record, StoredError.of(piece.error) if piece.error else None, piece.use)
+            tensor_report(record, errors.get(record.held_by), piece.use)
             for record, piece in zip(records, pieces, strict=True)
         )
 
@@ -423,6 +441,11 @@ class Compression:
         return Stage(self.hook, stage, sum(record.info.numel for record in records))
 
 
+def _copy_of(entry: PlanEntry, name: str) -> Record:
+    """The record of a tensor that has the same bytes as the tensor `name`."""
+    return Record(entry.info, Copy(name), f"has the same bytes as {name!r}", entry.kind)
+
+
 def check_written(streams: Streams | None, path: Path, limits: Limits | None = None) -> None:
     """Raise ContainerError unless the container at `path` opens, a sample has its hashes, and its streams are these.
 
@@ -430,7 +453,7 @@ def check_written(streams: Streams | None, path: Path, limits: Limits | None = N
     what would be wrong is where entries lie. Streams were decoded from memory when their errors were measured.
     """
     with open_container(path, limits=limits) as container:
-        own = [record for record in container.records if not isinstance(record.coding, Alias | Coded)]
+        own = [record for record in container.records if not isinstance(record.coding, Alias | Copy | Coded)]
         left = SAMPLED * sum(record.info.n_bytes for record in own)
         for i, record in enumerate(sorted(own, key=lambda record: record.info.n_bytes)):
             left -= record.info.n_bytes

@@ -36,8 +36,8 @@ class Preview:
     """What `compress` would do: the plan, and the size that the file would have.
 
     With plain PQ the size is exact unless the weights hold a surprise that headers do not show (NaN, fewer distinct
-    blocks than centroids, weights that float16 cannot hold); with the other codecs it is exact. That of a folder counts
-    the `n_side_files` that lie beside its weights, which have `side_bytes`.
+    blocks than centroids, weights that float16 cannot hold, zeros, tensors with the same bytes); with the other codecs
+    it is exact. That of a folder counts the `n_carried` that lie beside its weights, which have `carried_bytes`.
     """
 
     source: Path
@@ -46,8 +46,8 @@ class Preview:
     predicted_bytes: int
     plan: Plan
     dropped: tuple[str, ...]
-    side_bytes: int = 0
-    n_side_files: int = 0
+    carried_bytes: int = 0
+    n_carried: int = 0
 
 
 def preview(
@@ -101,7 +101,7 @@ def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     if goes_to_folder(seen.source, seen.output):
         check_folder_output(seen.output, seen.source, force=force)
     else:
-        compressing.check_output(seen.output, seen.source, force=force)
+        compressing.check_place(seen.output, seen.source, force=force)
 
 
 def explain(source: str | Path, recipe: Recipe | None = None, *, limits: Limits | None = None) -> list[Choice]:

@@ -21,14 +21,14 @@ def folder_report(
 
     The files beside the weights count before and after. Tensors are called as in the folder: LABEL/NAME.
     """
-    side_bytes = sum(side.values())
+    carried_bytes = sum(side.values())
     papers = [part.paper_bytes for part in parts.values()]
     known = [n_bytes for n_bytes in papers if n_bytes is not None]
     return Report(
         source=source,
         output=output,
-        original_bytes=side_bytes + sum(part.original_bytes for part in parts.values()),
-        compressed_bytes=side_bytes + sum(part.compressed_bytes for part in parts.values()),
+        original_bytes=carried_bytes + sum(part.original_bytes for part in parts.values()),
+        compressed_bytes=carried_bytes + sum(part.compressed_bytes for part in parts.values()),
         tensors=tuple(tensor for label, part in parts.items() for tensor in _named(label, part)),
         seconds=seconds,
         dropped=tuple(what for part in parts.values() for what in part.dropped),
@@ -36,8 +36,8 @@ def folder_report(
         paper_bytes=sum(known) if len(known) == len(papers) else None,
         warnings=tuple(warning for part in parts.values() for warning in part.warnings),
         parts=tuple(parts.values()),
-        n_side_files=len(side),
-        side_bytes=side_bytes,
+        n_carried=len(side),
+        carried_bytes=carried_bytes,
     )
 
 
@@ -45,5 +45,6 @@ def _named(label: str, part: Report) -> Iterator[TensorReport]:
     for tensor in part.tensors:
         if label:
             alias_of = None if tensor.alias_of is None else f"{label}/{tensor.alias_of}"
-            tensor = replace(tensor, name=f"{label}/{tensor.name}", alias_of=alias_of)
+            copy_of = None if tensor.copy_of is None else f"{label}/{tensor.copy_of}"
+            tensor = replace(tensor, name=f"{label}/{tensor.name}", alias_of=alias_of, copy_of=copy_of)
         yield tensor

@@ -36,7 +36,7 @@ def test_a_lone_file_carries_small_files_and_becomes_the_folder_again(tmp_path, 
     predicted = pqcli.preview(source, target, RECIPE, embed_files=True).predicted_bytes
     report = pqcli.compress(source, target, RECIPE, embed_files=True)
     assert report.compressed_bytes == target.stat().st_size == predicted
-    assert report.dropped == ("tf_model.h5 (a file beside the weights; copy it yourself)",)
+    assert report.dropped == ("tf_model.h5 (a file beside the weights, 14 B; copy it yourself)",)
     carried = {name: data for name, data in files(source).items() if name not in ("model.safetensors", "tf_model.h5")}
     with pqcli.open(target) as container:
         assert "files" in container.manifest.features

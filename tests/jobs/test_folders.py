@@ -94,13 +94,13 @@ def test_reports_of_a_folder_are_the_sum_of_its_containers(tmp_path):
     tensors = ["a.weight", "bias", "2_Dense/bias", "2_Dense/linear.weight"]
     for report in (written, read, measured):
         assert [tensor.name for tensor in report.tensors] == tensors
-        assert report.n_side_files == 7
+        assert report.n_carried == 7
         assert report.original_bytes == written.original_bytes
         assert report.compressed_bytes == written.compressed_bytes
         assert report.relative_mse == pytest.approx(written.relative_mse, rel=1e-4)
         assert [Path(part.output).name for part in report.parts] == ["model.pq.safetensors"] * 2
-        assert report.original_bytes == report.side_bytes + sum(part.original_bytes for part in report.parts)
-        assert report.compressed_bytes == report.tensor_bytes + report.overhead_bytes + report.side_bytes
+        assert report.original_bytes == report.carried_bytes + sum(part.original_bytes for part in report.parts)
+        assert report.compressed_bytes == report.tensor_bytes + report.overhead_bytes + report.carried_bytes
     assert pqcli.verify(tmp_path / "m.pq", source) == []
     assert len(inspect(tmp_path / "m.pq")["containers"]) == 2
     one = inspect(tmp_path / "m.pq", ["2_Dense/linear.weight"])["containers"]
@@ -326,7 +326,7 @@ def test_a_lone_file_can_still_be_had(tmp_path):
     source = made(tmp_path / "m")
     report = pqcli.compress(source, tmp_path / "x.pq.safetensors", RECIPE)
     assert (tmp_path / "x.pq.safetensors").is_file()
-    assert "2_Dense/model.safetensors (a file beside the weights; copy it yourself)" in report.dropped
+    assert "2_Dense/model.safetensors (a file beside the weights" in " ".join(report.dropped)
     pqcli.compress(source, tmp_path / "out", RECIPE)
     assert (tmp_path / "out" / "model.pq.safetensors").is_file()
 

@@ -143,8 +143,8 @@ def preview_folder(
             predicted_bytes=folder.parts.side_bytes + sum(one.predicted_bytes for one in seen.values()),
             plan=Plan(tuple(entry for path, one in seen.items() for entry in _named(names[path], one.plan)), recipe),
             dropped=tuple(what for one in seen.values() for what in one.dropped),
-            side_bytes=folder.parts.side_bytes,
-            n_side_files=len(folder.parts.side),
+            carried_bytes=folder.parts.side_bytes,
+            n_carried=len(folder.parts.side),
         )
 
 

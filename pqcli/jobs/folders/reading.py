@@ -76,8 +76,8 @@ def inspect_folder(source: Path, names: Sequence[str] | None = None, *, limits: 
     return {
         "folder": str(source),
         "folder_bytes": folder.side_bytes + sum(document["file_bytes"] for document in found.values()),
-        "n_side_files": len(folder.side),
-        "side_bytes": folder.side_bytes,
+        "n_carried": len(folder.side),
+        "carried_bytes": folder.side_bytes,
         "containers": list(found.values()),
     }
 
