@@ -15,6 +15,7 @@ from pqcli import atomic
 from pqcli.atomic import atomic_folder
 from pqcli.checkpoint import components, walking
 from pqcli.checkpoint.components import components_of
+from pqcli.cli import html
 from pqcli.cli.commands import app
 from pqcli.jobs.folders.compressing import opened_folder, shared_recipes
 from pqcli.jobs.report import inspect
@@ -103,6 +104,9 @@ def test_reports_of_a_folder_are_the_sum_of_its_containers(tmp_path):
         assert report.compressed_bytes == report.tensor_bytes + report.overhead_bytes + report.carried_bytes
     assert pqcli.verify(tmp_path / "m.pq", source) == []
     assert len(inspect(tmp_path / "m.pq")["containers"]) == 2
+    assert "2_Dense/linear.weight" in html.render(written)
+    with pytest.raises(pqcli.PQError, match="is compared with the folder that it was made from"):
+        pqcli.report(tmp_path / "m.pq", source / "model.safetensors")
     one = inspect(tmp_path / "m.pq", ["2_Dense/linear.weight"])["containers"]
     assert [record["name"] for container in one for record in container["tensors"]] == ["linear.weight"]
     with pytest.raises(pqcli.PQError, match="no tensor 'x'"):

@@ -4,7 +4,6 @@ transformers takes seconds to import, which is why all that needs it stands in t
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from safetensors.torch import save_file
 
 import pqcli
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 
 RECIPE = pqcli.Recipe(block_size=4, n_centroids=16, n_iter=2)

@@ -31,7 +31,12 @@ class Original:
 
     @staticmethod
     def at(path: Path, limits: Limits | None) -> Original:
-        """The folder at `path`, everything in it counted."""
+        """The folder at `path`, everything in it counted. Raises CheckpointError where it is none."""
+        if path.is_file():
+            raise CheckpointError(
+                f"'{path}' is a file; a compressed folder is compared with the folder that it was made from, and one "
+                "of its containers with a file"
+            )
         return Original(path, components_of(path, limits=limits, with_copies=True))
 
     def weights(self, container: str) -> tuple[Path, tuple[str, ...]]:
