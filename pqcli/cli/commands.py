@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pqcli.atomic import check_target
+from pqcli.atomic import check_output
 from pqcli.cli.options import (
     Against,
     Command,
@@ -97,7 +97,8 @@ def compress(
         recipe = _recipe(console, config, settings, device)
         limits = limits_of(limit or ())
         _check_source(src)
-        _check_output(output, src, force=force)
+        if output:
+            check_output(output, src, force=force)
         if dry_run:
             from pqcli.jobs import preview
 
@@ -234,7 +235,8 @@ def report(
         check_container(file, limits)
         if against:
             _check_source(against)
-        _check_output(output, file, force=force)
+        if output:
+            check_output(output, file, *filter(None, [against]), force=force)
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
@@ -329,12 +331,6 @@ def _check_source(path: Path) -> None:
     from pqcli import checkpoint
 
     checkpoint.sniff(path)
-
-
-def _check_output(output: Path | None, source: Path, *, force: bool) -> None:
-    """Likewise for a file that will be written; of the source itself the job says more."""
-    if output and not (output.exists() and output.samefile(source)):
-        check_target(output, force=force)
 
 
 def _recipe(console: Console, config: str | None, settings: Mapping[str, Any], device: str = "auto") -> Recipe:

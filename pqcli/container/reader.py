@@ -49,7 +49,7 @@ class Container:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._decoder = None  # ends its threads now: a collector that waited for them might hold a lock that they want
+        self._decoder = None  # what it has begun ahead is not needed any more
         self._entries.close()
 
     @property

@@ -8,20 +8,20 @@ jobs) comes to nothing, but nowhere does the loop ask which codec it drives.
 
 from __future__ import annotations
 
-import tempfile
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli.atomic import check_target
+from pqcli.atomic import check_output, check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
@@ -97,13 +97,24 @@ def save(
 ) -> Report:
     """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script.
 
-    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give.
+    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give. Where
+    the process is killed meanwhile, the next one that writes `file` removes what is left of it.
     """
-    check_target(Path(file), force=force)
-    with tempfile.NamedTemporaryFile(dir=Path(file).parent, suffix=".pt") as dense:
-        torch.save(state_dict, dense)
-        dense.flush()
-        return replace(compress(dense.name, file, recipe, device=device, force=force), source="")
+    target = Path(file)
+    check_target(target, force=force)
+    with temporary_beside(final_path(target), suffix=".pt") as (dense, descriptor):
+        with output_errors(target), os.fdopen(os.dup(descriptor), "wb") as saved:
+            _torch_save(state_dict, saved)
+        return replace(compress(dense, file, recipe, device=device, force=force), source="")
+
+
+def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(state_dict, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # the disk's error, after which torch fails at ending its archive
+            raise error.__context__ from None
+        raise
 
 
 def opened(source: str | Path, recipe: Recipe, limits: Limits | None = None) -> Checkpoint:
@@ -125,11 +136,13 @@ def default_output(source: Path) -> Path:
     return source.with_name(stem + SUFFIX)
 
 
-def check_output(output: Path, source: Path, *, force: bool) -> None:
+def check_place(output: Path, source: Path, *, force: bool) -> None:
     """Refuse what cannot be written before any work is done."""
-    if output.exists() and source.exists() and output.samefile(source):
-        raise OutputError(f"'{output}' is the input itself; use -o to write elsewhere")
-    check_target(output, force=force)
+    check_output(output, source, force=force)
+    with output_errors(output):
+        is_inside = output.exists() and source.is_dir() and output.resolve().parent == source.resolve()
+    if is_inside and not output.name.endswith(SUFFIX):
+        raise OutputError(f"'{output}' is a part of the input; use -o to write elsewhere")
 
 
 def about(checkpoint: Checkpoint, recipe: Recipe) -> About:
@@ -176,7 +189,7 @@ def compress_opened(
     started = time.perf_counter()
     target = Path(output) if output else default_output(checkpoint.path)
     plan = plans.make(recipe, checkpoint.tensors)
-    check_output(target, checkpoint.path, force=force)
+    check_place(target, checkpoint.path, force=force)
     with (
         claimed(target),
         compression(checkpoint, plan, recipe, device, target, force=force, hook=hook) as work,
@@ -292,6 +305,10 @@ class Compression:
             return 0
         records = [record_of(entry) for entry in self.plan.entries]
         return lay_out(make_manifest(self.writer.about.source, self.writer.about.recipe, records)).n_bytes
+
+    def file_bytes(self, streams: Streams | None) -> int:
+        """The size of the file if it were finished with these streams."""
+        return self.writer.layout(self.codec_name, streams).n_bytes
 
     def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> int:
         """Write the file; its size in bytes. With `verify`, read it again first."""

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from pqcli import checkpoint as checkpoints
+from pqcli.atomic import check_output, output_errors
 from pqcli.checkpoint import formats
 from pqcli.claim import check_space, claimed
 from pqcli.container.manifest import Source
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
-from pqcli.errors import ContainerError, UsageError
+from pqcli.errors import ContainerError, OutputError, UsageError
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.report import n_weights
 from pqcli.limits import Limits
@@ -43,6 +44,7 @@ def decode(
     with open_container(file, limits=limits) as container:
         source = container.manifest.source
         target = Path(output) if output else _default_output(Path(file), source)
+        _check_place(target, Path(file), force=force)
         format_ = formats.by_suffix(target) if output else source.format
         infos = [_converted(info, dtype) for info in container.infos]
         done = Stage(progress or ignore, "decoding", n_weights(container))
@@ -73,6 +75,16 @@ def load(file: str | Path, *, limits: Limits | None = None) -> dict[str, torch.T
             else:
                 tensors[record.name] = tensors[owner] if isinstance(record.coding, Alias) else tensors[owner].clone()
         return tensors
+
+
+def _check_place(target: Path, file: Path, *, force: bool) -> None:
+    """Refuse to write over the container, by its own name or by that of a shard in its folder."""
+    with output_errors(target):
+        is_folder = target.is_dir()
+    if not is_folder:
+        check_output(target, file, force=force)
+    elif not file.name.endswith(SUFFIX) and (target / file.name).exists() and (target / file.name).samefile(file):
+        raise OutputError(f"'{target}' holds the input, '{file.name}'; use -o to write elsewhere")
 
 
 def _default_output(file: Path, source: Source) -> Path:

@@ -51,8 +51,8 @@ def preview(
 ) -> Preview:
     """What `compress` with the same arguments would do.
 
-    Plain PQ needs the headers alone. What codecs with streams will do depends on the weights: they are rehearsed, in a
-    temporary folder, which takes as long as compressing.
+    Plain PQ needs the headers alone. What codecs with streams will do depends on the weights: they are rehearsed, which
+    takes as long as compressing.
     """
     recipe = recipe or Recipe()
     with compressing.opened(source, recipe, limits) as checkpoint:
@@ -64,7 +64,7 @@ def preview(
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     """Raise what `compress` would raise before it does any work: no such device, or an output that may not be."""
     resolve_device(device)
-    compressing.check_output(seen.output, seen.source, force=force)
+    compressing.check_place(seen.output, seen.source, force=force)
 
 
 def explain(source: str | Path, recipe: Recipe | None = None, *, limits: Limits | None = None) -> list[Choice]:
@@ -72,10 +72,9 @@ def explain(source: str | Path, recipe: Recipe | None = None, *, limits: Limits 
     from pqcli.codecs.auto.choosing import choose
 
     recipe = replace(recipe or Recipe(), codec="auto")
-    with compressing.opened(source, recipe, limits) as checkpoint, tempfile.TemporaryDirectory() as folder:
+    with compressing.opened(source, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
-        device, target = torch.device("cpu"), Path(folder) / "none"
-        with compressing.compression(checkpoint, plan, recipe, device, target) as work:
+        with compressing.compression(checkpoint, plan, recipe, torch.device("cpu"), _nowhere()) as work:
             survey = work.prepared()
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
@@ -95,11 +94,16 @@ def _from_headers(checkpoint: Checkpoint, output: str | Path | None, recipe: Rec
 
 
 def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe) -> Preview:
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / f"rehearsal{SUFFIX}"
-        report = compressing.compress_opened(checkpoint, target, recipe, torch.device("cpu"), verify=False)
+    with compressing.compression(checkpoint, seen.plan, recipe, torch.device("cpu"), _nowhere()) as work:
+        n_bytes = work.file_bytes(work.coded(work.prepared()))
+        tensors = work.tensor_reports()
     entries = tuple(
         replace(entry, action=found.action, reason=found.reason, predicted_bytes=found.bytes)
-        for entry, found in zip(seen.plan.entries, report.tensors, strict=True)
+        for entry, found in zip(seen.plan.entries, tensors, strict=True)
     )
-    return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=report.compressed_bytes)
+    return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=n_bytes)
+
+
+def _nowhere() -> Path:
+    """A target that is never written. Beside it lies what is coded meanwhile, in a file without a name."""
+    return Path(tempfile.gettempdir()) / f"rehearsal{SUFFIX}"

@@ -164,7 +164,7 @@ class Recipe:
         "Without it, by the number of weights.",
     )  # fmt: skip
     stats: str | None = setting(
-        None, check=text, parse=str, metavar="FILE", panel=CODED,
+        None, check=text, parse=str, metavar="FILE", panel=MAIN,
         help="Statistics of the layers' inputs: bits are spent where the network's output feels them.",
     )  # fmt: skip
     rate_weight: float | None = setting(
