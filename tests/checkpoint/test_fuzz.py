@@ -10,7 +10,7 @@ from tests.checkpoint.fuzz import fuzz
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["pickle", "zip", "legacy", "safetensors", "index", "dcp", "tree"])
+@pytest.mark.parametrize("name", ["pickle", "module", "zip", "legacy", "safetensors", "index", "dcp", "tree"])
 def test_random_edits_raise_nothing_but_our_errors(name):
     tried, n_refused, failures = fuzz(name, n_inputs=150, seconds=20, seed=1)
     assert not failures
