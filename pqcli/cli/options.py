@@ -62,6 +62,13 @@ def flag(*names: str, help: str, panel: str = RUNNING) -> Any:  # noqa: A002 - n
     return typer.Option(*names, help=help, metavar="", rich_help_panel=panel)
 
 
+def path(text: str) -> Path:
+    """A path that is typed. An empty one is a variable that was never set, and not the current folder."""
+    if not text:
+        raise typer.BadParameter("an empty name; the current folder is called .")
+    return Path(text)
+
+
 def _preset_names() -> list[str]:
     from pqcli.recipe import loading
 
@@ -70,9 +77,13 @@ def _preset_names() -> list[str]:
 
 Source = Annotated[
     Path,
-    typer.Argument(metavar="SRC", help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a folder of a model."),
+    typer.Argument(
+        metavar="SRC", parser=path, help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a folder of a model."
+    ),
 ]
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A .pq.safetensors file, or a compressed folder.")]
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", parser=path, help="A .pq.safetensors file, or a compressed folder.")
+]
 Output = Annotated[
     Path | None,
     typer.Option(
