@@ -31,10 +31,9 @@ from pqcli.jobs.events import Hook, ignore
 from pqcli.reports.figures import Report
 
 if TYPE_CHECKING:
-    from pqcli.jobs.preview import Preview
-
-if TYPE_CHECKING:
     from pqcli.codecs.auto.choosing import Choice
+    from pqcli.jobs.calibrate import Calibrated
+    from pqcli.jobs.preview import Preview
 
 Format = Literal["table", "json", "csv", "html"]
 
@@ -122,6 +121,31 @@ class Console:
         else:
             file = shlex.quote(visible(report.output))
             self.note(f"layer by layer: pqcli report {file}    back to dense: pqcli decode {file}")
+
+    def calibrated(self, done: Calibrated) -> None:
+        """Print what `calibrate` wrote, and say of which weights it knows nothing."""
+        if self._json:
+            self.json(asdict(done))
+        elif not self._quiet:
+            self._lines([
+                Text(
+                    f"{visible(done.output)} {readable.size(done.output_bytes)}: {done.n_weights} weights of "
+                    f"{done.model}, {done.n_examples:,} {done.split}, {done.n_tokens:,} tokens  in "
+                    f"{readable.duration(done.seconds)}",
+                    style="bold",
+                )
+            ])  # fmt: skip
+        if done.unseen:
+            self.warn(
+                f"nothing is known of {readable.plural(len(done.unseen), 'weight')} of the checkpoint (not in the "
+                f"model, or used by no layer that can be watched): {readable.joined(done.unseen, N_DROPPED)}"
+            )
+        if done.random:
+            self.warn(
+                f"{readable.plural(len(done.random), 'parameter')} of {done.model} not in the checkpoint, and random: "
+                f"{readable.joined(done.random, N_DROPPED)}"
+            )
+        self.note(f"use it: pqcli compress FOLDER --codec trellis --stats {shlex.quote(visible(done.output))}")
 
     def json(self, document: object) -> None:
         """Print one JSON document on stdout, in ASCII whatever the names are."""

@@ -44,6 +44,22 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class ComputeDtype(StrEnum):
+    """Dtypes that a model can run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Split(StrEnum):
+    """What an example of a text is."""
+
+    auto = "auto"
+    lines = "lines"
+    windows = "windows"
+
+
 class Format(StrEnum):
     """Forms a report can take."""
 

@@ -1,5 +1,8 @@
 """Events: what a long job tells of itself while it runs. A hook takes them; the command line makes a bar of them.
 
+loading     a model being built                              calibrate
+naming      weights found in the model                       calibrate
+calibrating tokens that have run through the model           calibrate
 reading     weights read, to find out about them             compress
 keeping     weights kept bit for bit                         compress
 learning    weights looked at for what tensors share         compress
@@ -19,7 +22,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """`done` of `total` units of a stage, the last of them on the tensor `name`. The unit is weights, or drafts."""
+    """`done` of `total` units of a stage, the last of them on the tensor `name`.
+
+    The unit is weights, tokens, or drafts.
+    """
 
     stage: str
     done: int

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from pqcli.errors import StatsError
 from pqcli.stats.patches import patches
+from pqcli.stats.renaming import stacked_name
 from pqcli.stats.sums import BLOCK_WIDTH, FULL_WIDTH, SiteSums, WeightSums
 
 if TYPE_CHECKING:
@@ -54,14 +55,24 @@ def collect(
     full_width: int = FULL_WIDTH,
     block_width: int = BLOCK_WIDTH,
     seed: int = 0,
+    split_stacks: bool = False,
 ) -> Collector:
     """A context manager in which every run of `model` adds to the statistics of its weights.
 
     `model` is a module, or names and tensors (a state dict) where the forward pass is code of your own. With
     `gradients`, call `backward` with each output; weights take no gradients of their own meanwhile. Matrices wider than
     `full_width` are kept as blocks of `block_width`. `seed` draws projections, labels and the places of large images.
+    The matrices of a stack (experts in one parameter) are pooled; with `split_stacks` each has statistics of its own,
+    named `NAME[3]`.
     """
-    return Collector(model, gradients=gradients, full_width=full_width, block_width=block_width, seed=seed)
+    return Collector(
+        model,
+        gradients=gradients,
+        full_width=full_width,
+        block_width=block_width,
+        seed=seed,
+        split_stacks=split_stacks,
+    )
 
 
 class Collector(TorchFunctionMode):
@@ -75,12 +86,14 @@ class Collector(TorchFunctionMode):
         full_width: int,
         block_width: int,
         seed: int,
+        split_stacks: bool,
     ) -> None:
         super().__init__()
         if full_width < 0 or block_width < 1:
             raise StatsError(f"widths must be positive, not {full_width} and {block_width}")
         self._model = model if isinstance(model, torch.nn.Module) else None
         self._gradients, self._full_width, self._block_width = gradients, full_width, block_width
+        self._split_stacks = split_stacks
         self._generator = torch.Generator().manual_seed(seed)
         self._names: dict[int, str] = {}
         self._weights: dict[str, torch.Tensor] = {}
@@ -96,6 +109,11 @@ class Collector(TorchFunctionMode):
         self._mask: torch.Tensor | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         self._leaving = contextlib.ExitStack()
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether `backward` may be called."""
+        return self._gradients
 
     # --- the block ------------------------------------------------------------------------------------------------
 
@@ -367,6 +385,8 @@ class Collector(TorchFunctionMode):
         name = self._find(base)
         if base is None or name is None or weight.dim() != 2 or base.dim() not in (2, 3):
             return None
+        if base.dim() == 3 and self._split_stacks:
+            name = stacked_name(name, (weight.storage_offset() - base.storage_offset()) // base.stride(0))
         last, second_last = base.stride(-1), base.stride(-2)
         if weight.stride(1) == last and weight.shape[1] == base.shape[-1]:
             return name, 1 if base.dim() == 2 else -1

@@ -79,6 +79,23 @@ def save(statistics: Statistics, path: str | Path, *, dtype: str = "float16", fo
         file.write(to_bytes(tensors, {"format": FORMAT, "manifest": json.dumps(manifest)}))
 
 
+def n_bytes_of(statistics: Statistics, *, dtype: str = "float16") -> int:
+    """About the size of the file that `save` would write: within the length of its header."""
+    used = {weight.site for weight in statistics.weights.values() if weight.site is not None}
+    size = _DTYPES[dtype].itemsize
+    total = sum(_site_bytes(statistics.site(site), size) for site in used)
+    for weight in statistics.weights.values():
+        total += sum(8 * part.numel() for part in (weight.gradient, weight.lookups) if part is not None)
+    return total
+
+
+def _site_bytes(sums: SiteSums, size: int) -> int:
+    n = sums.columns
+    values = {"full": n * (n - 1) // 2, "blocks": -(-n // sums.width) * sums.width**2, "diagonal": 0}[sums.form]
+    rest = 16 * n + (8 * n if sums.total is not None else 0)
+    return values * size + rest + (4 * sums.watched.numel() if sums.watched is not None else 0)
+
+
 def open_stats(path: str | Path) -> Statistics:
     """Statistics of a file, checked as a stranger's; matrices are read (and checked) when they are asked for.
 
