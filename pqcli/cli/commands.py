@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcli.atomic import check_target
+from pqcli.cli import statistics
 from pqcli.cli.options import (
     Against,
     Command,
-    ComputeDtype,
     Config,
     Device,
     DryRun,
@@ -29,13 +29,13 @@ from pqcli.cli.options import (
     Output,
     Quiet,
     Source,
-    Split,
+    examples,
     flag,
     takes_recipe,
 )
 from pqcli.cli.running import run
 from pqcli.container.peek import check_container
-from pqcli.errors import CheckFailedError, UsageError
+from pqcli.errors import CheckFailedError
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
@@ -51,11 +51,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def examples(*lines: str) -> str:
-    """The end of a command's help: calls for its common jobs, a line each."""
-    return "\n".join(f"Example: {line}" for line in lines)
 
 
 @app.callback(invoke_without_command=False)
@@ -290,88 +285,8 @@ def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet
     run(work, json=json, quiet=quiet)
 
 
-@app.command(
-    cls=Command,
-    epilog=examples(
-        "pqcli calibrate ./my-model --text book.txt letters.txt",
-        "pqcli calibrate ./my-encoder --text sentences.txt --samples 5000 -o encoder.stats.safetensors",
-    ),
-)
-def calibrate(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder: config, tokenizer, weights.")
-    ],
-    more: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="More texts, as --text *.txt gives them.")
-    ] = None,
-    *,
-    text: Annotated[
-        list[Path] | None, typer.Option("--text", metavar="FILE...", help="Plain text to run; repeatable.")
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="FILE", help="Where to write; without it, NAME.stats.safetensors beside FOLDER."
-        ),
-    ] = None,
-    split: Annotated[
-        Split, typer.Option(help="Examples are lines, or windows of running text; auto: lines for encoders.")
-    ] = Split.auto,
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Examples, drawn at random; without it, 128 windows or 2048 lines.")
-    ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Most tokens of an example; without it, 512 for windows and 256 for lines."),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(metavar="N", help="Examples at once; without it, 4 windows or 32 lines.")
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Draws the examples, and labels or projections.")] = 0,
-    gradients: Annotated[
-        bool,
-        typer.Option(
-            "--gradients/--no-gradients", help="Whether to find out how much the output feels each layer.", metavar=""
-        ),
-    ] = True,
-    full_width: Annotated[
-        int, typer.Option(metavar="N", help="Inputs wider than this keep blocks of their moments only.")
-    ] = 4096,
-    block_width: Annotated[int, typer.Option(metavar="N", help="Width of those blocks.")] = 512,
-    dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = ComputeDtype.float32,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="DEVICE",
-            autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
-            help="Where the model runs: auto, cpu, cuda, cuda:0, mps.",
-        ),
-    ] = "auto",
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run text through a Hugging Face model and write statistics of its layers' inputs, for compress --stats.
-
-    Needs transformers: pip install 'pqcli[transformers]'. Uses no network, and runs no code from the folder.
-    """
-
-    def work(console: Console) -> None:
-        files = [*(text or []), *(more or [])]
-        if not files:
-            raise UsageError("there is no text to run; name some with --text FILE")
-        from pqcli.jobs import calibrate
-
-        sampling = calibrate.Sampling(split.value, samples, length, batch, seed, dtype.value)
-        with console.progress(folder.name) as hook:
-            done = calibrate.calibrate(
-                folder, files, output, sampling,
-                gradients=gradients, full_width=full_width, block_width=block_width,
-                device=device, force=force, progress=hook,
-            )  # fmt: skip
-        console.calibrated(done)
-
-    run(work, json=json, quiet=quiet)
+app.command(cls=Command, epilog=statistics.CALIBRATE_EXAMPLES)(statistics.calibrate)
+app.add_typer(statistics.group)
 
 
 @app.command(cls=Command, epilog=examples("pqcli presets"))

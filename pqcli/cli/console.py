@@ -26,7 +26,15 @@ from rich.text import Text
 
 from pqcli.cli import readable
 from pqcli.cli.readable import elide, visible
-from pqcli.cli.tables import N_DROPPED, field_lines, plan_document, plan_table, record_table, report_table
+from pqcli.cli.tables import (
+    N_DROPPED,
+    field_lines,
+    plan_document,
+    plan_table,
+    record_table,
+    report_table,
+    statistics_table,
+)
 from pqcli.jobs.events import Hook, ignore
 from pqcli.reports.figures import Report
 
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
     from pqcli.codecs.auto.choosing import Choice
     from pqcli.jobs.calibrate import Calibrated
     from pqcli.jobs.preview import Preview
+    from pqcli.jobs.statistics import Seen
 
 Format = Literal["table", "json", "csv", "html"]
 
@@ -138,7 +147,8 @@ class Console:
         if done.unseen:
             self.warn(
                 f"nothing is known of {readable.plural(len(done.unseen), 'weight')} of the checkpoint (not in the "
-                f"model, or used by no layer that can be watched): {readable.joined(done.unseen, N_DROPPED)}"
+                f"model, used by no layer that can be watched, or without effect on its output): "
+                f"{readable.joined(done.unseen, N_DROPPED)}"
             )
         if done.random:
             self.warn(
@@ -146,6 +156,13 @@ class Console:
                 f"{readable.joined(done.random, N_DROPPED)}"
             )
         self.note(f"use it: pqcli compress FOLDER --codec trellis --stats {shlex.quote(visible(done.output))}")
+
+    def statistics(self, rows: Sequence[Seen]) -> None:
+        """Print what a file of statistics knows, a line a weight."""
+        if self._json:
+            self.json([asdict(row) for row in rows])
+        else:
+            self._lines(statistics_table(rows, self._width, ascii_only=self._out.options.ascii_only))
 
     def json(self, document: object) -> None:
         """Print one JSON document on stdout, in ASCII whatever the names are."""

@@ -69,6 +69,11 @@ class Format(StrEnum):
     html = "html"
 
 
+def examples(*lines: str) -> str:
+    """The end of a command's help: calls for its common jobs, a line each."""
+    return "\n".join(f"Example: {line}" for line in lines)
+
+
 def flag(*names: str, help: str, panel: str = RUNNING) -> Any:  # noqa: A002 - named like Typer's
     """An option that takes no value."""
     return typer.Option(*names, help=help, metavar="", rich_help_panel=panel)

@@ -17,6 +17,7 @@ from pqcli.jobs.devices import resolve_device
 from pqcli.jobs.events import Event, Hook, Stage, ignore
 from pqcli.stats.collecting import collect
 from pqcli.stats.files import n_bytes_of, save
+from pqcli.stats.moments import gradient_of
 from pqcli.stats.renaming import renamed
 from pqcli.stats.sums import BLOCK_WIDTH, FULL_WIDTH
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from pqcli.integrations.loading import Runnable
     from pqcli.stats.collecting import Collector
+    from pqcli.stats.moments import Statistics
     from pqcli.stats.renaming import Place
 
 SUFFIX = ".stats.safetensors"
@@ -68,8 +70,9 @@ class Sampling:
 class Calibrated:
     """What a calibration gave.
 
-    `unseen` are weights of the checkpoint of which the file knows nothing: no layer used them while it was watched, or
-    they were not found in the model. `random` are parameters that the model has and the checkpoint does not.
+    `unseen` are weights of the checkpoint of which the file knows nothing: they were not found in the model, no layer
+    used them while it was watched, or the output does not depend on it. `random` are parameters that the model has and
+    the checkpoint does not.
     """
 
     output: str
@@ -131,7 +134,7 @@ def calibrate(
             split_stacks=any(place.index is not None for place in found.values()),
         ) as stats:
             watched(runnable, examples, stats, stage, sampling.seed, lambda: _check_room(target, stats, found))
-        named = renamed(stats.statistics(), found)
+        named = renamed(stats.statistics(), _felt(found, stats.statistics()) if gradients else found)
         if not named.weights:
             raise StatsError(f"'{folder}': no layer of the model used one of the checkpoint's weights")
         save(named, target, force=force)
@@ -199,6 +202,19 @@ def watched(
         if not i:
             after_first()
         stage(batch.n_tokens, "")
+
+
+def _felt(found: Mapping[str, Place], seen: Statistics) -> dict[str, Place]:
+    """Without the weights that ran and that the output does not feel, such as a pooler that nobody asks.
+
+    Among weights with a gradient number one without would be given steps in another unit.
+    """
+
+    def is_felt(place: Place) -> bool:
+        weight = seen.weights.get(seen.aliases.get(place.watched, place.watched))
+        return weight is not None and gradient_of(weight) is not None
+
+    return {name: place for name, place in found.items() if is_felt(place)}
 
 
 def _check_room(target: Path, stats: Collector, found: Mapping[str, Place]) -> None:

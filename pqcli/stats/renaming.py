@@ -58,7 +58,7 @@ def renamed(statistics: Statistics, places: Mapping[str, Place]) -> Statistics:
             continue
         first[whole] = name
         weights[name] = _part(sums, place)
-    return Statistics(weights, aliases, statistics.n_sites, statistics.site)
+    return Statistics(weights, aliases, statistics.n_sites, statistics.site, statistics.outline)
 
 
 def _part(sums: WeightSums, place: Place) -> WeightSums:
