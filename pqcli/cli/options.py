@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from pqcli.recipe.recipe import Recipe
 from pqcli.recipe.settings import MAIN, PLAIN, Setting, options_of
@@ -23,16 +23,24 @@ RUNNING = "Files and messages"
 """The panel of options that every command has some of."""
 
 
-class Command(TyperCommand):
-    """A command whose help shows no type for `--help` and other options that take no value."""
+class _PlainHelp:
+    """Whose help shows no type for `--help`."""
 
     def get_help_option(self, ctx: Any) -> TyperOption | None:
         """The option `--help`."""
-        option = super().get_help_option(ctx)
+        option: TyperOption | None = super().get_help_option(ctx)  # type: ignore[misc]
         if option is not None:
             option.metavar = ""
             option.rich_help_panel = RUNNING
         return option
+
+
+class Command(_PlainHelp, TyperCommand):
+    """A command whose help shows no type for `--help` and other options that take no value."""
+
+
+class Group(_PlainHelp, TyperGroup):
+    """Likewise for a command that has commands."""
 
 
 class Dtype(StrEnum):

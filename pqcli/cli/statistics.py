@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pqcli.cli.options import Command, ComputeDtype, Force, Json, Quiet, Split, examples
+from pqcli.cli.options import Command, ComputeDtype, Force, Group, Json, Quiet, Split, examples
 from pqcli.cli.running import run
 from pqcli.errors import UsageError
 
 if TYPE_CHECKING:
     from pqcli.cli.console import Console
 
-group = typer.Typer(name="stats", help="Show and add up statistics of layers' inputs.", no_args_is_help=True)
+group = typer.Typer(name="stats", cls=Group, help="Show and add up statistics of layers' inputs.", no_args_is_help=True)
 
 CALIBRATE_EXAMPLES = examples(
     "pqcli calibrate ./my-model --text book.txt letters.txt",
