@@ -46,6 +46,8 @@ Samples = tuple[torch.Tensor, torch.Tensor | None]
 """Examples (examples, n, c), and which of the n are no padding (examples, n) where some are."""
 _CHUNK = 1 << 24
 """Numbers of patches that are laid out at a time."""
+_NARROWEST = 64
+"""Width of blocks, at least, however many matrices a stack has."""
 
 
 def collect(
@@ -64,6 +66,9 @@ def collect(
     `full_width` are kept as blocks of `block_width`. `seed` draws projections, labels and the places of large images.
     The matrices of a stack (experts in one parameter) are pooled; with `split_stacks` each has statistics of its own,
     named `NAME[3]`.
+
+    Memory, until the statistics are saved: 4 c^2 bytes for each input of c columns up to `full_width`, and
+    4 c `block_width` beyond; a split stack takes no more than one matrix of `full_width`.
     """
     return Collector(
         model,
@@ -104,6 +109,7 @@ class Collector(TorchFunctionMode):
                 self._weights[name] = tensor
             else:
                 self._aliases[name] = first
+        self._n_stacked: dict[str, int] = {}
         self._sites = _Sites()
         self._sums: dict[str, WeightSums] = {}
         self._mask: torch.Tensor | None = None
@@ -387,6 +393,7 @@ class Collector(TorchFunctionMode):
             return None
         if base.dim() == 3 and self._split_stacks:
             name = stacked_name(name, (weight.storage_offset() - base.storage_offset()) // base.stride(0))
+            self._n_stacked[name] = len(base)
         last, second_last = base.stride(-1), base.stride(-2)
         if weight.stride(1) == last and weight.shape[1] == base.shape[-1]:
             return name, 1 if base.dim() == 2 else -1
@@ -412,7 +419,18 @@ class Collector(TorchFunctionMode):
             new, index = self._sites.enter(name, x, how)
             sums.site = index
             if new:
-                self._sites.add(index, rows(), self._full_width, self._block_width)
+                self._sites.add(index, rows(), *self._widths(name, x.shape[-1]))
+
+    def _widths(self, name: str, columns: int) -> tuple[int, int]:
+        """Columns up to which the whole matrix is kept, and the width of blocks beyond.
+
+        All matrices of a stack together take no more than one whole matrix of the widest kind.
+        """
+        n_stacked = self._n_stacked.get(name, 1)
+        most = self._full_width**2
+        if n_stacked == 1 or n_stacked * columns**2 <= most:
+            return self._full_width, self._block_width
+        return 0, max(min(self._block_width, most // (n_stacked * columns)), _NARROWEST)
 
     def _differentiable(self) -> bool:
         return self._gradients and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
