@@ -6,7 +6,7 @@ errors in arguments, inputs and outputs come at once. Every failure leaves throu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 from pqcli.atomic import check_target
 from pqcli.cli import statistics
 from pqcli.cli.options import (
+    NETWORK,
     Against,
     Command,
     Config,
@@ -25,17 +26,22 @@ from pqcli.cli.options import (
     Force,
     Format,
     Json,
+    Length,
+    MoreTexts,
     NoVerify,
     Output,
     Quiet,
     Source,
+    Split,
+    Split_,
+    Texts,
     examples,
     flag,
     takes_recipe,
 )
 from pqcli.cli.running import run
 from pqcli.container.peek import check_container
-from pqcli.errors import CheckFailedError
+from pqcli.errors import CheckFailedError, UsageError
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
@@ -182,9 +188,17 @@ def decode(
     run(work, json=json, quiet=quiet)
 
 
-@app.command(cls=Command, epilog=examples("pqcli report model.pq.safetensors --sort relative_mse"))
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "pqcli report model.pq.safetensors --sort relative_mse",
+        "pqcli report model.pq.safetensors --model ./my-model --text held-out.txt --by-layer",
+    ),
+)
 def report(
     file: File,
+    more: MoreTexts = None,
+    *,
     against: Against = None,
     format_: Annotated[Format, typer.Option("--format", help="Form of the report.")] = Format.table,
     output: Annotated[
@@ -199,16 +213,38 @@ def report(
             help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.", metavar="KEY=X"
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            rich_help_panel=NETWORK,
+            help="The original's Hugging Face folder: run both networks, and say how far the outputs are.",
+        ),
+    ] = None,
+    text: Texts = None,
+    by_layer: Annotated[
+        bool, flag("--by-layer", help="Compare the outputs of every layer, too.", panel=NETWORK)
+    ] = False,
+    split: Split_ = Split.auto,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", rich_help_panel=NETWORK, help="Examples, drawn at random; without it, 32 windows or 512 lines."
+        ),
+    ] = None,
+    length: Length = None,
     force: Force = False,
     json: Annotated[bool, flag("--json", help="Same as --format json.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show the reconstruction error and the size, layer by layer."""
+    """Show the reconstruction error and the size, layer by layer; with --model, how far the whole network is."""
     chosen = Format.json if json else format_
+    texts = [*(text or []), *(more or [])]
 
     def work(console: Console) -> None:
         from pqcli.reports import checks
 
+        _check_comparison(model, texts, chosen, by_layer=by_layer)
         if sort:
             checks.check_sortable(sort)
         for text in fail_above or []:
@@ -224,11 +260,20 @@ def report(
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
+        network = None
+        if model:
+            from pqcli.jobs import calibrate, compare
+
+            with console.progress(file.name) as hook:
+                network = compare.compare_folder(
+                    model, file, texts, calibrate.Sampling(split.value, samples, length),
+                    by_layer=by_layer, progress=hook,
+                )  # fmt: skip
         if output:
-            report.write_text(output, console.rendered(found, chosen.value), force=force)
+            report.write_text(output, console.rendered(found, chosen.value, network), force=force)
             console.note(f"wrote {output}")
         else:
-            console.report(found, chosen.value)
+            console.report(found, chosen.value, network)
         if failures:
             raise CheckFailedError("\n".join(failures))
 
@@ -303,6 +348,16 @@ def presets(json: Json = False) -> None:
             console.presets(found)
 
     run(work, json=json)
+
+
+def _check_comparison(model: Path | None, texts: Sequence[Path], form: Format, *, by_layer: bool) -> None:
+    """Raise UsageError for options of a comparison that cannot be meant."""
+    if model is None and (texts or by_layer):
+        raise UsageError("--text and --by-layer go with --model FOLDER, the network that is run")
+    if model is not None and not texts:
+        raise UsageError("--model wants text to run; name some with --text FILE")
+    if model is not None and form not in {Format.table, Format.json}:
+        raise UsageError(f"--model goes with --format table or json, not {form.value}")
 
 
 def _check_source(path: Path) -> None:

@@ -28,6 +28,7 @@ from pqcli.cli import readable
 from pqcli.cli.readable import elide, visible
 from pqcli.cli.tables import (
     N_DROPPED,
+    comparison_lines,
     field_lines,
     plan_document,
     plan_table,
@@ -41,6 +42,7 @@ from pqcli.reports.figures import Report
 if TYPE_CHECKING:
     from pqcli.codecs.auto.choosing import Choice
     from pqcli.jobs.calibrate import Calibrated
+    from pqcli.jobs.compare import Comparison
     from pqcli.jobs.preview import Preview
     from pqcli.jobs.statistics import Seen
 
@@ -81,24 +83,28 @@ class Console:
 
     # --- results, on stdout ---------------------------------------------------------------------------------------
 
-    def report(self, report: Report, format: Format = "table") -> None:  # noqa: A002 - named like the flag
-        """Print a report: a line a tensor, then the totals."""
+    def report(self, report: Report, format: Format = "table", network: Comparison | None = None) -> None:  # noqa: A002 - named like the flag
+        """Print a report: a line a tensor, then the totals; and how far the network is, where that was found out."""
         if format == "table" and not self._json:
-            self._lines(report_table(report, self._width, ascii_only=self._out.options.ascii_only))
+            ascii_only = self._out.options.ascii_only
+            self._lines(report_table(report, self._width, ascii_only=ascii_only))
+            if network is not None:
+                self._lines(comparison_lines(network, self._width, ascii_only=ascii_only))
         else:
-            self._raw(self.rendered(report, "json" if self._json else format))
+            self._raw(self.rendered(report, "json" if self._json else format, network))
 
-    def rendered(self, report: Report, format: Format) -> str:  # noqa: A002 - named like the flag
+    def rendered(self, report: Report, format: Format, network: Comparison | None = None) -> str:  # noqa: A002 - named like the flag
         """A report as the text of a file: any format, all columns, no colour."""
         if format == "json":
-            return _document(report.to_json())
+            return _document(report.to_json() | ({} if network is None else {"network": asdict(network)}))
         if format == "csv":
             return report.to_csv()
         if format == "html":
             from pqcli.cli import html
 
             return html.render(report)
-        return "".join(line.plain + "\n" for line in report_table(report, None))
+        lines = report_table(report, None) + ([] if network is None else comparison_lines(network, None))
+        return "".join(line.plain + "\n" for line in lines)
 
     def plan(self, preview: Preview) -> None:
         """Print what would be done to each tensor, why, and the size that gives."""

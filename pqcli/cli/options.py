@@ -21,6 +21,8 @@ from pqcli.recipe.settings import MAIN, PLAIN, Setting, options_of
 
 RUNNING = "Files and messages"
 """The panel of options that every command has some of."""
+NETWORK = "Running the network"
+"""The panel of options about a model and the text that it runs on."""
 
 
 class _PlainHelp:
@@ -124,6 +126,27 @@ Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output."
 NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, flag("--quiet", "-q", help="Print nothing but errors and the asked-for result.")]
+MoreTexts = Annotated[
+    list[Path] | None, typer.Argument(metavar="[TEXT]...", help="More texts: `--text *.txt` may name several.")
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option("--text", metavar="FILE...", rich_help_panel=NETWORK, help="Plain text to run; repeatable."),
+]
+Split_ = Annotated[
+    Split,
+    typer.Option(
+        "--split", rich_help_panel=NETWORK,
+        help="Examples are lines, or windows of running text; auto: lines for encoders.",
+    ),
+]  # fmt: skip
+Length = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", rich_help_panel=NETWORK,
+        help="Most tokens of an example; without it, 512 for windows and 256 for lines.",
+    ),
+]  # fmt: skip
 Against = Annotated[
     Path | None,
     typer.Option(help="The original checkpoint: measure everything again from the two files.", metavar="ORIGINAL"),

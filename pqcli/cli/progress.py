@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LEAST_NAME = 12
 """Cells below which a bar does not show the tensor's name."""
 LONGEST_STAGE = len("calibrating")
-_UNITS = {"searching": "", "loading": "", "calibrating": "tokens"}
+_UNITS = {"searching": "", "loading": "", "calibrating": "tokens", "comparing": "batches"}
 """What is counted, where it is not weights."""
 
 

@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pqcli.cli.options import Command, ComputeDtype, Force, Group, Json, Quiet, Split, examples
+from pqcli.cli.options import (
+    NETWORK,
+    Command,
+    ComputeDtype,
+    Force,
+    Group,
+    Json,
+    Length,
+    MoreTexts,
+    Quiet,
+    Split,
+    Split_,
+    Texts,
+    examples,
+)
 from pqcli.cli.running import run
 from pqcli.errors import UsageError
 
@@ -26,33 +40,32 @@ def calibrate(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder: config, tokenizer, weights.")
     ],
-    more: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="More texts, as --text *.txt gives them.")
-    ] = None,
+    more: MoreTexts = None,
     *,
-    text: Annotated[
-        list[Path] | None, typer.Option("--text", metavar="FILE...", help="Plain text to run; repeatable.")
-    ] = None,
+    text: Texts = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "-o", "--output", metavar="FILE", help="Where to write; without it, NAME.stats.safetensors beside FOLDER."
         ),
     ] = None,
-    split: Annotated[
-        Split, typer.Option(help="Examples are lines, or windows of running text; auto: lines for encoders.")
-    ] = Split.auto,
+    split: Split_ = Split.auto,
     samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Examples, drawn at random; without it, 128 windows or 2048 lines.")
-    ] = None,
-    length: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Most tokens of an example; without it, 512 for windows and 256 for lines."),
+        typer.Option(
+            metavar="N",
+            rich_help_panel=NETWORK,
+            help="Examples, drawn at random; without it, 128 windows or 2048 lines.",
+        ),
     ] = None,
+    length: Length = None,
     batch: Annotated[
-        int | None, typer.Option(metavar="N", help="Examples at once; without it, 4 windows or 32 lines.")
+        int | None,
+        typer.Option(metavar="N", rich_help_panel=NETWORK, help="Examples at once; without it, 4 windows or 32 lines."),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Draws the examples, and labels or projections.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", rich_help_panel=NETWORK, help="Draws the examples, and labels or projections.")
+    ] = 0,
     gradients: Annotated[
         bool,
         typer.Option(
@@ -63,11 +76,14 @@ def calibrate(
         int, typer.Option(metavar="N", help="Inputs wider than this keep blocks of their moments only.")
     ] = 4096,
     block_width: Annotated[int, typer.Option(metavar="N", help="Width of those blocks.")] = 512,
-    dtype: Annotated[ComputeDtype, typer.Option(help="What the model computes in.")] = ComputeDtype.float32,
+    dtype: Annotated[
+        ComputeDtype, typer.Option(rich_help_panel=NETWORK, help="What the model computes in.")
+    ] = ComputeDtype.float32,
     device: Annotated[
         str,
         typer.Option(
             metavar="DEVICE",
+            rich_help_panel=NETWORK,
             autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
             help="Where the model runs: auto, cpu, cuda, cuda:0, mps.",
         ),

@@ -19,6 +19,7 @@ from pqcli.cli.readable import elide, visible
 from pqcli.reports.figures import Report
 
 if TYPE_CHECKING:
+    from pqcli.jobs.compare import Comparison
     from pqcli.jobs.preview import Preview
     from pqcli.jobs.statistics import Seen
     from pqcli.plan.plan import PlanEntry
@@ -336,3 +337,31 @@ def statistics_table(rows: Sequence[Seen], width: int | None, *, ascii_only: boo
 
 def _gradient(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
+
+
+def comparison_lines(found: Comparison, width: int | None, *, ascii_only: bool = False) -> list[Text]:
+    """How far a network is from what it was: a line a figure, then a row a layer where they were compared."""
+    figures = [
+        ("examples", f"{found.n_examples:,}"),
+        ("relative MSE of the output", readable.error(found.relative_mse)),
+        ("cosine of the output", f"{found.cosine:.5f}"),
+        ("KL divergence", _figure(found.kl_divergence, "{:.5f} nats")),
+        ("same most likely class", _figure(found.agreement, "{:.2%}")),
+        ("perplexity, original", _figure(found.dense_perplexity, "{:.4g}")),
+        ("perplexity, decoded", _figure(found.perplexity, "{:.4g}")),
+        ("same nearest neighbour", _figure(found.neighbours, "{:.2%}")),
+    ]
+    lines = [Text(), Text("the network, decoded weights against the original's:", style="bold")]
+    lines += [Text(f"  {title:<27} {value}") for title, value in figures if value]
+    if found.layers:
+        columns = [
+            Column("output of", [visible(layer.name) for layer in found.layers], left=True, least=FEWEST_CELLS),
+            Column("rel. MSE", [readable.error(layer.relative_mse) for layer in found.layers]),
+            Column("cosine", [f"{layer.cosine:.5f}" for layer in found.layers]),
+        ]
+        lines += [Text(), *lay_out(columns, [""] * len(found.layers), width, ascii_only=ascii_only)]
+    return lines
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -17,7 +17,7 @@ import torch
 from pqcli.errors import MissingExtraError, StatsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 _OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 INSTALL = "pip install 'pqcli[transformers]'"
@@ -60,8 +60,10 @@ class Runnable:
         return not (self.is_causal or self.is_pair)
 
 
-def load(folder: Path, dtype: str = "float32") -> Runnable:
+def load(folder: Path, dtype: str = "float32", weights: Mapping[str, torch.Tensor] | None = None) -> Runnable:
     """The model of a folder, in evaluation mode on the CPU, none of its parameters asking for gradients.
+
+    `weights` take the place of those in the folder, by the names of its checkpoint.
 
     Raises MissingExtraError without transformers, and StatsError where the folder is none of its models, reads
     something else than text, or would need code of its own.
@@ -73,8 +75,9 @@ def load(folder: Path, dtype: str = "float32") -> Runnable:
         config = transformers.AutoConfig.from_pretrained(str(folder), **_OFFLINE)
         tokenizer = _tokenizer(transformers, folder)
         kind = _class_of(transformers, config)
+        place, given = (str(folder), {}) if weights is None else (None, {"state_dict": dict(weights)})
         model, report = kind.from_pretrained(
-            str(folder), config=config, dtype=getattr(torch, dtype), output_loading_info=True, **_OFFLINE
+            place, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **given, **_OFFLINE
         )
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise StatsError(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pqcli.integrations.loading import Runnable
     from pqcli.integrations.texts import Batch
 
+IGNORED = -100
+"""The label of what is not to be guessed, as in transformers."""
 MASKED = 0.15
 """Share of the tokens that a masked language model gets to guess, as in its training."""
 
@@ -35,6 +37,13 @@ def output_of(runnable: Runnable, batch: Batch, generator: torch.Generator | Non
     return output if runnable.pooling is None else pooled(output.last_hidden_state, mask, runnable.pooling)
 
 
+def labels_of(runnable: Runnable, batch: Batch) -> torch.Tensor | None:
+    """What the model should have said, -100 where nobody knows; None for models that are not asked for text."""
+    if runnable.is_pair:
+        return batch.ids[:, _half(batch.ids) :]
+    return torch.where(batch.mask.bool(), batch.ids, IGNORED) if runnable.is_causal else None
+
+
 def pooled(hidden: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
     """Unit vectors (examples, c) of sentences from hidden states (examples, time, c)."""
     if how == "cls":
@@ -53,10 +62,14 @@ def _pair(runnable: Runnable, ids: torch.Tensor) -> Any:
     config = runnable.model.config
     candidates = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
     start = next((token for token in candidates if token is not None), 0)
-    half = max(ids.shape[1] // 2, 1)
+    half = _half(ids)
     written = torch.cat([torch.full_like(ids[:, :1], start), ids[:, half:-1]], 1)
     inputs = {"input_ids": ids[:, :half], "decoder_input_ids": written, "use_cache": False}
     return runnable.model(**_accepted(runnable, inputs))
+
+
+def _half(ids: torch.Tensor) -> int:
+    return max(ids.shape[1] // 2, 1)
 
 
 def _masked(runnable: Runnable, ids: torch.Tensor, mask: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -167,13 +167,15 @@ class Examples:
     batch: int
 
 
-def drawn(runnable: Runnable, paths: Sequence[Path], sampling: Sampling) -> Examples:
-    """Examples for a model."""
+def drawn(
+    runnable: Runnable, paths: Sequence[Path], sampling: Sampling, n_windows: int = N_WINDOWS, n_lines: int = N_LINES
+) -> Examples:
+    """Examples for a model; `n_windows` or `n_lines` of them where the sampling leaves it open."""
     split = sampling.split
     if split == "auto":
         split = "lines" if runnable.reads_sentences else "windows"
     n, length, batch = (
-        (N_LINES, LINE_LENGTH, LINES_AT_ONCE) if split == "lines" else (N_WINDOWS, WINDOW_LENGTH, WINDOWS_AT_ONCE)
+        (n_lines, LINE_LENGTH, LINES_AT_ONCE) if split == "lines" else (n_windows, WINDOW_LENGTH, WINDOWS_AT_ONCE)
     )
     if runnable.max_length is not None:
         length = min(length, runnable.max_length)

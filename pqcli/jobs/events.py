@@ -11,6 +11,7 @@ encoding    weights quantized and coded                      compress; once for 
 measuring   weights decoded and compared                     compress, report
 decoding    weights decoded                                  decode
 verifying   weights decoded and checked                      verify
+comparing   batches that have run through both networks      compare
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 class Event:
     """`done` of `total` units of a stage, the last of them on the tensor `name`.
 
-    The unit is weights, tokens, or drafts.
+    The unit is weights, tokens, batches, or drafts.
     """
 
     stage: str
