@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from pqcli.limits import Limits
 from pqcli.recipe.recipe import Recipe
 from pqcli.recipe.settings import MAIN, PLAIN, Setting, options_of
 
@@ -23,6 +25,8 @@ RUNNING = "Files and messages"
 """The panel of options that every command has some of."""
 NETWORK = "Running the network"
 """The panel of options about a model and the text that it runs on."""
+LIMITS = "For experts: what a file may cost to understand"
+"""The panel of the budgets that keep a stranger's file from filling memory."""
 
 
 class _PlainHelp:
@@ -145,6 +149,13 @@ Length = Annotated[
     typer.Option(
         metavar="N", rich_help_panel=NETWORK,
         help="Most tokens of an example; without it, 512 for windows and 256 for lines.",
+    ),
+]  # fmt: skip
+Limit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=N", rich_help_panel=LIMITS, autocompletion=lambda: [f"{field.name}=" for field in fields(Limits)],
+        help="Raise a limit that a message names, for a file that you trust; repeatable.",
     ),
 ]  # fmt: skip
 Against = Annotated[
