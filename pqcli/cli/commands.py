@@ -6,6 +6,7 @@ errors in arguments, inputs and outputs come at once. Every failure leaves throu
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,6 +117,8 @@ def compress(
                 src, output, recipe, device=device, force=force, verify=not no_verify, progress=hook, limits=limits
             )
         console.summary(report)
+        if recipe.whole_codec and not recipe.stats:
+            console.note(_what_statistics_are_for(src))
 
     run(work, json=json, quiet=quiet)
 
@@ -370,6 +373,13 @@ def presets(json: Json = False) -> None:
             console.presets(found)
 
     run(work, json=json)
+
+
+def _what_statistics_are_for(src: Path) -> str:
+    """A line for those who compressed without statistics, with a codec that can use them."""
+    can_run = src.is_dir() and (src / "config.json").is_file()
+    how = f"`pqcli calibrate {shlex.quote(str(src))} --text FILE`" if can_run else "`pqcli.collect(model)` in Python"
+    return f"the same bytes can harm the network's output less: give --stats the statistics that {how} makes"
 
 
 def _check_comparison(model: Path | None, texts: Sequence[Path], form: Format, *, by_layer: bool) -> None:

@@ -389,3 +389,19 @@ def test_without_transformers_the_message_says_what_to_install(tmp_path, text, m
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'pqcli\[transformers\]'"):
         calibrate.calibrate(folder, [text])
+
+
+def test_compress_says_once_what_statistics_are_for_where_they_could_be_used(tmp_path):
+    """Not with plain PQ, not where they were given, and never in JSON or when quiet."""
+    from typer.testing import CliRunner
+
+    from pqcli.cli.commands import app
+
+    folder = bert(tmp_path / "bert")
+    budget = ["--codec", "ecpq", "--target-bits", "3"]
+    for options, said in ((budget, 1), ([], 0), ([*budget, "--quiet"], 0), ([*budget, "--json"], 0)):
+        done = CliRunner().invoke(
+            app, ["compress", str(folder), "-o", str(tmp_path / "out.pq.safetensors"), "--force", *options]
+        )
+        assert done.exit_code == 0, done.output
+        assert done.stderr.count("pqcli calibrate") == said
