@@ -398,7 +398,7 @@ def test_compress_says_once_what_statistics_are_for_where_they_could_be_used(tmp
     from pqcli.cli.commands import app
 
     folder = bert(tmp_path / "bert")
-    budget = ["--codec", "ecpq", "--target-bits", "3"]
+    budget = ["--target-bits", "3"]
     for options, said in ((budget, 1), ([], 0), ([*budget, "--quiet"], 0), ([*budget, "--json"], 0)):
         done = CliRunner().invoke(
             app, ["compress", str(folder), "-o", str(tmp_path / "out.pq.safetensors"), "--force", *options]
