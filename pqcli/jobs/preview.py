@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,17 +41,25 @@ class Preview:
     dropped: tuple[str, ...]
 
 
-def preview(source: str | Path, output: str | Path | None = None, recipe: Recipe | None = None) -> Preview:
+def preview(
+    source: str | Path,
+    output: str | Path | None = None,
+    recipe: Recipe | None = None,
+    *,
+    base: str | Path | Sequence[str | Path] = (),
+) -> Preview:
     """What `compress` with the same arguments would do.
 
-    Plain PQ needs the headers alone. What codecs with streams will do depends on the weights: they are rehearsed, in a
-    temporary folder, which takes as long as compressing.
+    Plain PQ needs the headers alone. What codecs with streams will do, and what a base spares, depends on the weights:
+    they are rehearsed, in a temporary folder, which takes as long as compressing.
     """
     recipe = recipe or Recipe()
     with compressing.opened(source, recipe) as checkpoint:
         seen = _from_headers(checkpoint, output, recipe)
-        is_known = all(entry.scheme for entry in seen.plan.entries if entry.action not in {"keep", "alias"})
-        return seen if is_known else _rehearsed(checkpoint, seen, recipe)
+        coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
+        bases = compressing.bases_of(base)
+        is_known = all(entry.scheme for entry in coded) and not bases
+        return seen if is_known else _rehearsed(checkpoint, seen, recipe, bases)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
@@ -59,7 +68,9 @@ def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     compressing.check_output(seen.output, seen.source, force=force)
 
 
-def explain(source: str | Path, recipe: Recipe | None = None) -> list[Choice]:
+def explain(
+    source: str | Path, recipe: Recipe | None = None, *, base: str | Path | Sequence[str | Path] = ()
+) -> list[Choice]:
     """How `--codec auto` decides: for every tensor the candidates with their measured bits, error and cost."""
     from pqcli.codecs.auto.choosing import choose
 
@@ -67,7 +78,8 @@ def explain(source: str | Path, recipe: Recipe | None = None) -> list[Choice]:
     with compressing.opened(source, recipe) as checkpoint, tempfile.TemporaryDirectory() as folder:
         plan = plans.make(recipe, checkpoint.tensors)
         device, target = torch.device("cpu"), Path(folder) / "none"
-        with compressing.compression(checkpoint, plan, recipe, device, target) as work:
+        bases = compressing.bases_of(base)
+        with compressing.compression(checkpoint, plan, recipe, device, target, bases=bases) as work:
             survey = work.prepared()
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
@@ -86,10 +98,10 @@ def _from_headers(checkpoint: Checkpoint, output: str | Path | None, recipe: Rec
     )
 
 
-def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe) -> Preview:
+def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, bases: Sequence[Path]) -> Preview:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / f"rehearsal{SUFFIX}"
-        report = compressing.compress_opened(checkpoint, target, recipe, torch.device("cpu"), verify=False)
+        report = compressing.compress_opened(checkpoint, target, recipe, torch.device("cpu"), verify=False, bases=bases)
     entries = tuple(
         replace(entry, action=found.action, reason=found.reason, predicted_bytes=found.bytes)
         for entry, found in zip(seen.plan.entries, report.tensors, strict=True)

@@ -4,6 +4,7 @@
     Coded   by a codec whose streams lie end to end in one entry, `pqcli.coded`
     Kept    bit for bit
     Alias   another name of an earlier tensor
+    Same    the tensor that the file's base has under that name
 
 Each value knows the bytes that it takes and nothing that belongs to another. How records look in a file is the
 container's matter (`pqcli.container.manifest`).
@@ -77,7 +78,14 @@ class Alias:
     action: ClassVar = "alias"
 
 
-Coding = Plain | Coded | Kept | Alias
+@dataclass(frozen=True)
+class Same:
+    """The base's tensor of the same name, in the record's dtype."""
+
+    action: ClassVar = "base"
+
+
+Coding = Plain | Coded | Kept | Alias | Same
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ class Record:
     """One tensor: its header, what it is coded as, why (`reason`), and the kind of layer it belongs to.
 
     `zero_bytes` is the length of what tells its exact zeros (`pqcli.codecs.zeros`); None where that is nothing.
+    `difference` says that what is coded is the difference to the base's tensor (`pqcli.codecs.difference`).
     """
 
     info: TensorInfo
@@ -92,6 +101,7 @@ class Record:
     reason: str = ""
     kind: str = ""
     zero_bytes: int | None = None
+    difference: bool = False
 
     @property
     def name(self) -> str:
@@ -100,8 +110,13 @@ class Record:
 
     @property
     def action(self) -> str:
-        """What files call it: "keep", "alias", or a codec's name."""
+        """What files call it: "keep", "alias", "base", or a codec's name."""
         return self.coding.action
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether decoding it takes the base's tensor of the same name."""
+        return self.difference or isinstance(self.coding, Same)
 
     @property
     def quantized(self) -> bool:
@@ -139,7 +154,7 @@ class Record:
     def payload_bytes(self) -> int:
         """Bytes that this tensor takes in the file, without header and manifest."""
         coding = self.coding
-        if isinstance(coding, Alias):
+        if isinstance(coding, Alias | Same):
             return 0
         if isinstance(coding, Plain):
             return coding.codebook_bytes + self.assignment_bytes + (self.zero_bytes or 0)

@@ -106,7 +106,7 @@ class _Reading:
         if seen.axis == 0:
             self.turned.add(record.name)
         if seen.gradient is None:
-            weight = as_matrix(self._weights.coded(record.name), record)
+            weight = as_matrix(self._weights.original(record.name), record)
             across = weight if seen.axis == 1 else weight.T
             self.energies[record.name] = float(np.einsum("ij,ij->", across @ matrix, across)) / len(across)
         return Moments(matrix, seen.n_samples, seen.gradient, noise=seen.noise)
@@ -132,7 +132,7 @@ class _Reading:
             )
         gradient = seen.lookup_gradient
         if gradient is None:
-            matrix = as_matrix(self._weights.coded(record.name), record)
+            matrix = as_matrix(self._weights.original(record.name), record)
             gradient = 1 / max(float(frequency @ np.square(matrix, dtype=np.float64).mean(1)), 1e-30)
         return RowImportance.of(frequency * seen.n_lookups, gradient, inputs, seen.row_gradient)
 
