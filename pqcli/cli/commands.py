@@ -6,7 +6,7 @@ errors in arguments, inputs and outputs come at once. Every failure leaves throu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 from pqcli.atomic import check_target
 from pqcli.cli.options import (
     Against,
+    Base,
     Command,
     Config,
     Device,
@@ -25,6 +26,7 @@ from pqcli.cli.options import (
     Format,
     Json,
     NoVerify,
+    OfBase,
     Output,
     Quiet,
     Source,
@@ -32,7 +34,7 @@ from pqcli.cli.options import (
     takes_recipe,
 )
 from pqcli.cli.running import run
-from pqcli.container.peek import check_container
+from pqcli.container.peek import check_container, is_container
 from pqcli.errors import CheckFailedError
 from pqcli.version import __version__
 
@@ -72,6 +74,7 @@ def _root(
         "pqcli compress model.pt --target-size 6MB --codec trellis",
         "pqcli compress model.pt --config transformer --dry-run",
         "pqcli compress model.pt --quality balanced --exclude 'lm_head*'",
+        "pqcli compress tuned.pt --base model.pt --codec trellis",
     ),
 )
 @takes_recipe
@@ -80,6 +83,7 @@ def compress(
     output: Output = None,
     *,
     config: Config = None,
+    base: Base = None,
     dry_run: DryRun = False,
     device: Device = "auto",
     force: Force = False,
@@ -93,11 +97,12 @@ def compress(
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings, device)
         _check_source(src)
+        _check_bases(base)
         _check_output(output, src, force=force)
         if dry_run:
             from pqcli.jobs import preview
 
-            found = preview.preview(src, output, recipe)
+            found = preview.preview(src, output, recipe, base=base or ())
             preview.check_possible(found, device, force=force)
             console.plan(found)
             return
@@ -105,7 +110,14 @@ def compress(
 
         with console.progress(src.name) as hook:
             report = compress.compress(
-                src, output, recipe, device=device, force=force, verify=not no_verify, progress=hook
+                src,
+                output,
+                recipe,
+                device=device,
+                force=force,
+                verify=not no_verify,
+                base=base or (),
+                progress=hook,
             )
         console.summary(report)
 
@@ -125,6 +137,7 @@ def plan(
     src: Source,
     *,
     config: Config = None,
+    base: Base = None,
     explain: Annotated[
         bool,
         flag("--explain", help="Show how --codec auto decides: candidates, bits, error, cost (reads the weights)."),
@@ -137,17 +150,24 @@ def plan(
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings)
         _check_source(src)
+        _check_bases(base)
         from pqcli.jobs import preview
 
         if explain:
-            console.choices(preview.explain(src, recipe))
+            console.choices(preview.explain(src, recipe, base=base or ()))
         else:
-            console.plan(preview.preview(src, None, recipe))
+            console.plan(preview.preview(src, None, recipe, base=base or ()))
 
     run(work, json=json)
 
 
-@app.command(cls=Command, epilog=examples("pqcli decode model.pq.safetensors -o model.safetensors"))
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "pqcli decode model.pq.safetensors -o model.safetensors",
+        "pqcli decode tuned.pq.safetensors --base model.pt",
+    ),
+)
 def decode(
     file: File,
     output: Annotated[
@@ -162,6 +182,7 @@ def decode(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Convert floating tensors; without it, they are as in the source.")
     ] = None,
+    base: OfBase = None,
     force: Force = False,
     no_verify: NoVerify = False,
     json: Json = False,
@@ -171,11 +192,18 @@ def decode(
 
     def work(console: Console) -> None:
         check_container(file)
+        _check_bases(base)
         from pqcli.jobs import decode
 
         with console.progress(file.name) as hook:
             target = decode.decode(
-                file, output, dtype=dtype.value if dtype else None, force=force, verify=not no_verify, progress=hook
+                file,
+                output,
+                dtype=dtype.value if dtype else None,
+                force=force,
+                verify=not no_verify,
+                base=base or (),
+                progress=hook,
             )
         if json:
             console.json({"input": str(file), "output": str(target), "output_bytes": _size(target)})
@@ -189,6 +217,7 @@ def decode(
 def report(
     file: File,
     against: Against = None,
+    base: OfBase = None,
     format_: Annotated[Format, typer.Option("--format", help="Form of the report.")] = Format.table,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="PATH", help="Write to this file; without it, to stdout.")
@@ -219,11 +248,12 @@ def report(
         check_container(file)
         if against:
             _check_source(against)
+        _check_bases(base)
         _check_output(output, file, force=force)
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
-            found = report.report(file, against, progress=hook)
+            found = report.report(file, against, base=base or (), progress=hook)
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
@@ -260,17 +290,18 @@ def inspect(
 
 
 @app.command(cls=Command, epilog=examples("pqcli verify model.pq.safetensors --against model.pt"))
-def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet = False) -> None:
+def verify(file: File, against: Against = None, base: OfBase = None, json: Json = False, quiet: Quiet = False) -> None:
     """Check structure and hashes; with the original, that kept tensors are identical and errors as reported."""
 
     def work(console: Console) -> None:
         check_container(file)
         if against:
             _check_source(against)
+        _check_bases(base)
         from pqcli.jobs import verify
 
         with console.progress(file.name) as hook:
-            findings = verify.verify(file, against, progress=hook)
+            findings = verify.verify(file, against, base=base or (), progress=hook)
         left_out = verify.left_out(file) if against else ()
         if left_out:
             console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
@@ -309,6 +340,13 @@ def _check_source(path: Path) -> None:
     from pqcli import checkpoint
 
     checkpoint.sniff(path)
+
+
+def _check_bases(bases: Sequence[Path] | None) -> None:
+    """Likewise for bases, which may be containers."""
+    for path in bases or ():
+        if not is_container(path):
+            _check_source(path)
 
 
 def _check_output(output: Path | None, source: Path, *, force: bool) -> None:

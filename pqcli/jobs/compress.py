@@ -196,7 +196,8 @@ def compress_opened(
     ):
         check_space(target, COPIES * work.expected_bytes())
         size = work.finish(work.coded(work.prepared()), verify=verify)
-        records, tensors = work.writer.records, work.tensor_reports()
+        records, tensors, warnings = work.writer.records, work.tensor_reports(), work.all_warnings()
+        base = base_report(work.base_name(), work.records)
     return Report(
         source=str(checkpoint.path),
         output=str(target),
@@ -207,8 +208,8 @@ def compress_opened(
         dropped=dropped(checkpoint),
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
-        warnings=work.all_warnings(),
-        base=base_report(work.base_name(), records),
+        warnings=warnings,
+        base=base,
     )
 
 
@@ -326,10 +327,14 @@ class Compression:
             return self.warnings
         return (*self.warnings, f"'{self.beside.base.path}' spares nothing: {_useless(self.beside)}")
 
+    @property
+    def records(self) -> list[Record]:
+        """The records of the finished file, those of small kept tensors with their shares of what they lie in."""
+        return with_bundle_shares(self.writer.records, len(self.writer.bundle))
+
     def tensor_reports(self) -> tuple[TensorReport, ...]:
         """What became of every tensor of the finished file."""
-        pieces = self.writer.pieces
-        records = with_bundle_shares([piece.record for piece in pieces], len(self.writer.bundle))
+        pieces, records = self.writer.pieces, self.records
         return tuple(
             tensor_report(record, StoredError.of(piece.error) if piece.error else None, piece.use)
             for record, piece in zip(records, pieces, strict=True)
