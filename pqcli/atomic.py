@@ -220,13 +220,13 @@ _CHANGING = threading.Lock()
 
 
 @contextlib.contextmanager
-def temporary_beside(real: Path, *, is_folder: bool = False) -> Iterator[tuple[Path, int]]:
+def temporary_beside(real: Path, *, is_folder: bool = False, suffix: str = "") -> Iterator[tuple[Path, int]]:
     """A new file (or folder) beside `real`, locked, and its descriptor; gone after the block unless `move` took it.
 
-    What dead processes left of the same target is removed first.
+    What dead processes left of the same target is removed first. The name ends in `suffix`, a dot and letters.
     """
     _remove_stale(real)
-    path, descriptor = _made_beside(real, is_folder=is_folder)
+    path, descriptor = _made_beside(real, is_folder=is_folder, suffix=suffix)
     try:
         yield path, descriptor
     finally:
@@ -280,9 +280,9 @@ def lock(descriptor: int) -> bool | None:
     return True
 
 
-def _made_beside(real: Path, *, is_folder: bool) -> tuple[Path, int]:
+def _made_beside(real: Path, *, is_folder: bool, suffix: str) -> tuple[Path, int]:
     while True:
-        path = real.with_name(f"{_prefix(real)}{secrets.token_hex(8)}.pqcli")
+        path = real.with_name(f"{_prefix(real)}{secrets.token_hex(8)}.pqcli{suffix}")
         with _CHANGING:
             _LIVE.add(path)
             try:
@@ -311,7 +311,7 @@ def _prefix(real: Path) -> str:
 
 def _remove_stale(real: Path) -> None:
     """Remove the temporary files of this target whose processes are dead."""
-    is_ours = re.compile(re.escape(_prefix(real)) + r"[0-9a-f]{16}\.pqcli").fullmatch
+    is_ours = re.compile(re.escape(_prefix(real)) + r"[0-9a-f]{16}\.pqcli(\.[a-z]+)?").fullmatch
     with contextlib.suppress(OSError):
         for name in filter(is_ours, os.listdir(real.parent)):  # noqa: PTH208 - names alone, of any number of files
             with contextlib.suppress(OSError):

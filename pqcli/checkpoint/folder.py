@@ -66,7 +66,6 @@ _KNOWN_FOLDERS = (
 )
 """Folders of training frameworks, told by a file in them."""
 _INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
-_MAX_INDEX = 256 << 20
 _SHOWN = 5
 _MAX_SUBFOLDERS = 200
 _MAX_FILES = 20_000
@@ -236,11 +235,13 @@ def _is_checkpoint(path: Path) -> bool:
 def _read_index(folder: Path, name: str, limits: Limits) -> Index:
     path = folder / name
     with reading(path):
-        if path.stat().st_size > _MAX_INDEX:
-            raise CheckpointError(f"'{path}' has {path.stat().st_size:,} bytes; that is no shard index")
-        text = path.read_bytes()
+        n_bytes = path.stat().st_size
+    budget = Budget(limits)
     try:
-        index = Budget(limits).json(text)
+        budget.length(n_bytes, "it")
+        with reading(path):
+            text = path.read_bytes()
+        index = budget.json(text)
         weight_map = index["weight_map"]
         places = list(weight_map.items())
         metadata = index.get("metadata")

@@ -25,6 +25,7 @@ from pqcli.cli.options import (
     Force,
     Format,
     Json,
+    Limit,
     NoVerify,
     OfBase,
     Output,
@@ -36,6 +37,7 @@ from pqcli.cli.options import (
 from pqcli.cli.running import run
 from pqcli.container.peek import check_container, is_container
 from pqcli.errors import CheckFailedError
+from pqcli.limits import limits_of
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ def compress(
     device: Device = "auto",
     force: Force = False,
     no_verify: NoVerify = False,
+    limit: Limit = None,
     json: Json = False,
     quiet: Quiet = False,
     **settings: Any,
@@ -96,13 +99,14 @@ def compress(
 
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings, device)
+        limits = limits_of(limit or ())
         _check_source(src)
         _check_bases(base)
         _check_output(output, src, force=force)
         if dry_run:
             from pqcli.jobs import preview
 
-            found = preview.preview(src, output, recipe, base=base or ())
+            found = preview.preview(src, output, recipe, base=base or (), limits=limits)
             preview.check_possible(found, device, force=force)
             console.plan(found)
             return
@@ -118,6 +122,7 @@ def compress(
                 verify=not no_verify,
                 base=base or (),
                 progress=hook,
+                limits=limits,
             )
         console.summary(report)
 
@@ -142,21 +147,22 @@ def plan(
         bool,
         flag("--explain", help="Show how --codec auto decides: candidates, bits, error, cost (reads the weights)."),
     ] = False,
+    limit: Limit = None,
     json: Json = False,
     **settings: Any,
 ) -> None:
     """Show what compress would do to each tensor, why, and the size it would give; write nothing."""
 
     def work(console: Console) -> None:
-        recipe = _recipe(console, config, settings)
+        recipe, limits = _recipe(console, config, settings), limits_of(limit or ())
         _check_source(src)
         _check_bases(base)
         from pqcli.jobs import preview
 
         if explain:
-            console.choices(preview.explain(src, recipe, base=base or ()))
+            console.choices(preview.explain(src, recipe, base=base or (), limits=limits))
         else:
-            console.plan(preview.preview(src, None, recipe, base=base or ()))
+            console.plan(preview.preview(src, None, recipe, base=base or (), limits=limits))
 
     run(work, json=json)
 
@@ -185,13 +191,15 @@ def decode(
     base: OfBase = None,
     force: Force = False,
     no_verify: NoVerify = False,
+    limit: Limit = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         _check_bases(base)
         from pqcli.jobs import decode
 
@@ -204,6 +212,7 @@ def decode(
                 verify=not no_verify,
                 base=base or (),
                 progress=hook,
+                limits=limits,
             )
         if json:
             console.json({"input": str(file), "output": str(target), "output_bytes": _size(target)})
@@ -232,6 +241,7 @@ def report(
         ),
     ] = None,
     force: Force = False,
+    limit: Limit = None,
     json: Annotated[bool, flag("--json", help="Same as --format json.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -245,7 +255,8 @@ def report(
             checks.check_sortable(sort)
         for text in fail_above or []:
             checks.check_condition(text)
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         if against:
             _check_source(against)
         _check_bases(base)
@@ -253,7 +264,7 @@ def report(
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
-            found = report.report(file, against, base=base or (), progress=hook)
+            found = report.report(file, against, base=base or (), progress=hook, limits=limits)
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
@@ -272,15 +283,17 @@ def report(
 def inspect(
     file: File,
     tensor: Annotated[list[str] | None, typer.Option(help="Only this tensor; repeatable.", metavar="NAME")] = None,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Show what a container holds: format version, features, source, recipe, and each tensor's record."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         from pqcli.jobs import report
 
-        found = report.inspect(file, tensor)
+        found = report.inspect(file, tensor, limits=limits)
         if json:
             console.json(found)
         else:
@@ -290,19 +303,28 @@ def inspect(
 
 
 @app.command(cls=Command, epilog=examples("pqcli verify model.pq.safetensors --against model.pt"))
-def verify(file: File, against: Against = None, base: OfBase = None, json: Json = False, quiet: Quiet = False) -> None:
+def verify(
+    file: File,
+    against: Against = None,
+    *,
+    base: OfBase = None,
+    limit: Limit = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Check structure and hashes; with the original, that kept tensors are identical and errors as reported."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         if against:
             _check_source(against)
         _check_bases(base)
         from pqcli.jobs import verify
 
         with console.progress(file.name) as hook:
-            findings = verify.verify(file, against, base=base or (), progress=hook)
-        left_out = verify.left_out(file) if against else ()
+            findings = verify.verify(file, against, base=base or (), progress=hook, limits=limits)
+        left_out = verify.left_out(file, limits=limits) if against else ()
         if left_out:
             console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
         if json:

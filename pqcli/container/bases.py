@@ -9,7 +9,7 @@ several candidates serve so far, the hash of all that is needed decides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +19,7 @@ from pqcli.container.naming import BaseName, BaseTensor, hash_of, hinted
 from pqcli.container.peek import is_container
 from pqcli.core.digests import tensor_hash
 from pqcli.errors import BaseError, CheckpointError, ContainerError
+from pqcli.limits import Limits
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Record, Same
 
@@ -49,19 +50,20 @@ class Search:
 
     given: tuple[Path, ...] = ()
     chain: tuple[Path, ...] = ()
+    limits: Limits | None = None
 
     @staticmethod
-    def among(given: str | Path | Given) -> Search:
-        """A search among one path, or several."""
+    def among(given: str | Path | Given, limits: Limits | None = None) -> Search:
+        """A search among one path, or several; what is found may claim what `limits` allow."""
         paths = [given] if isinstance(given, str | Path) else given
-        return Search(tuple(map(Path, paths)))
+        return Search(tuple(map(Path, paths)), limits=limits)
 
     def from_(self, file: Path) -> Search:
         """The search for the base of that file, which is not its own. Raises BaseError for a chain without end."""
         chain = (*self.chain, file)
         if len(chain) > LONGEST_CHAIN:
             raise BaseError(f"{chain[0]}: more than {LONGEST_CHAIN} containers are each other's bases")
-        return Search(self.given, chain)
+        return replace(self, chain=chain)
 
 
 def open_base(path: Path, search: Search) -> Base:
@@ -69,8 +71,8 @@ def open_base(path: Path, search: Search) -> Base:
 
     Raises CheckpointError, ContainerError, or BaseError where a container would be its own base.
     """
-    if not is_container(path):
-        checkpoint = checkpoints.open(path)
+    if not is_container(path, search.limits):
+        checkpoint = checkpoints.open(path, limits=search.limits)
         infos = {info.name: info for info in checkpoint.tensors}
         return Base(path, infos, checkpoint.read, checkpoint.close, checkpoint)
     for file in search.chain:
@@ -79,7 +81,7 @@ def open_base(path: Path, search: Search) -> Base:
             raise BaseError(f"{path}: would be its own base ({way})")
     from pqcli.container.reader import Container  # which finds its base here
 
-    container = Container(path, search=search)
+    container = Container(path, search.limits, search)
     return Base(path, {info.name: info for info in container.infos}, container.decode, container.close)
 
 

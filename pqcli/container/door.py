@@ -30,7 +30,8 @@ from pqcli.container.limits import DENSE_BYTES_PER_BYTE, TENSOR_BYTES, TEXT_SHAR
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, parse_manifest
 from pqcli.core.digests import HASH_BYTES
 from pqcli.core.pq import packing
-from pqcli.errors import ContainerError
+from pqcli.errors import ContainerError, DamagedError
+from pqcli.limits import OverLimitError, hint
 from pqcli.tensors.info import ITEM_BYTES
 from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, Same, StoredError
 
@@ -59,6 +60,8 @@ def admit(entries: Entries, limits: Limits) -> Admitted:
         _check_entries(entries, manifest)
         _check_structure(manifest.source.skeleton, limits.json_bytes)
         return Admitted(manifest, index, *_figures(entries, manifest))
+    except OverLimitError as error:
+        raise DamagedError(f"{entries.path}: {error}") from None
     except ValueError as error:
         raise entries.damaged(str(error)) from None
 
@@ -73,6 +76,8 @@ def _manifest(entries: Entries, limits: Limits) -> Manifest:
         text = inflate(entries.read(MANIFEST), (limits.json_bytes + extra) // TEXT_SHARE)
         plain = parse_json(text, limits.json_bytes + extra)
         features, version = _needs(plain)
+    except OverLimitError as error:
+        raise OverLimitError(f"the manifest is {error}") from None
     except ValueError as error:
         raise ValueError(f"the manifest cannot be read ({error})") from None
     unknown = sorted(set(features) - known_features())
@@ -200,9 +205,9 @@ def _check_expansion(manifest: Manifest, n_bytes: int, limits: Limits) -> None:
     for record in manifest.tensors:
         dense += 0 if isinstance(record.coding, Alias) or record.needs_base else record.info.n_bytes
         if dense > most:
-            raise ValueError(
+            raise OverLimitError(
                 f"tensor {record.name!r} brings what it holds to {dense:,} bytes, more than the {most:,} that are "
-                f"allowed for {n_bytes:,} bytes of data (Limits.decoded_bytes)"
+                f"allowed for {n_bytes:,} bytes of data; {hint('decoded_bytes')}"
             )
 
 
@@ -213,10 +218,9 @@ def _check_entries(entries: Entries, manifest: Manifest) -> None:
     """Check that every entry is there with the dtype and shape that the manifest gives it."""
     bundle_bytes = entries.place(KEPT).shape[0] if KEPT_CODED in manifest.features else None
     hash_bytes = entries.place(HASHES).shape[1]
-    expected = entries_of(manifest, bundle_bytes, hash_bytes, has_entropies=ENTROPIES in entries)
+    manifest_bytes = entries.place(MANIFEST).n_bytes
+    expected = entries_of(manifest, manifest_bytes, bundle_bytes, hash_bytes, has_entropies=ENTROPIES in entries)
     for entry in expected:
-        if entry.key == MANIFEST:
-            continue
         place = entries.place(entry.key)
         if (place.dtype, place.shape) != (entry.dtype, entry.shape):
             raise ValueError(
@@ -269,5 +273,7 @@ def _check_structure(skeleton: dict[str, Any], most: int) -> None:
 def _packed(found: Any, most: int) -> bytes:
     try:
         return inflate(base64.b64decode(found, validate=True), most)
+    except OverLimitError as error:
+        raise OverLimitError(f"a packed part of the checkpoint's structure is {error}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"a packed part of the checkpoint's structure cannot be read ({error})") from None

@@ -56,7 +56,7 @@ class Container:
 
     def close(self) -> None:
         """Close the file, and its base; may be called twice."""
-        self._decoder = None  # ends its threads now: a collector that waited for them might hold a lock that they want
+        self._decoder = None  # what it has begun ahead is not needed any more
         if self._base is not None:
             self._base.close()
         self._entries.close()
@@ -310,4 +310,4 @@ def open_container(path: str | Path, *, limits: Limits | None = None, base: str 
     A file that claims to hold more than `limits` allow is refused. `base` says where the base may be found, and the
     base's own, of a file that holds differences (`pqcli.container.bases`); it is looked for when a tensor needs it.
     """
-    return Container(Path(path), limits, Search.among(base))
+    return Container(Path(path), limits, Search.among(base, limits))

@@ -30,6 +30,7 @@ from pqcli.core.digests import tensor_bytes, tensor_hash
 from pqcli.core.pq import pq
 from pqcli.errors import CheckpointError
 from pqcli.jobs.events import Hook, Stage
+from pqcli.limits import Limits
 from pqcli.tensors.info import TensorInfo
 
 if TYPE_CHECKING:
@@ -56,7 +57,12 @@ class Compared:
 
 @contextlib.contextmanager
 def compared(
-    checkpoint: Checkpoint, plan: Plan, bases: Sequence[str | Path], target: Path, hook: Hook
+    checkpoint: Checkpoint,
+    plan: Plan,
+    bases: Sequence[str | Path],
+    target: Path,
+    hook: Hook,
+    limits: Limits | None = None,
 ) -> Iterator[Compared]:
     """Compare with the first of `bases`; where that is a container with a base, the others say where to find it.
 
@@ -65,7 +71,7 @@ def compared(
     """
     path, *others = map(Path, bases)
     with contextlib.ExitStack() as stack:
-        base = open_base(path, Search.among(others))
+        base = open_base(path, Search.among(others, limits))
         stack.callback(base.close)
         shared = [info for info in checkpoint.tensors if _has(base, info)]
         readable: Checkpoint | Spool

@@ -8,20 +8,20 @@ jobs) comes to nothing, but nowhere does the loop ask which codec it drives.
 
 from __future__ import annotations
 
-import tempfile
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli.atomic import check_target
+from pqcli.atomic import check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
@@ -45,6 +45,7 @@ from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
 from pqcli.jobs.report import base_report, paper_bytes_of, tensor_report
+from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
 from pqcli.recipe import documents
@@ -72,6 +73,7 @@ def compress(
     verify: bool = True,
     base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
 
@@ -80,12 +82,13 @@ def compress(
     whole or not at all. With `verify`, what was written is read again before it is put in place: its bytes must be
     those that were meant, and a sample must decode to its hashes. With a `base`, a checkpoint or a container, what the
     file holds are differences to it where these take less (`pqcli.jobs.base`); several are the base, its own base, and
-    so on. `progress` is told of every stage (`pqcli.jobs.events.Event`).
+    so on. `progress` is told of every stage (`pqcli.jobs.events.Event`). `limits` bound what the structure of the
+    checkpoint may cost to understand.
 
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
     recipe = recipe or Recipe()
-    with opened(source, recipe) as checkpoint:
+    with opened(source, recipe, limits) as checkpoint:
         return compress_opened(
             checkpoint,
             output,
@@ -95,6 +98,7 @@ def compress(
             verify=verify,
             bases=bases_of(base),
             hook=progress,
+            limits=limits,
         )
 
 
@@ -109,18 +113,29 @@ def save(
 ) -> Report:
     """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script.
 
-    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give.
+    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give. Where
+    the process is killed meanwhile, the next one that writes `file` removes what is left of it.
     """
-    check_target(Path(file), force=force)
-    with tempfile.NamedTemporaryFile(dir=Path(file).parent, suffix=".pt") as dense:
-        torch.save(state_dict, dense)
-        dense.flush()
-        return replace(compress(dense.name, file, recipe, device=device, force=force, base=base), source="")
+    target = Path(file)
+    check_target(target, force=force)
+    with temporary_beside(final_path(target), suffix=".pt") as (dense, descriptor):
+        with output_errors(target), os.fdopen(os.dup(descriptor), "wb") as saved:
+            _torch_save(state_dict, saved)
+        return replace(compress(dense, file, recipe, device=device, force=force, base=base), source="")
 
 
-def opened(source: str | Path, recipe: Recipe) -> Checkpoint:
+def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(state_dict, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # the disk's error, after which torch fails at ending its archive
+            raise error.__context__ from None
+        raise
+
+
+def opened(source: str | Path, recipe: Recipe, limits: Limits | None = None) -> Checkpoint:
     """The checkpoint, or as much of it as the recipe asks for."""
-    checkpoint = checkpoints.open(source)
+    checkpoint = checkpoints.open(source, limits=limits, from_module=recipe.from_module)
     if not recipe.model_only:
         return checkpoint
     try:
@@ -184,6 +199,7 @@ def compress_opened(
     verify: bool = True,
     bases: Sequence[Path] = (),
     hook: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Compress an open checkpoint."""
     started = time.perf_counter()
@@ -192,10 +208,12 @@ def compress_opened(
     check_output(target, checkpoint.path, force=force)
     with (
         claimed(target),
-        compression(checkpoint, plan, recipe, device, target, force=force, bases=bases, hook=hook) as work,
+        compression(
+            checkpoint, plan, recipe, device, target, force=force, bases=bases, hook=hook, limits=limits
+        ) as work,
     ):
         check_space(target, COPIES * work.expected_bytes())
-        size = work.finish(work.coded(work.prepared()), verify=verify)
+        size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
         records, tensors, warnings = work.writer.records, work.tensor_reports(), work.all_warnings()
         base = base_report(work.base_name(), work.records)
     return Report(
@@ -224,6 +242,7 @@ def compression(
     force: bool = False,
     bases: Sequence[Path] = (),
     hook: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Iterator[Compression]:
     """The work of compressing `checkpoint` into `target`; what is not finished leaves nothing behind."""
     row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
@@ -231,7 +250,7 @@ def compression(
     weights, beside = Weights(checkpoint), None
     with ExitStack() as stack:
         if bases:
-            beside = stack.enter_context(compared(checkpoint, plan, bases, target, hook))
+            beside = stack.enter_context(compared(checkpoint, plan, bases, target, hook, limits))
             codec, plan, weights = codec.compacted(), beside.plan, beside.weights
         said = about(checkpoint, recipe, beside.naming if beside else None)
         writer = stack.enter_context(Writer(target, said, force, compact=codec.is_compact))
@@ -311,11 +330,15 @@ class Compression:
         records = [record_of(entry) for entry in self.plan.entries]
         return lay_out(make_manifest(self.writer.about.source, self.writer.about.recipe, records)).n_bytes
 
-    def finish(self, streams: Streams | None, *, verify: bool = True) -> int:
+    def file_bytes(self, streams: Streams | None) -> int:
+        """The size of the file if it were finished with these streams."""
+        return self.writer.layout(self.codec_name, streams).n_bytes
+
+    def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> int:
         """Write the file; its size in bytes. With `verify`, read it again first."""
         base = replace(self.beside.base, close=lambda: None) if self.beside else None
-        check = partial(check_written, streams, base)
-        return self.writer.finish(self.codec_name, streams, check if verify else None)
+        check = partial(check_written, streams, base=base, limits=limits) if verify else None
+        return self.writer.finish(self.codec_name, streams, check)
 
     def base_name(self) -> BaseName | None:
         """What the file says of its base; None where it needs none."""
@@ -397,13 +420,15 @@ def _useless(beside: Compared) -> str:
     return f"coding the {n:,} tensors that it has too takes less than coding differences; the file needs no base"
 
 
-def check_written(streams: Streams | None, base: Base | None, path: Path) -> None:
+def check_written(
+    streams: Streams | None, path: Path, *, base: Base | None = None, limits: Limits | None = None
+) -> None:
     """Raise ContainerError unless the container at `path` opens, a sample has its hashes, and its streams are these.
 
     The sample is of tensors held by themselves, the smallest first: as many as can be for `SAMPLED` of the time, since
     what would be wrong is where entries lie. Streams were decoded from memory when their errors were measured.
     """
-    with open_container(path) as container:
+    with open_container(path, limits=limits) as container:
         if base is not None:
             container.bind(base)
         own = [record for record in container.records if not isinstance(record.coding, Alias | Coded | Same)]

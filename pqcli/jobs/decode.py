@@ -17,6 +17,7 @@ from pqcli.container.reader import open_container
 from pqcli.errors import ContainerError, UsageError
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.report import n_weights
+from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias
@@ -31,6 +32,7 @@ def decode(
     verify: bool = True,
     base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Path:
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes, kept tensors bit-identical.
 
@@ -41,7 +43,7 @@ def decode(
     """
     if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
         raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
-    with open_container(file, base=base) as container:
+    with open_container(file, limits=limits, base=base) as container:
         if container.needs_base:
             container.base()
         source = container.manifest.source
@@ -59,13 +61,17 @@ def decode(
 
         with claimed(target):
             check_space(target, sum(info.n_bytes for info in infos if info.alias_of is None))
-            checkpoints.write(target, infos, read, source.skeleton, format=format_, force=force, verify=verify)
+            checkpoints.write(
+                target, infos, read, source.skeleton, format=format_, force=force, verify=verify, limits=limits
+            )
         return target
 
 
-def load(file: str | Path, *, base: str | Path | Sequence[str | Path] = ()) -> dict[str, torch.Tensor]:
+def load(
+    file: str | Path, *, base: str | Path | Sequence[str | Path] = (), limits: Limits | None = None
+) -> dict[str, torch.Tensor]:
     """The dense tensors of a container by name; tied tensors share their memory. `base` as for `decode`."""
-    with open_container(file, base=base) as container:
+    with open_container(file, limits=limits, base=base) as container:
         tensors: dict[str, torch.Tensor] = {}
         for record in container.records:
             owner = record.coding.of if isinstance(record.coding, Alias) else None

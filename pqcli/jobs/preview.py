@@ -16,6 +16,7 @@ from pqcli.container.manifest import make_manifest
 from pqcli.container.peek import SUFFIX
 from pqcli.jobs import compress as compressing
 from pqcli.jobs.devices import resolve_device
+from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
 from pqcli.recipe.recipe import Recipe
@@ -47,14 +48,15 @@ def preview(
     recipe: Recipe | None = None,
     *,
     base: str | Path | Sequence[str | Path] = (),
+    limits: Limits | None = None,
 ) -> Preview:
     """What `compress` with the same arguments would do.
 
     Plain PQ needs the headers alone. What codecs with streams will do, and what a base spares, depends on the weights:
-    they are rehearsed, in a temporary folder, which takes as long as compressing.
+    they are rehearsed, which takes as long as compressing.
     """
     recipe = recipe or Recipe()
-    with compressing.opened(source, recipe) as checkpoint:
+    with compressing.opened(source, recipe, limits) as checkpoint:
         seen = _from_headers(checkpoint, output, recipe)
         coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
         bases = compressing.bases_of(base)
@@ -69,17 +71,20 @@ def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
 
 
 def explain(
-    source: str | Path, recipe: Recipe | None = None, *, base: str | Path | Sequence[str | Path] = ()
+    source: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    base: str | Path | Sequence[str | Path] = (),
+    limits: Limits | None = None,
 ) -> list[Choice]:
     """How `--codec auto` decides: for every tensor the candidates with their measured bits, error and cost."""
     from pqcli.codecs.auto.choosing import choose
 
     recipe = replace(recipe or Recipe(), codec="auto")
-    with compressing.opened(source, recipe) as checkpoint, tempfile.TemporaryDirectory() as folder:
+    with compressing.opened(source, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
-        device, target = torch.device("cpu"), Path(folder) / "none"
-        bases = compressing.bases_of(base)
-        with compressing.compression(checkpoint, plan, recipe, device, target, bases=bases) as work:
+        bases, device = compressing.bases_of(base), torch.device("cpu")
+        with compressing.compression(checkpoint, plan, recipe, device, _nowhere(), bases=bases) as work:
             survey = work.prepared()
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
@@ -99,11 +104,17 @@ def _from_headers(checkpoint: Checkpoint, output: str | Path | None, recipe: Rec
 
 
 def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, bases: Sequence[Path]) -> Preview:
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / f"rehearsal{SUFFIX}"
-        report = compressing.compress_opened(checkpoint, target, recipe, torch.device("cpu"), verify=False, bases=bases)
+    device = torch.device("cpu")
+    with compressing.compression(checkpoint, seen.plan, recipe, device, _nowhere(), bases=bases) as work:
+        n_bytes = work.file_bytes(work.coded(work.prepared()))
+        tensors = work.tensor_reports()
     entries = tuple(
         replace(entry, action=found.action, reason=found.reason, predicted_bytes=found.bytes)
-        for entry, found in zip(seen.plan.entries, report.tensors, strict=True)
+        for entry, found in zip(seen.plan.entries, tensors, strict=True)
     )
-    return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=report.compressed_bytes)
+    return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=n_bytes)
+
+
+def _nowhere() -> Path:
+    """A target that is never written. Beside it lies what is coded meanwhile, in a file without a name."""
+    return Path(tempfile.gettempdir()) / f"rehearsal{SUFFIX}"

@@ -20,6 +20,7 @@ from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics, rtn
 from pqcli.errors import CheckpointError
 from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
 from pqcli.reports.figures import INT4_GROUP, BaseReport, Report, TensorReport
 from pqcli.tensors.info import TensorInfo
@@ -32,20 +33,21 @@ def report(
     *,
     base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
 
     With `against`, the original checkpoint, every error is measured again from the two files, and that of int4. Only
     for that a `base` is needed, which is found as `decode` finds it.
     """
-    with open_container(file, base=base) as container:
+    with open_container(file, limits=limits, base=base) as container:
         container.check_figures()
         records = with_bundle_shares(list(container.records), container.bundle_bytes)
         if against is None:
             tensors = tuple(_stored_report(container, record) for record in records)
         else:
             stage = Stage(progress or ignore, "measuring", n_weights(container))
-            with checkpoints.open(against) as original:
+            with original_of(container, against, limits) as original:
                 tensors = tuple(_measured_reports(container, records, original, stage))
         source = container.manifest.source
         return Report(
@@ -61,9 +63,9 @@ def report(
         )
 
 
-def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Limits | None = None) -> dict[str, Any]:
     """What a container says of itself: version, features, source, recipe, and the records of `names` or of all."""
-    with open_container(file) as container:
+    with open_container(file, limits=limits) as container:
         records = [container.record(name) for name in names] if names else container.records
         source = container.manifest.source
         base = base_report(container.manifest.base, container.records)
@@ -83,6 +85,12 @@ def write_text(path: Path, text: str, *, force: bool = False) -> None:
     """Write a text file whole or not at all."""
     with atomic_writer(path, force=force) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def original_of(container: Container, against: str | Path, limits: Limits | None) -> Checkpoint:
+    """The checkpoint that a container is compared with, read as it was read when it was compressed."""
+    from_module = container.manifest.recipe.get("from_module") is True
+    return checkpoints.open(against, limits=limits, from_module=from_module)
 
 
 def n_weights(container: Container) -> int:

@@ -15,7 +15,8 @@ from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
 from pqcli.errors import BaseError, ContainerError, DamagedError
 from pqcli.jobs.events import Hook, Stage, ignore
-from pqcli.jobs.report import describe, n_weights
+from pqcli.jobs.report import describe, n_weights, original_of
+from pqcli.limits import Limits
 from pqcli.tensors.records import Alias, Record, StoredError
 
 REPORTED_WITHIN = 1e-4
@@ -40,6 +41,7 @@ def verify(
     *,
     base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> list[Finding]:
     """What is wrong with a container; an empty list if nothing is.
 
@@ -49,7 +51,7 @@ def verify(
     container, or a newer pqcli's, and BaseError where its base is missing or another one.
     """
     try:
-        container = open_container(file, base=base)
+        container = open_container(file, limits=limits, base=base)
     except DamagedError as error:
         return [Finding(None, str(error))]
     with container:
@@ -59,17 +61,17 @@ def verify(
         if against is None:
             found = [finding for record in container.records for finding in _checked(container, record, None, stage)]
         else:
-            with checkpoints.open(against) as original:
+            with original_of(container, against, limits) as original:
                 found = list(_differences(container, original, stage))
         if not container.is_whole():
             found.append(Finding(None, "its payloads are not those that were written (checksum)"))
         return found
 
 
-def left_out(file: str | Path) -> tuple[str, ...]:
+def left_out(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ...]:
     """The training state that compression was asked to leave out, entry by entry."""
     try:
-        opened = open_container(file)
+        opened = open_container(file, limits=limits)
     except DamagedError:
         return ()  # `verify` tells
     with opened as container:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pqcli.jobs.compress import compress
+from pqcli.jobs.decode import decode
 from pqcli.jobs.verify import verify
 from tests.conftest import REPOSITORY
 
@@ -222,6 +224,32 @@ def wait_for_work(process: subprocess.Popen, delay: float = 1, *, may_end: bool 
             return
         time.sleep(0.1)
     time.sleep(delay)
+
+
+@pytest.mark.parametrize("verb", ["save", "compress", "decode"])
+def test_what_a_killed_process_leaves_is_removed_by_the_next_one(made, tmp_path, verb):
+    """It is killed where most lies about: the dense file of `save` and what is being written."""
+    target = tmp_path / ("x.pt" if verb == "decode" else "x.pq.safetensors")
+    script = """
+import os, signal, sys, torch, pqcli, pqcli.atomic
+pqcli.atomic.move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+verb, source, target = sys.argv[1:]
+if verb == "save":
+    pqcli.save({"w": torch.randn(128, 64)}, target)
+getattr(pqcli, verb)(source, target)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, verb, made[verb == "decode"], target],
+        env=ENVIRONMENT, capture_output=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [path.suffix for path in tmp_path.iterdir() if not path.name.endswith("-lock")]
+    assert sorted(left) == ([".pqcli", ".pt"] if verb == "save" else [".pqcli"])
+    if verb == "decode":
+        decode(made[1], target)
+    else:
+        compress(made[0], target)
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.fixture
