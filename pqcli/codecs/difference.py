@@ -1,7 +1,7 @@
 """Differences to a base: what is coded of a fine-tune whose base is at hand, and how the two become the tensor again.
 
     quantized   W - B in float32 is coded; decoded, the sum with B in float32 becomes the tensor's dtype
-    kept        the bytes of W xor those of B, which lossless coding makes few of; xor B again, bit for bit
+    kept        W - B in integers, numbering all floats in order, which lossless coding makes few bytes of: bit for bit
     as the base nothing: B in the tensor's dtype is the tensor, bit for bit
 
 B is what the base has under the same name, in the same shape: a checkpoint's tensor, or what a container decodes to. An
@@ -11,7 +11,7 @@ error is one of the sum, so that coding the difference to a base that has lost s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FEATURE: Final = "base"
 FLOATING: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 """Dtypes between which a base's tensor may be converted."""
+_LARGEST_ITEM: Final = 16
+"""Items of so many bytes, which are no words that numpy can add, are told by what they differ by bit for bit."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,57 @@ def as_base(record: Record, base: torch.Tensor) -> torch.Tensor:
     return pq.saturated(base, dtype)
 
 
-def xor(data: NDArray[np.uint8], base: torch.Tensor) -> NDArray[np.uint8]:
-    """The bytes of a kept tensor xor those of the base's: both ways. Raises ValueError for another number of bytes."""
+def exact_difference(data: NDArray[np.uint8], base: torch.Tensor, dtype: str) -> NDArray[np.uint8]:
+    """What the bytes of a kept tensor of that dtype differ by from the base's: small words where the two are near.
+
+    Raises ValueError for another number of bytes.
+    """
+    words, other = _words(data, dtype), _words(_bytes_like(data, base), dtype)
+    if words.itemsize == _LARGEST_ITEM:
+        return np.bitwise_xor(data, _bytes_like(data, base))
+    difference = _in_order(words, dtype) - _in_order(other, dtype)
+    is_negative = difference >> (8 * words.itemsize - 1) != 0
+    folded = difference << 1
+    found: NDArray[np.uint8] = np.where(is_negative, ~folded, folded).view(np.uint8)
+    return found
+
+
+def exact_sum(difference: NDArray[np.uint8], base: torch.Tensor, dtype: str) -> NDArray[np.uint8]:
+    """The bytes of the tensor; the inverse of `exact_difference`."""
+    folded, other = _words(difference, dtype), _words(_bytes_like(difference, base), dtype)
+    if folded.itemsize == _LARGEST_ITEM:
+        return np.bitwise_xor(difference, _bytes_like(difference, base))
+    half = folded >> 1
+    words = np.where(folded & 1 != 0, ~half, half) + _in_order(other, dtype)
+    found: NDArray[np.uint8] = _out_of_order(words, dtype).view(np.uint8)
+    return found
+
+
+def _bytes_like(data: NDArray[np.uint8], base: torch.Tensor) -> NDArray[np.uint8]:
     other = tensor_bytes(base)
     if len(other) != len(data):
         raise ValueError(f"{len(data):,} bytes where the base has {len(other):,}")
-    return np.bitwise_xor(data, other)
+    return other
+
+
+def _words(data: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
+    size = ITEM_BYTES[dtype]
+    return data.view("V16" if size == _LARGEST_ITEM else f"<u{size}")
+
+
+def _in_order(words: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Words in the order of the numbers that they stand for: floats have a sign and a magnitude."""
+    if dtype not in FLOATING:
+        return words
+    top = words.dtype.type(1 << (8 * words.itemsize - 1))
+    return np.where(words & top != 0, ~words, words | top)
+
+
+def _out_of_order(words: NDArray[Any], dtype: str) -> NDArray[Any]:
+    if dtype not in FLOATING:
+        return words
+    top = words.dtype.type(1 << (8 * words.itemsize - 1))
+    return np.where(words & top != 0, words & ~top, ~words)
 
 
 def may_be_difference(dtype: str, base_dtype: str) -> bool:
@@ -95,6 +142,6 @@ def may_be_difference(dtype: str, base_dtype: str) -> bool:
     return {dtype, base_dtype} <= FLOATING
 
 
-def may_be_xor(dtype: str, base_dtype: str) -> bool:
+def may_be_exact(dtype: str, base_dtype: str) -> bool:
     """Whether kept tensors of this dtype can be told from those of the other."""
     return ITEM_BYTES[dtype] == ITEM_BYTES[base_dtype]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.codecs.base import Piece, TensorJob, Weights
-from pqcli.codecs.difference import xor
+from pqcli.codecs.difference import exact_difference
 from pqcli.core.digests import HASH_BYTES, tensor_bytes, tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.tensors.info import ITEM_BYTES
@@ -44,7 +44,7 @@ def kept_piece(record: Record, tensor: torch.Tensor, *, is_compact: bool, base: 
     """A tensor bit for bit: its bytes, or where that takes less, what they differ by from those of the `base`."""
     data, digest = tensor_bytes(tensor), tensor_hash(tensor)
     if base is not None and base.element_size() == tensor.element_size():
-        difference = xor(data, base)
+        difference = exact_difference(data, base, record.info.dtype)
         if len(_coded(difference, record)) < len(_coded(data, record)):
             record, data = replace(record, difference=True), difference
     if record.is_bundled:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pqcli import checkpoint as checkpoints
-from pqcli.codecs.difference import may_be_difference, may_be_xor
+from pqcli.codecs.difference import may_be_difference, may_be_exact
 from pqcli.container.naming import BaseName, BaseTensor, hash_of, hinted
 from pqcli.container.peek import is_container
 from pqcli.core.digests import tensor_hash
@@ -141,7 +141,7 @@ def misfit(records: Sequence[Record], base: Base) -> str:
         if found.shape != info.shape:
             shapes = f"the shape {list(found.shape)} in '{base.path}', not {list(info.shape)}"
             return f"tensor {record.name!r:.200} has {shapes}"
-        may_be = may_be_difference if record.quantized else may_be_xor
+        may_be = may_be_difference if record.quantized else may_be_exact
         if isinstance(record.coding, Same):
             may_be = _may_be_same
         if not may_be(info.dtype, found.dtype):

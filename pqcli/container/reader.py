@@ -12,7 +12,7 @@ import torch
 
 from pqcli.codecs import zeros
 from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
-from pqcli.codecs.difference import as_base, restored, xor
+from pqcli.codecs.difference import as_base, exact_sum, restored
 from pqcli.container import checksum
 from pqcli.container.bases import Base, Given, Search, content_hash, find_base, message
 from pqcli.container.checksum import CHECKSUM
@@ -210,7 +210,7 @@ class Container:
         stored = self._kept_bytes(record)
         if base is None:
             return stored
-        data = torch.from_numpy(xor(tensor_bytes(stored), base))
+        data = torch.from_numpy(exact_sum(tensor_bytes(stored), base, record.info.dtype))
         return data.view(stored.dtype).reshape(record.info.shape)
 
     def _kept_bytes(self, record: Record) -> torch.Tensor:

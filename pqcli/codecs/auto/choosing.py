@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from pqcli.codecs.base import Matrix, Survey, Weights, as_matrix, source_of
-from pqcli.codecs.difference import xor
+from pqcli.codecs.difference import exact_difference
 from pqcli.codecs.kept import KeptJob, as_words
 from pqcli.codecs.plain import PlainJob
 from pqcli.codecs.rate.steps import RATE_WEIGHT, steps_of
@@ -113,7 +113,7 @@ def _choice(record: Record, weights: Weights, step: float) -> Choice:
     kept_bytes = len(lossless.compress([as_words(some, record.info.dtype)]))
     base = weights.base(record.name)
     if base is not None and base.element_size() == original.element_size():
-        other = xor(some, base.reshape(-1)[: matrix.size])
+        other = exact_difference(some, base.reshape(-1)[: matrix.size], record.info.dtype)
         kept_bytes = min(kept_bytes, len(lossless.compress([as_words(other, record.info.dtype)])))
     found.append(candidate("keep", 8 * kept_bytes, 0.0))
     return Choice(record.name, tuple(sorted(found, key=lambda item: item.cost)))
