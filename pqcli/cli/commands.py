@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pqcli.atomic import check_target
+from pqcli.atomic import check_output
 from pqcli.cli.options import (
     Against,
     Base,
@@ -102,7 +102,8 @@ def compress(
         limits = limits_of(limit or ())
         _check_source(src)
         _check_bases(base)
-        _check_output(output, src, force=force)
+        if output:
+            check_output(output, src, *(base or ()), force=force)
         if dry_run:
             from pqcli.jobs import preview
 
@@ -260,7 +261,8 @@ def report(
         if against:
             _check_source(against)
         _check_bases(base)
-        _check_output(output, file, force=force)
+        if output:
+            check_output(output, file, *filter(None, [against]), *(base or ()), force=force)
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
@@ -369,12 +371,6 @@ def _check_bases(bases: Sequence[Path] | None) -> None:
     for path in bases or ():
         if not is_container(path):
             _check_source(path)
-
-
-def _check_output(output: Path | None, source: Path, *, force: bool) -> None:
-    """Likewise for a file that will be written; of the source itself the job says more."""
-    if output and not (output.exists() and output.samefile(source)):
-        check_target(output, force=force)
 
 
 def _recipe(console: Console, config: str | None, settings: Mapping[str, Any], device: str = "auto") -> Recipe:

@@ -33,7 +33,7 @@ from pqcli.core.pq import packing
 from pqcli.errors import ContainerError, DamagedError
 from pqcli.limits import OverLimitError, hint
 from pqcli.tensors.info import ITEM_BYTES
-from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, Same, StoredError
+from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, Same, StoredError
 
 QUANTIZED_DTYPES: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 _ROLES: Final = frozenset({"model", "other"})
@@ -133,7 +133,7 @@ def _check_records(manifest: Manifest, index: dict[str, int]) -> None:
     if len(set(manifest.features)) != len(manifest.features):
         raise ValueError("the manifest names a feature twice")
     for record in manifest.tensors:
-        problem = _problem(record, manifest) or _problem_of_alias(record, manifest.tensors, index)
+        problem = _problem(record, manifest) or _problem_of_reference(record, manifest.tensors, index)
         if problem:
             raise ValueError(f"the record of tensor {record.name!r} makes no sense: {problem}")
     codecs = {record.action for record in manifest.tensors if isinstance(record.coding, Coded)}
@@ -153,10 +153,12 @@ def _problem(record: Record, manifest: Manifest) -> str:
         return f"unknown role {info.role!r:.40}"
     if record.zero_bytes is not None and (not record.quantized or zeros.FEATURE not in manifest.features):
         return "zeros told of what is not quantized, or in a file without that feature"
-    if record.difference and isinstance(coding, Alias | Same):
+    if record.difference and isinstance(coding, Alias | Copy | Same):
         return f"a difference of what is coded as {record.action!r}"
     if isinstance(coding, Alias | Same):
         return ""
+    if isinstance(coding, Copy):
+        return "" if Copy.action in manifest.features else "a copy in a file without that feature"
     if isinstance(coding, Kept):
         if record.difference and KEPT_CODED not in manifest.features:
             return "a kept difference in a file that codes nothing of what it keeps"
@@ -185,15 +187,18 @@ def _problem_of_quantized(record: Record, coding: Plain | Coded) -> str:
     return ""
 
 
-def _problem_of_alias(record: Record, records: tuple[Record, ...], index: dict[str, int]) -> str:
-    if not isinstance(record.coding, Alias):
+def _problem_of_reference(record: Record, records: tuple[Record, ...], index: dict[str, int]) -> str:
+    if not isinstance(record.coding, Alias | Copy):
         return ""
+    is_alias = isinstance(record.coding, Alias)
+    said = "tied to" if is_alias else "a copy of"
     target = index.get(record.coding.of)
     other = None if target is None else records[target]
-    if other is None or isinstance(other.coding, Alias):
-        return f"it is tied to {record.coding.of!r:.80}, which is no tensor of its own"
+    # an alias may be one of a copy; nothing else refers to what refers
+    if other is None or isinstance(other.coding, Alias if is_alias else Alias | Copy):
+        return f"it is {said} {record.coding.of!r:.80}, which is no tensor of its own"
     is_same = (other.info.shape, other.info.dtype) == (record.info.shape, record.info.dtype)
-    return "" if is_same else f"it is tied to {record.coding.of!r:.80}, of another shape or dtype"
+    return "" if is_same else f"it is {said} {record.coding.of!r:.80}, of another shape or dtype"
 
 
 def _check_expansion(manifest: Manifest, n_bytes: int, limits: Limits) -> None:

@@ -18,7 +18,7 @@ from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, manifest_bytes
 from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.info import ITEM_BYTES
-from pqcli.tensors.records import Coded, Kept, Plain, Record
+from pqcli.tensors.records import Coded, Copy, Kept, Plain, Record
 
 SHORT_HASH_BYTES: Final = 4
 """Bytes of a hash in files made to be small: one corrupted tensor in four billion goes unnoticed."""
@@ -31,7 +31,7 @@ _ENTRY_BYTES: Final = 80
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, difference.FEATURE}
+    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, difference.FEATURE, Copy.action}
 
 
 @dataclass(frozen=True)

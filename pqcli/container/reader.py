@@ -26,7 +26,7 @@ from pqcli.core.entropy import lossless
 from pqcli.core.pq import packing, pq
 from pqcli.errors import BaseError, ContainerError
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
-from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record, Same, StoredError
+from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record, Same, StoredError
 
 
 class Container:
@@ -86,7 +86,7 @@ class Container:
 
     def error(self, name: str) -> StoredError | None:
         """The error that compression measured; None for a tensor that is not quantized."""
-        return self._said.errors.get(self.record(name).name)
+        return self._said.errors.get(self.record(name).held_by)
 
     def pq_tensor(self, name: str) -> pq.PQTensor:
         """Codebook and assignments of a tensor that plain PQ quantized, unpacked."""
@@ -124,7 +124,7 @@ class Container:
         if it needs a base that is missing or another one.
         """
         record = self.record(name)
-        if isinstance(record.coding, Alias):
+        if isinstance(record.coding, Alias | Copy):
             return self.decode(record.coding.of, check=check)
         base = self.base() if record.needs_base else None
         tensor = self.decode_with(record, base)
@@ -301,7 +301,8 @@ _DECODERS: dict[type[Coding], Callable[[Container, Record, torch.Tensor | None],
     Coded: Container._coded,  # noqa: SLF001
     Same: Container._same,  # noqa: SLF001
 }
-"""How each kind of tensor is decoded, given the base's where it needs that; an alias is decoded as what it names."""
+"""How each kind of tensor is decoded, given the base's where it needs that; an alias and a copy are decoded as the
+tensor that they name."""
 
 
 def open_container(path: str | Path, *, limits: Limits | None = None, base: str | Path | Given = ()) -> Container:

@@ -21,12 +21,12 @@ import safetensors
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli.atomic import check_target, final_path, output_errors, temporary_beside
+from pqcli.atomic import check_output, check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
 from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
-from pqcli.codecs.kept import KeptJob, alias_piece
+from pqcli.codecs.kept import KeptJob, reference_piece
 from pqcli.codecs.rate.budget import Goal, error_bound
 from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
@@ -42,16 +42,17 @@ from pqcli.container.writer import About, Writer
 from pqcli.errors import CheckpointError, ContainerError, OutputError
 from pqcli.jobs import executors
 from pqcli.jobs.base import Compared, compared
+from pqcli.jobs.copies import copies_of
 from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
 from pqcli.jobs.report import base_report, paper_bytes_of, tensor_report
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
-from pqcli.plan.plan import Plan
+from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
-from pqcli.tensors.records import Alias, Coded, Record, Same, StoredError, with_bundle_shares
+from pqcli.tensors.records import Alias, Coded, Copy, Record, Same, StoredError, with_bundle_shares
 
 COPIES = 2
 """What the disk holds of a file while it is written: the spool, and the file itself."""
@@ -157,11 +158,13 @@ def default_output(source: Path) -> Path:
     return source.with_name(stem + SUFFIX)
 
 
-def check_output(output: Path, source: Path, *, force: bool) -> None:
+def check_place(output: Path, source: Path, *, force: bool) -> None:
     """Refuse what cannot be written before any work is done."""
-    if output.exists() and source.exists() and output.samefile(source):
-        raise OutputError(f"'{output}' is the input itself; use -o to write elsewhere")
-    check_target(output, force=force)
+    check_output(output, source, force=force)
+    with output_errors(output):
+        is_inside = output.exists() and source.is_dir() and output.resolve().parent == source.resolve()
+    if is_inside and not output.name.endswith(SUFFIX):
+        raise OutputError(f"'{output}' is a part of the input; use -o to write elsewhere")
 
 
 def about(checkpoint: Checkpoint, recipe: Recipe, naming: Naming | None = None) -> About:
@@ -171,6 +174,7 @@ def about(checkpoint: Checkpoint, recipe: Recipe, naming: Naming | None = None) 
         "n_bytes": checkpoint.n_bytes,
         "skeleton": checkpoint.skeleton,
         "dropped": _left_out(checkpoint),
+        "side_bytes": checkpoint.side_bytes,
     }
     return About(tuple(info.name for info in checkpoint.tensors), source, documents.to_json(recipe), naming)
 
@@ -183,7 +187,10 @@ def dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _left_out(checkpoint: Checkpoint) -> list[list[str]]:
     """What the container does not hold: entries that JSON cannot carry, and files of a folder that are no weights."""
     entries = [[item.path, item.reason] for item in checkpoint.dropped]
-    return entries + [[name, "a file beside the weights; copy it yourself"] for name in checkpoint.side_files]
+    return entries + [
+        [name, f"a file beside the weights, {n_bytes:,} B; copy it yourself"]
+        for name, n_bytes in checkpoint.side_sizes.items()
+    ]
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -205,7 +212,7 @@ def compress_opened(
     started = time.perf_counter()
     target = Path(output) if output else default_output(checkpoint.path)
     plan = plans.make(recipe, checkpoint.tensors)
-    check_output(target, checkpoint.path, force=force)
+    check_place(target, checkpoint.path, force=force)
     with (
         claimed(target),
         compression(
@@ -227,6 +234,7 @@ def compress_opened(
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
         warnings=warnings,
+        side_bytes=checkpoint.side_bytes,
         base=base,
     )
 
@@ -280,13 +288,18 @@ class Compression:
 
     def prepared(self) -> Survey:
         """Read what the codec wants to know, write what is kept; the survey of what is to be coded."""
-        entries = [entry for entry in self.plan.entries if entry.action not in NOT_CODED]
-        records = [record_of(entry) for entry in self.plan.entries if entry.action in NOT_CODED]
+        copies = copies_of(self.plan.entries, self.weights)
+        own = [entry for entry in self.plan.entries if entry.info.name not in copies]
+        entries = [entry for entry in own if entry.action not in NOT_CODED]
+        records = [record_of(entry) for entry in own if entry.action in NOT_CODED]
+        records += [
+            _copy_of(entry, copies[entry.info.name]) for entry in self.plan.entries if entry.info.name in copies
+        ]
         for record in records:
-            if record.action == "alias":
-                self.writer.add(alias_piece(record))
-            elif record.action == "base" and self.beside:
+            if record.action == "base" and self.beside:
                 self.writer.add(Piece(record, self.beside.digests[record.name]))
+            elif record.action != "keep":
+                self.writer.add(reference_piece(record))
         survey = self.codec.survey(
             entries, self.weights, Stage(self.hook, "reading", sum(entry.info.numel for entry in entries))
         )
@@ -358,8 +371,9 @@ class Compression:
     def tensor_reports(self) -> tuple[TensorReport, ...]:
         """What became of every tensor of the finished file."""
         pieces, records = self.writer.pieces, self.records
+        errors = {piece.record.name: StoredError.of(piece.error) for piece in pieces if piece.error}
         return tuple(
-            tensor_report(record, StoredError.of(piece.error) if piece.error else None, piece.use)
+            tensor_report(record, errors.get(record.held_by), piece.use)
             for record, piece in zip(records, pieces, strict=True)
         )
 
@@ -413,6 +427,11 @@ class Compression:
         return Stage(self.hook, stage, sum(record.info.numel for record in records))
 
 
+def _copy_of(entry: PlanEntry, name: str) -> Record:
+    """The record of a tensor that has the same bytes as the tensor `name`."""
+    return Record(entry.info, Copy(name), f"has the same bytes as {name!r}", entry.kind)
+
+
 def _useless(beside: Compared) -> str:
     if not beside.naming.tensors:
         return "it has no tensor of the same name and shape; the file needs no base"
@@ -431,7 +450,7 @@ def check_written(
     with open_container(path, limits=limits) as container:
         if base is not None:
             container.bind(base)
-        own = [record for record in container.records if not isinstance(record.coding, Alias | Coded | Same)]
+        own = [record for record in container.records if not isinstance(record.coding, Alias | Copy | Coded | Same)]
         left = SAMPLED * sum(record.info.n_bytes for record in own)
         for i, record in enumerate(sorted(own, key=lambda record: record.info.n_bytes)):
             left -= record.info.n_bytes

@@ -9,18 +9,19 @@ from pathlib import Path
 import torch
 
 from pqcli import checkpoint as checkpoints
+from pqcli.atomic import check_output, output_errors
 from pqcli.checkpoint import formats
 from pqcli.claim import check_space, claimed
 from pqcli.container.manifest import Source
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
-from pqcli.errors import ContainerError, UsageError
+from pqcli.errors import ContainerError, OutputError, UsageError
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.report import n_weights
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias
+from pqcli.tensors.records import Alias, Copy
 
 
 def decode(
@@ -48,6 +49,7 @@ def decode(
             container.base()
         source = container.manifest.source
         target = Path(output) if output else _default_output(Path(file), source)
+        _check_place(target, Path(file), force=force)
         format_ = formats.by_suffix(target) if output else source.format
         infos = [_converted(info, dtype) for info in container.infos]
         done = Stage(progress or ignore, "decoding", n_weights(container))
@@ -74,9 +76,22 @@ def load(
     with open_container(file, limits=limits, base=base) as container:
         tensors: dict[str, torch.Tensor] = {}
         for record in container.records:
-            owner = record.coding.of if isinstance(record.coding, Alias) else None
-            tensors[record.name] = tensors[owner] if owner in tensors else container.decode(record.name)
+            owner = record.coding.of if isinstance(record.coding, Alias | Copy) else None
+            if owner not in tensors:
+                tensors[record.name] = container.decode(record.name)
+            else:
+                tensors[record.name] = tensors[owner] if isinstance(record.coding, Alias) else tensors[owner].clone()
         return tensors
+
+
+def _check_place(target: Path, file: Path, *, force: bool) -> None:
+    """Refuse to write over the container, by its own name or by that of a shard in its folder."""
+    with output_errors(target):
+        is_folder = target.is_dir()
+    if not is_folder:
+        check_output(target, file, force=force)
+    elif not file.name.endswith(SUFFIX) and (target / file.name).exists() and (target / file.name).samefile(file):
+        raise OutputError(f"'{target}' holds the input, '{file.name}'; use -o to write elsewhere")
 
 
 def _default_output(file: Path, source: Source) -> Path:

@@ -31,7 +31,8 @@ class Preview:
     """What `compress` would do: the plan, and the size that the file would have.
 
     With plain PQ the size is exact unless the weights hold a surprise that headers do not show (NaN, fewer distinct
-    blocks than centroids, weights that float16 cannot hold); with the other codecs it is exact.
+    blocks than centroids, weights that float16 cannot hold, zeros, tensors with the same bytes); with the other codecs
+    it is exact.
     """
 
     source: Path
@@ -67,7 +68,7 @@ def preview(
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     """Raise what `compress` would raise before it does any work: no such device, or an output that may not be."""
     resolve_device(device)
-    compressing.check_output(seen.output, seen.source, force=force)
+    compressing.check_place(seen.output, seen.source, force=force)
 
 
 def explain(

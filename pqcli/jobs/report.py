@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,20 @@ from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import registry
 from pqcli.codecs.base import Use
 from pqcli.codecs.plain import use_of
+from pqcli.codecs.rate.budget import error_bound
+from pqcli.codecs.rate.protection import warnings_of_tensors
 from pqcli.container.manifest import StoredRecord
 from pqcli.container.naming import BaseName
 from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics, rtn
-from pqcli.errors import CheckpointError
+from pqcli.errors import CheckpointError, RecipeError
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
+from pqcli.recipe import documents
 from pqcli.reports.figures import INT4_GROUP, BaseReport, Report, TensorReport
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, Same, StoredError, with_bundle_shares
+from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, Same, StoredError, with_bundle_shares
 
 
 def report(
@@ -60,7 +63,19 @@ def report(
             recipe=container.manifest.recipe,
             paper_bytes=paper_bytes_of(container.records),
             base=base_report(container.manifest.base, records),
+            warnings=_warnings(container.manifest.recipe, tensors),
+            side_bytes=source.side_bytes,
         )
+
+
+def _warnings(recipe: Mapping[str, Any], tensors: Sequence[TensorReport]) -> tuple[str, ...]:
+    """What compression said of tensors that a budget of error gave up, as far as a file tells."""
+    try:
+        bound = error_bound(documents.from_json(recipe))
+    except RecipeError:  # of a stranger, or of a newer pqcli: it is not needed for anything else
+        return ()
+    errors = {tensor.name: tensor.relative_mse for tensor in tensors if tensor.quantized and tensor.relative_mse}
+    return () if bound is None else warnings_of_tensors(bound, errors)
 
 
 def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Limits | None = None) -> dict[str, Any]:
@@ -74,7 +89,13 @@ def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Lim
             "file_bytes": Path(file).stat().st_size,
             "version": container.manifest.version,
             "features": list(container.manifest.features),
-            "source": {"format": source.format, "n_bytes": source.n_bytes, "dropped": source.dropped},
+            "source": {
+                "format": source.format,
+                "n_bytes": source.n_bytes,
+                "dropped": source.dropped,
+                "side_bytes": source.side_bytes,
+            },
+            "warnings": list(_warnings(container.manifest.recipe, [_told(container, r) for r in container.records])),
             "recipe": container.manifest.recipe,
             **({"base": asdict(base)} if base else {}),
             "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
@@ -119,12 +140,13 @@ def tensor_report(record: Record, error: StoredError | None, use: Use | None) ->
         n_weights=info.numel,
         original_bytes=0 if is_alias else info.n_bytes,
         bytes=payload,
-        bits_per_weight=8 * payload / info.numel if info.numel and not is_alias else None,
+        bits_per_weight=8 * payload / info.numel if info.numel and not isinstance(coding, Alias | Copy) else None,
         centroids_used=use.centroids if use else None,
         assignment_entropy=use.entropy if use else None,
         assignment_bytes=record.assignment_bytes if use else None,
         entropy_bytes=math.ceil(use.entropy_bits / 8) if use else None,
         alias_of=info.alias_of,
+        copy_of=coding.of if isinstance(coding, Copy) else None,
         kind=record.kind,
         difference=record.difference,
         **(_error_fields(error, record) if error else {}),
@@ -148,6 +170,11 @@ def base_report(name: BaseName | None, records: Sequence[Record]) -> BaseReport 
     )
 
 
+def _told(container: Container, record: Record) -> TensorReport:
+    """What the records alone tell of a tensor: no payload is read."""
+    return tensor_report(record, container.error(record.name), None)
+
+
 def paper_bytes_of(records: Sequence[Record]) -> int | None:
     """The papers' size; None where something is coded in a way that they do not count."""
     if any(isinstance(record.coding, Coded) or record.needs_base for record in records):
@@ -161,7 +188,7 @@ def paper_bytes_of(records: Sequence[Record]) -> int | None:
             else None,
         )
         for record in records
-        if not isinstance(record.coding, Alias) and record.info.role == "model"
+        if not isinstance(record.coding, Alias | Copy) and record.info.role == "model"
     )
 
 
@@ -180,6 +207,8 @@ def _scheme(record: Record) -> str:
     if isinstance(coding, Coded):
         row = registry.row(coding.codec)
         return (row.label or row.name) + to_base
+    if isinstance(coding, Copy):
+        return f"copy of {coding.of}"
     if isinstance(coding, Same):
         return "as the base"
     return "kept" + to_base if isinstance(coding, Kept) else f"alias of {coding.of}"

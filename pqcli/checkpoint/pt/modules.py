@@ -62,6 +62,9 @@ class _Walk:
         self.budget.level(len(path))
         if is_module(value):
             return self._state_dict(value, path)
+        if isinstance(value, Instance):
+            value.state = self.replaced(value.state, path)
+            return value
         if type(value) not in {dict, list, tuple, Attributed}:
             return value
         if id(value) in self._open:

@@ -242,7 +242,7 @@ class _Walk:
             return self._carried(value, CARRIED[value.name], path)
         if is_module(value) and any(True for _ in tensors_in([value], self.budget.entries)):
             raise refusal(value, path)
-        heart = _heart(value)
+        heart = _heart(value) or self._attributes(value)
         if heart is None:
             self._check_no_tensors(value, value.parts())
             raise _Drop(f"{_told(value)}: no JSON value")
@@ -256,6 +256,14 @@ class _Walk:
             return self._dict(value, path) if inner is value else self.node(inner, path)
         finally:
             self._n_told -= 1
+
+    def _attributes(self, value: Instance) -> tuple[str, Any] | None:
+        """The attributes of an object that is nothing but them, where they hold tensors: a moving average, say."""
+        state = value.state
+        if value.arguments or value.elements or len(value) or type(state) is not dict:
+            return None
+        has_names = all(isinstance(name, str) for name in state)
+        return ("dict", state) if has_names and any(True for _ in tensors_in(state, self.budget.entries)) else None
 
     def _check_no_tensors(self, value: Instance, left: Iterable[Any]) -> None:
         """Raise unless all tensors in what is `left` of an object are also in its items or elements."""
