@@ -289,6 +289,10 @@ class Survey:
         original = self.originals.get(name)
         return coded if original is None else original.energy
 
+    def fineness_of(self, name: str) -> float:
+        """What the step of a tensor is times the one that it would have if it were no difference."""
+        return self.fineness if name in self.originals else 1.0
+
     def fine_for_differences(self) -> Survey:
         """The survey for a level that is no budget's: steps of differences shrink as much as the weights did.
 

@@ -52,11 +52,15 @@ def learned(path: str, survey: Survey, weights: Weights, steps: Steps, tell: Tel
             if reading.axis(record) == 0:
                 turned.add(record.name)
         tell(0, record.name)
-    tensors = {record.name: Plain(record.info.numel, steps.scales[record.name]) for record in survey.records}
+    tensors = {
+        record.name: Plain(record.info.numel, steps.scales[record.name] / survey.fineness_of(record.name))
+        for record in survey.records
+    }
     plan = prepare(tensors, known, energies)
     plan = replace(plan, rows={name: _turned(rows, name in turned) for name, rows in plan.rows.items()})
-    scales = {name: _bounded(scale, survey, name) for name, scale in plan.steps.items()}
-    ceilings = {name: np.inf if name in known else ceiling for name, ceiling in steps.ceilings.items()}
+    scales = {name: _bounded(scale, survey, name) * survey.fineness_of(name) for name, scale in plan.steps.items()}
+    is_free = {name: name in known and survey.fineness_of(name) == 1 for name in steps.ceilings}
+    ceilings = {name: np.inf if is_free[name] else ceiling for name, ceiling in steps.ceilings.items()}
     return plan, Steps(scales, ceilings)
 
 
@@ -190,7 +194,7 @@ def _turned(rows: Any, is_turned: bool) -> Any:
 
 def _bounded(scale: float, survey: Survey, name: str) -> float:
     """A step that the streams can hold, whatever the statistics ask for."""
-    relative = (survey.spreads[name] or survey.unit) / survey.unit
+    relative = (survey.own_spread(name) or survey.unit) / survey.unit
     return min(max(scale, SMALLEST_STEP * relative), COARSEST * relative)
 
 

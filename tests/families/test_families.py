@@ -256,3 +256,30 @@ def test_no_error_is_anything_but_ours(family, tmp_path):
     for wrong in (tmp_path / "text", tmp_path, "/dev/zero", source.with_suffix(".none")):
         with pytest.raises(PQError):
             pqcli.compress(source, tmp_path / "x.pq.safetensors", base=wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"target_bytes": 5_000}, {"quality": "high"}])
+@pytest.mark.parametrize("codec", ["pq", "trellis"])
+def test_statistics_count_beside_a_base(tmp_path, codec, settings):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 64))
+    base = saved(tmp_path, "base.pt", network.state_dict())
+    with torch.no_grad():
+        for i, weight in enumerate(network.parameters()):
+            weight += gaussian(*weight.shape, seed=i, rms=1e-4)
+    source = saved(tmp_path, "tuned.pt", network.state_dict())
+    seen = gaussian(600, 64, seed=5, rms=1.0) * torch.exp(-torch.arange(64) / 10.0)
+    with pqcli.collect(network, gradients=True) as stats:
+        stats.backward(network(seen))
+    stats.save(tmp_path / "s.stats.safetensors")
+    errors = []
+    for given in (None, str(tmp_path / "s.stats.safetensors")):
+        file = tmp_path / "tuned.pq.safetensors"
+        report = pqcli.compress(source, file, pqcli.Recipe(codec=codec, stats=given, **settings), base=base, force=True)
+        assert report.relative_mse < 1e-5
+        assert pqcli.verify(file, source, base=base) == []
+        with torch.inference_mode():
+            found = torch.func.functional_call(network, pqcli.load(file), (seen,))
+            errors.append(float((found - network(seen)).square().mean()) * report.compressed_bytes)
+    assert errors[1] < errors[0]

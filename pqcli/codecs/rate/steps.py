@@ -64,9 +64,7 @@ def steps_of(survey: Survey, objective: float, bound: float | None = None) -> St
         relative = (spreads[record.name] or unit) / unit
         scale = relative**objective * (record.info.numel / mean_size) ** size_exponent
         bounded = min(scale, LARGEST_STEP * relative) if objective else scale
-        found[record.name] = max(bounded, SMALLEST_STEP * relative)
-        if record.name in survey.originals:
-            found[record.name] *= survey.fineness
+        found[record.name] = max(bounded, SMALLEST_STEP * relative) * survey.fineness_of(record.name)
     ceilings = {name: CEILING * spread if spread and objective else math.inf for name, spread in spreads.items()}
     if survey.fineness < 1:
         for name in survey.originals.keys() & found.keys():
