@@ -145,7 +145,8 @@ class TrellisSession(Session):
             factor = source.n_weights / max(rows.size, 1)
             n_bytes += factor * encoded.coded_bytes[source.key]
             error += factor * encoded.squared_errors[source.key]
-            energy += factor * float(np.sum(np.square(rows, dtype=np.float64)))
+            coded = factor * float(np.sum(np.square(rows, dtype=np.float64)))
+            energy += self.survey.own_energy(source.key, coded)
         is_sample = sum(rows.size for rows in self._drafted.values()) < self._n_weights
         return Draft(
             n_bytes / (1 + SAMPLING_EXCESS * is_sample), error / energy / (1 + DRAFT_EXCESS) if energy else 0.0
