@@ -140,15 +140,15 @@ def prepare(
     rows: dict[str, RowSteps] = {}
     exact: dict[str, float] = {}
     shrinkage: dict[str, float] = {}
-    judged: dict[int, float] = {}  # layers share moments
+    judged: dict[int, tuple[Feedback, float]] = {}  # layers share moments
     for key, about in known.items():
         if isinstance(about, RowImportance):
             rows[key], exact[key] = _of_rows(about)
             continue
         if id(about.matrix) not in judged:
-            judged[id(about.matrix)] = about.shrinkage()
-        shrinkage[key] = judged[id(about.matrix)]
-        rows[key], typical = _of_inputs(about.matrix, shrinkage[key])
+            judged[id(about.matrix)] = _of_inputs(about.matrix, about.shrinkage())
+        fed, typical = judged[id(about.matrix)]
+        rows[key], shrinkage[key] = fed, fed.shrinkage
         felt = about.gradient if about.gradient is not None else 1 / max((output_energy or {}).get(key, 1.0), 1e-30)
         exact[key] = typical / math.sqrt(max(felt * about.n_samples, 1e-30))
     unit = _typical({key: exact[key] / tensors[key].plain_step for key in exact}, tensors)
