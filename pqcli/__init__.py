@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pqcli.jobs.preview import preview
     from pqcli.jobs.report import report
     from pqcli.jobs.verify import verify
+    from pqcli.limits import Limits
     from pqcli.recipe.recipe import Recipe, Rule
     from pqcli.reports.figures import Report
     from pqcli.stats.collecting import collect
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "PQ": ("pqcli.core.pq.pq", "PQ"),
     "Container": ("pqcli.container.reader", "Container"),
+    "Limits": ("pqcli.limits", "Limits"),
     "Recipe": ("pqcli.recipe.recipe", "Recipe"),
     "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
@@ -51,8 +53,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "PQ", "Container", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__", "collect", "compress",
-    "decode", "load", "open", "preview", "report", "save", "verify",
+    "PQ", "Container", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__", "collect",
+    "compress", "decode", "load", "open", "preview", "report", "save", "verify",
 ]  # fmt: skip
 
 

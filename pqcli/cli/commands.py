@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pqcli.atomic import check_target
+from pqcli.atomic import check_output
 from pqcli.cli.options import (
     Against,
     Command,
@@ -24,6 +24,7 @@ from pqcli.cli.options import (
     Force,
     Format,
     Json,
+    Limit,
     NoVerify,
     Output,
     Quiet,
@@ -34,6 +35,7 @@ from pqcli.cli.options import (
 from pqcli.cli.running import run
 from pqcli.container.peek import check_container
 from pqcli.errors import CheckFailedError
+from pqcli.limits import limits_of
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def compress(
     device: Device = "auto",
     force: Force = False,
     no_verify: NoVerify = False,
+    limit: Limit = None,
     json: Json = False,
     quiet: Quiet = False,
     **settings: Any,
@@ -92,12 +95,14 @@ def compress(
 
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings, device)
+        limits = limits_of(limit or ())
         _check_source(src)
-        _check_output(output, src, force=force)
+        if output:
+            check_output(output, src, force=force)
         if dry_run:
             from pqcli.jobs import preview
 
-            found = preview.preview(src, output, recipe)
+            found = preview.preview(src, output, recipe, limits=limits)
             preview.check_possible(found, device, force=force)
             console.plan(found)
             return
@@ -105,7 +110,7 @@ def compress(
 
         with console.progress(src.name) as hook:
             report = compress.compress(
-                src, output, recipe, device=device, force=force, verify=not no_verify, progress=hook
+                src, output, recipe, device=device, force=force, verify=not no_verify, progress=hook, limits=limits
             )
         console.summary(report)
 
@@ -129,20 +134,21 @@ def plan(
         bool,
         flag("--explain", help="Show how --codec auto decides: candidates, bits, error, cost (reads the weights)."),
     ] = False,
+    limit: Limit = None,
     json: Json = False,
     **settings: Any,
 ) -> None:
     """Show what compress would do to each tensor, why, and the size it would give; write nothing."""
 
     def work(console: Console) -> None:
-        recipe = _recipe(console, config, settings)
+        recipe, limits = _recipe(console, config, settings), limits_of(limit or ())
         _check_source(src)
         from pqcli.jobs import preview
 
         if explain:
-            console.choices(preview.explain(src, recipe))
+            console.choices(preview.explain(src, recipe, limits=limits))
         else:
-            console.plan(preview.preview(src, None, recipe))
+            console.plan(preview.preview(src, None, recipe, limits=limits))
 
     run(work, json=json)
 
@@ -164,18 +170,26 @@ def decode(
     ] = None,
     force: Force = False,
     no_verify: NoVerify = False,
+    limit: Limit = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         from pqcli.jobs import decode
 
         with console.progress(file.name) as hook:
             target = decode.decode(
-                file, output, dtype=dtype.value if dtype else None, force=force, verify=not no_verify, progress=hook
+                file,
+                output,
+                dtype=dtype.value if dtype else None,
+                force=force,
+                verify=not no_verify,
+                progress=hook,
+                limits=limits,
             )
         if json:
             console.json({"input": str(file), "output": str(target), "output_bytes": _size(target)})
@@ -203,6 +217,7 @@ def report(
         ),
     ] = None,
     force: Force = False,
+    limit: Limit = None,
     json: Annotated[bool, flag("--json", help="Same as --format json.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -216,14 +231,16 @@ def report(
             checks.check_sortable(sort)
         for text in fail_above or []:
             checks.check_condition(text)
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         if against:
             _check_source(against)
-        _check_output(output, file, force=force)
+        if output:
+            check_output(output, file, *filter(None, [against]), force=force)
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
-            found = report.report(file, against, progress=hook)
+            found = report.report(file, against, progress=hook, limits=limits)
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
@@ -242,15 +259,17 @@ def report(
 def inspect(
     file: File,
     tensor: Annotated[list[str] | None, typer.Option(help="Only this tensor; repeatable.", metavar="NAME")] = None,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Show what a container holds: format version, features, source, recipe, and each tensor's record."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         from pqcli.jobs import report
 
-        found = report.inspect(file, tensor)
+        found = report.inspect(file, tensor, limits=limits)
         if json:
             console.json(found)
         else:
@@ -260,18 +279,21 @@ def inspect(
 
 
 @app.command(cls=Command, epilog=examples("pqcli verify model.pq.safetensors --against model.pt"))
-def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet = False) -> None:
+def verify(
+    file: File, against: Against = None, *, limit: Limit = None, json: Json = False, quiet: Quiet = False
+) -> None:
     """Check structure and hashes; with the original, that kept tensors are identical and errors as reported."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         if against:
             _check_source(against)
         from pqcli.jobs import verify
 
         with console.progress(file.name) as hook:
-            findings = verify.verify(file, against, progress=hook)
-        left_out = verify.left_out(file) if against else ()
+            findings = verify.verify(file, against, progress=hook, limits=limits)
+        left_out = verify.left_out(file, limits=limits) if against else ()
         if left_out:
             console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
         if json:
@@ -309,12 +331,6 @@ def _check_source(path: Path) -> None:
     from pqcli import checkpoint
 
     checkpoint.sniff(path)
-
-
-def _check_output(output: Path | None, source: Path, *, force: bool) -> None:
-    """Likewise for a file that will be written; of the source itself the job says more."""
-    if output and not (output.exists() and output.samefile(source)):
-        check_target(output, force=force)
 
 
 def _recipe(console: Console, config: str | None, settings: Mapping[str, Any], device: str = "auto") -> Recipe:

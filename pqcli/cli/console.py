@@ -115,6 +115,8 @@ class Console:
             for line in readable.kept_reasons(report, N_REASONS):
                 self.note(f"  {line}")
         self._dropped(report.dropped)
+        if report.side_bytes:
+            self.note(readable.side_line(report))
         for warning in report.warnings:
             self.warn(warning)
         if not report.quantized:
@@ -188,9 +190,13 @@ class Console:
     # --- how ------------------------------------------------------------------------------------------------------
 
     def _dropped(self, dropped: Sequence[str]) -> None:
-        if dropped:
-            what = readable.joined(dropped, N_DROPPED)
+        plainer = [item for item in dropped if readable.COMES_BACK in item]
+        lost = [item for item in dropped if readable.COMES_BACK not in item]
+        if lost:
+            what = readable.joined(lost, N_DROPPED)
             self.warn(f"not in the compressed file, and lost when you delete the original: {what}")
+        if plainer:
+            self.note(f"in the compressed file, but as something plainer: {readable.joined(plainer, N_DROPPED)}")
 
     def _say(self, prefix: str, text: str, style: str) -> None:
         """Print on stderr; a line break in a name cannot forge a line."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +17,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from pqcli.limits import Limits
 from pqcli.recipe.recipe import Recipe
 from pqcli.recipe.settings import MAIN, PLAIN, Setting, options_of
 
 RUNNING = "Files and messages"
 """The panel of options that every command has some of."""
+LIMITS = "For experts: what a file may cost to understand"
+"""The panel of the budgets that keep a stranger's file from filling memory."""
 
 
 class Command(TyperCommand):
@@ -95,6 +99,13 @@ Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output."
 NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, flag("--quiet", "-q", help="Print nothing but errors and the asked-for result.")]
+Limit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=N", rich_help_panel=LIMITS, autocompletion=lambda: [f"{field.name}=" for field in fields(Limits)],
+        help="Raise a limit that a message names, for a file that you trust; repeatable.",
+    ),
+]  # fmt: skip
 Against = Annotated[
     Path | None,
     typer.Option(help="The original checkpoint: measure everything again from the two files.", metavar="ORIGINAL"),

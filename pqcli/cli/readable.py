@@ -128,6 +128,18 @@ def headline(report: Report) -> str:
     return "  ".join(parts)
 
 
+COMES_BACK = "comes back as"
+"""What the reason says of an entry that is carried, but not as the class that it was of."""
+
+
+def side_line(report: Report) -> str:
+    """What the files that stay beside the output do to the ratio."""
+    return (
+        f"files beside the weights: {size(report.side_bytes)}, in neither size; with them the ratio is "
+        f"{times(report.ratio_with_side)}"
+    )
+
+
 def entropy_line(report: Report) -> str | None:
     """What the assignments take against their entropy; None where that is unknown."""
     taken, ideal = report.assignment_bytes, report.entropy_bytes

@@ -171,7 +171,7 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
 
 
 def _scheme(tensor: Any) -> str:
-    return "alias" if tensor.action == "alias" else visible(tensor.scheme)
+    return tensor.action if tensor.action in ("alias", "copy") else visible(tensor.scheme)
 
 
 def _used(tensor: Any) -> str:
@@ -181,10 +181,16 @@ def _used(tensor: Any) -> str:
 def _notes(report: Report) -> list[Text]:
     aliases = [f"{tensor.name} is {tensor.alias_of}" for tensor in report.tensors if tensor.action == "alias"]
     notes = [f"kept      {line}" for line in readable.kept_reasons(report, N_NOTES)]
+    copies = [f"{tensor.name} is {tensor.copy_of}" for tensor in report.tensors if tensor.action == "copy"]
     if aliases:
         notes.append(f"tied      {readable.joined(aliases, N_NOTES)}")
+    if copies:
+        notes.append(f"equal     {readable.joined(copies, N_NOTES)}")
     if report.dropped:
         notes.append(f"dropped   {readable.joined(report.dropped, N_DROPPED)}")
+    if report.side_bytes:
+        notes.append(f"beside    {readable.side_line(report)}")
+    notes += [f"warning   {warning}" for warning in report.warnings]
     if report.paper_mib is not None:
         notes.append(f"papers    {report.paper_mib:.3f} MiB by the accounting of the papers on PQ")
     notes += [
@@ -218,14 +224,14 @@ def plan_table(preview: Preview, width: int | None, *, ascii_only: bool = False)
     why = [
         (action, line)
         for action in dict.fromkeys(entry.action for entry in entries)
-        if action != "alias"
+        if action not in ("alias", "copy")
         for line in readable.reasons(
             [(entry.info.name, entry.reason, entry.predicted_bytes) for entry in entries if entry.action == action],
             N_NOTES,
         )
     ]
-    styles = ["" if entry.action not in ("keep", "alias") else "dim" for entry in entries]
-    quantized = sum(entry.action not in ("keep", "alias") for entry in entries)
+    styles = ["" if entry.action not in ("keep", "alias", "copy") else "dim" for entry in entries]
+    quantized = sum(entry.action not in ("keep", "alias", "copy") for entry in entries)
     ratio = preview.original_bytes / preview.predicted_bytes if preview.predicted_bytes else 0.0
     before, after = readable.size(preview.original_bytes), readable.size(preview.predicted_bytes)
     return [

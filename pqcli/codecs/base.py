@@ -70,6 +70,10 @@ class Weights:
         """The tensor that the user has."""
         return self.checkpoint.read(name)
 
+    def original_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of it, in row-major order."""
+        return self.checkpoint.read_flat(name, start, stop)
+
     def coded(self, name: str) -> torch.Tensor:
         """The tensor that is coded in its place."""
         return self.checkpoint.read(name)

@@ -48,8 +48,8 @@ def kept_piece(record: Record, tensor: torch.Tensor, *, is_compact: bool) -> Pie
     return Piece(replace(record, coding=Kept(len(coded))), digest, ((f"keep/{record.name}", coded),))
 
 
-def alias_piece(record: Record) -> Piece:
-    """Another name of a tensor that is there already."""
+def reference_piece(record: Record) -> Piece:
+    """Another name, or a copy, of a tensor that is there already; it has no bytes of its own."""
     return Piece(record, bytes(HASH_BYTES))
 
 

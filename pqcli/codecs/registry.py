@@ -60,10 +60,10 @@ register(
         "trellis",
         "pqcli.codecs.trellis",
         features=("trellis-mixing", "trellis-rows"),
-        settings=("objective", "effort", "stats"),
+        settings=("objective", "effort"),
     )
 )
-register(Row("auto", "pqcli.codecs.auto", stored_as="trellis", settings=("objective", "effort", "stats")))
+register(Row("auto", "pqcli.codecs.auto", stored_as="trellis", settings=("objective", "effort")))
 register(
     Row("ecpq", "pqcli.codecs.ecpq", is_choosable=False, settings=("objective",), label="PQ, coded", reported_as=PLAIN)
 )

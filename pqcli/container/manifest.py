@@ -18,7 +18,7 @@ from pqcli.codecs import zeros
 from pqcli.container import checksum
 from pqcli.container.header import LARGEST, is_shape, is_size
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record
+from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -35,7 +35,8 @@ class Source:
     """The checkpoint that was compressed.
 
     `format` is what `pqcli.checkpoint` calls its format, `n_bytes` its size, `skeleton` all that is no tensor, as JSON,
-    and `dropped` what is not in the file: places, each with the reason.
+    `dropped` what is not in the file: places, each with the reason; `side_bytes` is the size of those of its files that
+    are not in it.
     """
 
     __pydantic_config__: ClassVar = {**_STRICT, "extra": "ignore"}  # a later pqcli may tell more
@@ -44,9 +45,10 @@ class Source:
     n_bytes: int
     skeleton: dict[str, Any]
     dropped: list[tuple[str, str]] = field(default_factory=list)
+    side_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.n_bytes <= LARGEST:
+        if not (0 <= self.n_bytes <= LARGEST and 0 <= self.side_bytes <= LARGEST):
             raise ValueError(f"a source of {self.n_bytes} bytes")
 
 
@@ -101,6 +103,7 @@ class StoredRecord:
     kind: str = ""
     role: str = "model"
     alias_of: str | None = None
+    copy_of: str | None = None
     rows: int | None = None
     block_size: int | None = None
     n_centroids: int | None = None
@@ -123,6 +126,8 @@ class StoredRecord:
             given = {"rows": coding.rows, "kernel": coding.kernel, "coded_bytes": coding.n_bytes}
         elif isinstance(coding, Kept):
             given = {"coded_bytes": coding.n_bytes}
+        elif isinstance(coding, Copy):
+            given = {"copy_of": coding.of}
         return StoredRecord(
             info.name, info.shape, info.dtype, coding.action, record.reason, record.kind, info.role, info.alias_of,
             zero_bytes=record.zero_bytes, **given,
@@ -139,8 +144,12 @@ class StoredRecord:
     def _coding(self) -> Coding:
         if (self.action == "alias") != (self.alias_of is not None):
             raise ValueError(f"action {self.action!r} of an alias of {self.alias_of!r}")
+        if (self.action == Copy.action) != (self.copy_of is not None):
+            raise ValueError(f"action {self.action!r} of a copy of {self.copy_of!r}")
         if self.alias_of is not None:
             return Alias(self.alias_of)
+        if self.copy_of is not None:
+            return Copy(self.copy_of)
         if self.action == Kept.action:
             return Kept(self.coded_bytes)
         if self.action != Plain.action:
@@ -185,7 +194,10 @@ def make_manifest(
 
     `source` has the fields of `Source`.
     """
-    needed = {record.action for record in records if record.quantized} | {checksum.FEATURE, *features}
+    needed = {record.action for record in records if record.quantized or isinstance(record.coding, Copy)} | {
+        checksum.FEATURE,
+        *features,
+    }
     if any(record.zero_bytes is not None for record in records):
         needed.add(zeros.FEATURE)
     return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded)
@@ -196,7 +208,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     plain: dict[str, Any] = {
         "version": manifest.version,
         "features": manifest.features,
-        "source": vars(manifest.source),
+        "source": {key: value for key, value in vars(manifest.source).items() if key != "side_bytes" or value},
         "recipe": manifest.recipe,
         "tensors": [_without_defaults(StoredRecord.of(record)) for record in manifest.tensors],
     }

@@ -10,7 +10,7 @@ from pqcli.container.limits import Limits
 __all__ = ["MANIFEST", "SUFFIX", "check_container"]
 
 
-def check_container(path: Path) -> None:
+def check_container(path: Path, limits: Limits | None = None) -> None:
     """Raise ContainerError where there is no file, or not one that pqcli wrote."""
     with open_file(path) as file:
-        recognised(path, file, Limits())
+        recognised(path, file, limits or Limits())

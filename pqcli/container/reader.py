@@ -25,7 +25,7 @@ from pqcli.core.entropy import lossless
 from pqcli.core.pq import packing, pq
 from pqcli.errors import ContainerError
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
-from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record, StoredError
+from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record, StoredError
 
 
 class Container:
@@ -49,7 +49,7 @@ class Container:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._decoder = None  # ends its threads now: a collector that waited for them might hold a lock that they want
+        self._decoder = None  # what it has begun ahead is not needed any more
         self._entries.close()
 
     @property
@@ -77,7 +77,7 @@ class Container:
 
     def error(self, name: str) -> StoredError | None:
         """The error that compression measured; None for a tensor that is not quantized."""
-        return self._said.errors.get(self.record(name).name)
+        return self._said.errors.get(self.record(name).held_by)
 
     def pq_tensor(self, name: str) -> pq.PQTensor:
         """Codebook and assignments of a tensor that plain PQ quantized, unpacked."""
@@ -114,7 +114,7 @@ class Container:
         Raises ContainerError if its bytes are not those that compression saw (`check=False` skips this).
         """
         record = self.record(name)
-        if isinstance(record.coding, Alias):
+        if isinstance(record.coding, Alias | Copy):
             return self.decode(record.coding.of, check=check)
         tensor = _DECODERS[type(record.coding)](self, record)
         if record.zero_bytes is not None:
@@ -246,7 +246,7 @@ _DECODERS: dict[type[Coding], Callable[[Container, Record], torch.Tensor]] = {
     Kept: Container._kept,  # noqa: SLF001
     Coded: Container._coded,  # noqa: SLF001
 }
-"""How each kind of tensor is decoded; an alias is decoded as what it is another name of."""
+"""How each kind of tensor is decoded; an alias and a copy are decoded as the tensor that they name."""
 
 
 def open_container(path: str | Path, *, limits: Limits | None = None) -> Container:

@@ -110,7 +110,7 @@ class Writer:
         pieces = self.pieces
         hash_bytes = SHORT_HASH_BYTES if self.compact else HASH_BYTES
         self._put(KEPT, [self.bundle])
-        self._put(HASHES, [piece.digest[:hash_bytes] for piece in pieces])
+        self._put(HASHES, [self._pieces[piece.record.held_by].digest[:hash_bytes] for piece in pieces])
         self._put(ERRORS, [_error_rows(pieces)])
         self._put(MANIFEST, [manifest_bytes(manifest)])
         if any(entry.key == ENTROPIES for entry in layout.entries):

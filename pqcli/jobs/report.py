@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,40 @@ from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import registry
 from pqcli.codecs.base import Use
 from pqcli.codecs.plain import use_of
+from pqcli.codecs.rate.budget import error_bound
+from pqcli.codecs.rate.protection import warnings_of_tensors
 from pqcli.container.manifest import StoredRecord
 from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics, rtn
-from pqcli.errors import CheckpointError
+from pqcli.errors import CheckpointError, RecipeError
 from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
+from pqcli.recipe import documents
 from pqcli.reports.figures import INT4_GROUP, Report, TensorReport
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, StoredError, with_bundle_shares
+from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, StoredError, with_bundle_shares
 
 
-def report(file: str | Path, against: str | Path | None = None, *, progress: Hook | None = None) -> Report:
+def report(
+    file: str | Path,
+    against: str | Path | None = None,
+    *,
+    progress: Hook | None = None,
+    limits: Limits | None = None,
+) -> Report:
     """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
 
     With `against`, the original checkpoint, every error is measured again from the two files, and that of int4.
     """
-    with open_container(file) as container:
+    with open_container(file, limits=limits) as container:
         container.check_figures()
         records = with_bundle_shares(list(container.records), container.bundle_bytes)
         if against is None:
             tensors = tuple(_stored_report(container, record) for record in records)
         else:
             stage = Stage(progress or ignore, "measuring", n_weights(container))
-            with checkpoints.open(against) as original:
+            with original_of(container, against, limits) as original:
                 tensors = tuple(_measured_reports(container, records, original, stage))
         source = container.manifest.source
         return Report(
@@ -49,12 +59,24 @@ def report(file: str | Path, against: str | Path | None = None, *, progress: Hoo
             dropped=tuple(f"{path} ({reason})" for path, reason in source.dropped),
             recipe=container.manifest.recipe,
             paper_bytes=paper_bytes_of(container.records),
+            warnings=_warnings(container.manifest.recipe, tensors),
+            side_bytes=source.side_bytes,
         )
 
 
-def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+def _warnings(recipe: Mapping[str, Any], tensors: Sequence[TensorReport]) -> tuple[str, ...]:
+    """What compression said of tensors that a budget of error gave up, as far as a file tells."""
+    try:
+        bound = error_bound(documents.from_json(recipe))
+    except RecipeError:  # of a stranger, or of a newer pqcli: it is not needed for anything else
+        return ()
+    errors = {tensor.name: tensor.relative_mse for tensor in tensors if tensor.quantized and tensor.relative_mse}
+    return () if bound is None else warnings_of_tensors(bound, errors)
+
+
+def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Limits | None = None) -> dict[str, Any]:
     """What a container says of itself: version, features, source, recipe, and the records of `names` or of all."""
-    with open_container(file) as container:
+    with open_container(file, limits=limits) as container:
         records = [container.record(name) for name in names] if names else container.records
         source = container.manifest.source
         return {
@@ -62,7 +84,13 @@ def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, A
             "file_bytes": Path(file).stat().st_size,
             "version": container.manifest.version,
             "features": list(container.manifest.features),
-            "source": {"format": source.format, "n_bytes": source.n_bytes, "dropped": source.dropped},
+            "source": {
+                "format": source.format,
+                "n_bytes": source.n_bytes,
+                "dropped": source.dropped,
+                "side_bytes": source.side_bytes,
+            },
+            "warnings": list(_warnings(container.manifest.recipe, [_told(container, r) for r in container.records])),
             "recipe": container.manifest.recipe,
             "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
         }
@@ -72,6 +100,12 @@ def write_text(path: Path, text: str, *, force: bool = False) -> None:
     """Write a text file whole or not at all."""
     with atomic_writer(path, force=force) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def original_of(container: Container, against: str | Path, limits: Limits | None) -> Checkpoint:
+    """The checkpoint that a container is compared with, read as it was read when it was compressed."""
+    from_module = container.manifest.recipe.get("from_module") is True
+    return checkpoints.open(against, limits=limits, from_module=from_module)
 
 
 def n_weights(container: Container) -> int:
@@ -100,15 +134,21 @@ def tensor_report(record: Record, error: StoredError | None, use: Use | None) ->
         n_weights=info.numel,
         original_bytes=0 if is_alias else info.n_bytes,
         bytes=payload,
-        bits_per_weight=8 * payload / info.numel if info.numel and not is_alias else None,
+        bits_per_weight=8 * payload / info.numel if info.numel and not isinstance(coding, Alias | Copy) else None,
         centroids_used=use.centroids if use else None,
         assignment_entropy=use.entropy if use else None,
         assignment_bytes=record.assignment_bytes if use else None,
         entropy_bytes=math.ceil(use.entropy_bits / 8) if use else None,
         alias_of=info.alias_of,
+        copy_of=coding.of if isinstance(coding, Copy) else None,
         kind=record.kind,
         **(_error_fields(error, record) if error else {}),
     )
+
+
+def _told(container: Container, record: Record) -> TensorReport:
+    """What the records alone tell of a tensor: no payload is read."""
+    return tensor_report(record, container.error(record.name), None)
 
 
 def paper_bytes_of(records: Sequence[Record]) -> int | None:
@@ -124,7 +164,7 @@ def paper_bytes_of(records: Sequence[Record]) -> int | None:
             else None,
         )
         for record in records
-        if not isinstance(record.coding, Alias) and record.info.role == "model"
+        if not isinstance(record.coding, Alias | Copy) and record.info.role == "model"
     )
 
 
@@ -143,6 +183,8 @@ def _scheme(record: Record) -> str:
     if isinstance(coding, Coded):
         row = registry.row(coding.codec)
         return row.label or row.name
+    if isinstance(coding, Copy):
+        return f"copy of {coding.of}"
     return "kept" if isinstance(coding, Kept) else f"alias of {coding.of}"
 
 

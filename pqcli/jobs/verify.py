@@ -15,7 +15,8 @@ from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
 from pqcli.errors import ContainerError, DamagedError
 from pqcli.jobs.events import Hook, Stage, ignore
-from pqcli.jobs.report import describe, n_weights
+from pqcli.jobs.report import describe, n_weights, original_of
+from pqcli.limits import Limits
 from pqcli.tensors.records import Alias, Record, StoredError
 
 REPORTED_WITHIN = 1e-4
@@ -34,7 +35,13 @@ class Finding:
         return self.problem if self.name is None else f"tensor {self.name!r} {self.problem}"
 
 
-def verify(file: str | Path, against: str | Path | None = None, *, progress: Hook | None = None) -> list[Finding]:
+def verify(
+    file: str | Path,
+    against: str | Path | None = None,
+    *,
+    progress: Hook | None = None,
+    limits: Limits | None = None,
+) -> list[Finding]:
     """What is wrong with a container; an empty list if nothing is.
 
     Checks its structure, the checksum over every byte, and the hash of every decoded tensor. With `against`, also that
@@ -42,7 +49,7 @@ def verify(file: str | Path, against: str | Path | None = None, *, progress: Hoo
     request is not missed (see `left_out`). Raises ContainerError where the file is no container, or a newer pqcli's.
     """
     try:
-        container = open_container(file)
+        container = open_container(file, limits=limits)
     except DamagedError as error:
         return [Finding(None, str(error))]
     with container:
@@ -50,17 +57,17 @@ def verify(file: str | Path, against: str | Path | None = None, *, progress: Hoo
         if against is None:
             found = [finding for record in container.records for finding in _checked(container, record, None, stage)]
         else:
-            with checkpoints.open(against) as original:
+            with original_of(container, against, limits) as original:
                 found = list(_differences(container, original, stage))
         if not container.is_whole():
             found.append(Finding(None, "its payloads are not those that were written (checksum)"))
         return found
 
 
-def left_out(file: str | Path) -> tuple[str, ...]:
+def left_out(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ...]:
     """The training state that compression was asked to leave out, entry by entry."""
     try:
-        opened = open_container(file)
+        opened = open_container(file, limits=limits)
     except DamagedError:
         return ()  # `verify` tells
     with opened as container:

@@ -4,6 +4,7 @@
     Coded   by a codec whose streams lie end to end in one entry, `pqcli.coded`
     Kept    bit for bit
     Alias   another name of an earlier tensor
+    Copy    a tensor by itself whose bytes were those of another one, which is held in its place
 
 Each value knows the bytes that it takes and nothing that belongs to another. How records look in a file is the
 container's matter (`pqcli.container.manifest`).
@@ -77,7 +78,16 @@ class Alias:
     action: ClassVar = "alias"
 
 
-Coding = Plain | Coded | Kept | Alias
+@dataclass(frozen=True)
+class Copy:
+    """A tensor of its own that had the same bytes as the tensor `of`, and comes back as what that one comes back as."""
+
+    of: str
+
+    action: ClassVar = "copy"
+
+
+Coding = Plain | Coded | Kept | Alias | Copy
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,13 @@ class Record:
         return self.info.name
 
     @property
+    def held_by(self) -> str:
+        """The tensor that holds what this one comes back as: itself, unless it is a copy."""
+        return self.coding.of if isinstance(self.coding, Copy) else self.name
+
+    @property
     def action(self) -> str:
-        """What files call it: "keep", "alias", or a codec's name."""
+        """What files call it: "keep", "alias", "copy", or a codec's name."""
         return self.coding.action
 
     @property
@@ -139,7 +154,7 @@ class Record:
     def payload_bytes(self) -> int:
         """Bytes that this tensor takes in the file, without header and manifest."""
         coding = self.coding
-        if isinstance(coding, Alias):
+        if isinstance(coding, Alias | Copy):
             return 0
         if isinstance(coding, Plain):
             return coding.codebook_bytes + self.assignment_bytes + (self.zero_bytes or 0)

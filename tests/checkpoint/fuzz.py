@@ -1,6 +1,6 @@
 """Random damage to headers, by the million: only pqcli's own errors may come out.
 
-    python tests/checkpoint/fuzz.py TARGET --inputs 100000 --seconds 60 [--seed 0]
+    python -m tests.checkpoint.fuzz TARGET --inputs 100000 --seconds 60 [--seed 0]
 
 Targets: pickle, zip, legacy, safetensors, index, dcp, tree. Each starts from valid inputs and edits them: flips, cuts,
 copies, numbers that are nearly too large, and pieces that the format itself is made of. What fails is printed with its

@@ -137,7 +137,10 @@ def test_the_reference_shows_every_setting_of_recipes_and_rules():
 def test_the_reference_names_everything_public_with_its_signature():
     shown = " ".join(cells[0] for cells in rows(DOCUMENTS["docs/python.md"], "name"))
     assert set(re.findall(r"`pqcli\.(\w+)", shown)) == set(pqcli.__all__)
-    assert "`pqcli.decode(file, output=None, *, dtype=None, force=False, verify=True, progress=None)`" in shown
+    assert (
+        "`pqcli.decode(file, output=None, *, dtype=None, force=False, verify=True, progress=None, limits=None)`"
+        in shown
+    )
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -6,7 +6,8 @@ samples that are drawn once (`pqcli.core.ecpq`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
 from pqcli.codecs.rate.survey import survey_weights
 from pqcli.core.digests import seed_of
 from pqcli.core.ecpq import ecpq
+from pqcli.core.feeding import Inputs
+from pqcli.core.threads import lone_blas
+from pqcli.core.trellis.feedback import Feedback, RowSteps
 
 if TYPE_CHECKING:
     from pqcli.core.trellis.sources import Source
@@ -54,6 +58,7 @@ class EcpqJob(TensorJob):
     price: float
     scale: float
     seed: int
+    felt: ecpq.Felt | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -63,7 +68,8 @@ class EcpqJob(TensorJob):
     def run(self, device: torch.device) -> StreamPiece:  # noqa: ARG002 - symbols are searched for on the CPU
         """The tensor's stream."""
         matrix = _matrix(self.weights, self.record)
-        encoded = ecpq.encode(matrix, self.model, self.price, scale=self.scale, seed=self.seed)
+        with nullcontext() if self.felt is None else lone_blas():
+            encoded = ecpq.encode(matrix, self.model, self.price, scale=self.scale, seed=self.seed, felt=self.felt)
         return StreamPiece(self.index, encoded.payload)
 
 
@@ -75,6 +81,7 @@ class EcpqSession(Session):
     weights: Weights
     seed: int
     steps: Steps
+    felt: Mapping[str, ecpq.Felt] = field(default_factory=dict)
     _samples: dict[tuple[str, float], ecpq.Sample] = field(default_factory=dict)
     _model: ecpq.Model | None = None
 
@@ -82,7 +89,7 @@ class EcpqSession(Session):
         """Learn the level's model; then a job for every tensor."""
         samples, model, price = self._learned(level)
         return [
-            EcpqJob(i, record, self.weights, model, price, scale, self._seed(record.name))
+            EcpqJob(i, record, self.weights, model, price, scale, self._seed(record.name), self.felt.get(record.name))
             for i, (record, (_, scale)) in enumerate(zip(self.survey.records, samples, strict=True))
         ]
 
@@ -112,7 +119,9 @@ class EcpqSession(Session):
         records = {record.name: record for record in self.survey.records}
         self._samples = {
             (key, scale): self._samples.get((key, scale))
-            or ecpq.draw(_matrix(self.weights, records[key]), scale=scale, seed=self._seed(key))
+            or ecpq.draw(
+                _matrix(self.weights, records[key]), scale=scale, seed=self._seed(key), felt=self.felt.get(key)
+            )
             for key, scale in scales.items()
         }
         self._model = ecpq.fit(self._samples.values(), price, start=self._model)
@@ -120,6 +129,13 @@ class EcpqSession(Session):
 
     def _seed(self, key: str) -> int:
         return seed_of(self.seed, key, n_bytes=SEED_BYTES)
+
+
+def _felt(rows: RowSteps, shape: tuple[int, int]) -> ecpq.Felt:
+    """How much the errors of a tensor are felt, from the steps that statistics made of its rows."""
+    if isinstance(rows, Feedback):
+        return ecpq.Felt.by_inputs(Inputs(rows.moments, rows.shrinkage, 1 if rows.is_transposed else 0), shape)
+    return ecpq.Felt.by_rows(rows.steps**-2.0, shape[1])
 
 
 def _matrix(weights: Weights, record: Record) -> torch.Tensor:
@@ -157,7 +173,16 @@ class EcpqCodec(StreamCodec):
 
     def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> EcpqSession:  # noqa: ARG002
         """A session; its models follow from the levels."""
-        return EcpqSession(survey, weights, recipe.seed, steps_of(survey, recipe.objective, error_bound(recipe)))
+        steps = steps_of(survey, recipe.objective, error_bound(recipe))
+        if recipe.stats is None:
+            return EcpqSession(survey, weights, recipe.seed, steps)
+        from pqcli.codecs.statistics import learned
+
+        plan, steps = learned(recipe.stats, survey, weights, steps, tell)
+        shapes = {record.name: record.matrix_shape for record in survey.records}
+        with lone_blas():
+            felt = {name: _felt(rows, shapes[name]) for name, rows in plan.rows.items()}
+        return EcpqSession(survey, weights, recipe.seed, steps, felt)
 
     def decoder(self, streams: Streams, sources: Sequence[Source], *, counting: bool = False) -> EcpqDecoder:  # noqa: ARG002
         """Decodes a tensor when it is asked for; it counts when it is asked to."""

@@ -32,31 +32,42 @@ from pqcli.codecs.kept import kept_piece
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.core import metrics
 from pqcli.core.digests import seed_of, tensor_bytes, tensor_hash
+from pqcli.core.feeding import Inputs
+from pqcli.core.importance import Importance
 from pqcli.core.pq import em, packing, pq
+from pqcli.core.second_order import Moments, RowImportance
 from pqcli.errors import PQError
 from pqcli.tensors.records import Plain, Record
 
 if TYPE_CHECKING:
+    from pqcli.codecs.statistics import Reading
     from pqcli.plan.plan import PlanEntry
     from pqcli.recipe.recipe import Recipe
 
 WORKING_COPIES = 2
 """Memory that encoding a tensor takes, in copies of the tensor: the weights, and what they decode to."""
+FED_COPIES = 4
+"""And in copies in float32 where errors are fed forward: weights in coded order, errors, and what these are felt as."""
 
 
 @dataclass(frozen=True)
 class PlainJob(TensorJob):
-    """Learn a tensor's codebook, and keep the tensor where that turns out not to pay."""
+    """Learn a tensor's codebook, and keep the tensor where that turns out not to pay.
+
+    `statistics` know what the inputs of some tensors' layers look like.
+    """
 
     record: Record
     weights: Weights
     options: em.Options
     is_compact: bool = False
+    statistics: Reading | None = None
 
     @property
     def n_bytes(self) -> int:
         """Working copies of the tensor."""
-        return WORKING_COPIES * self.record.info.n_bytes
+        n_bytes = WORKING_COPIES * self.record.info.n_bytes
+        return n_bytes if self.statistics is None else n_bytes + FED_COPIES * 4 * self.n_weights
 
     def run(self, device: torch.device) -> Piece:
         """The tensor as plain PQ; EM runs on `device`."""
@@ -90,6 +101,7 @@ class PlainJob(TensorJob):
         if not isinstance(coding, Plain):
             raise TypeError(f"a plain job for a tensor that is {coding}")
         dtype = getattr(torch, coding.codebook_dtype)
+        importance, inputs = self._known()
         try:
             return pq.encode(
                 weight,
@@ -98,10 +110,20 @@ class PlainJob(TensorJob):
                 self.options,
                 dtype,
                 device,
-                importance=self.weights.importance(self.record.name),
+                importance=importance,
+                inputs=inputs,
             )
         except PQError as error:
             raise type(error)(f"tensor {self.record.name!r}: {error}") from None
+
+    def _known(self) -> tuple[Importance | None, Inputs | None]:
+        """Which errors matter: the importance of rows and columns, or, of a layer, the moments of its inputs."""
+        known = None if self.statistics is None else self.statistics.known(self.record)
+        if self.statistics is not None and isinstance(known, Moments):
+            return None, Inputs(known.matrix, known.shrinkage(), self.statistics.axis(self.record))
+        if isinstance(known, RowImportance):
+            return Importance.of_rows(known.rows.astype(np.float32), self.record.matrix_shape[1]), None
+        return self.weights.importance(self.record.name), None
 
     def _kept(self, reason: str) -> Piece:
         record = self.record.kept(reason)
@@ -146,11 +168,13 @@ class PlainSession(Session):
     survey: Survey
     weights: Weights
     recipe: Recipe
+    statistics: Reading | None = None
 
     def jobs(self, level: float) -> Sequence[PlainJob]:  # noqa: ARG002 - plain PQ has no levels
         """A job for every tensor."""
         return [
-            PlainJob(record_of(entry), self.weights, options_of(entry, self.recipe)) for entry in self.survey.entries
+            PlainJob(record_of(entry), self.weights, options_of(entry, self.recipe), statistics=self.statistics)
+            for entry in self.survey.entries
         ]
 
     def finish(self, level: float, pieces: Sequence[StreamPiece]) -> None:
@@ -171,8 +195,12 @@ class PlainCodec(Codec):
         return Survey(tuple(entries))
 
     def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> PlainSession:  # noqa: ARG002
-        """A session; nothing is shared."""
-        return PlainSession(survey, weights, recipe)
+        """A session; nothing is shared. Raises StatsError where the recipe names statistics of something else."""
+        if recipe.stats is None:
+            return PlainSession(survey, weights, recipe)
+        from pqcli.codecs.statistics import opened
+
+        return PlainSession(survey, weights, recipe, opened(recipe.stats, survey.records, weights))
 
 
 CODEC = PlainCodec()

@@ -85,7 +85,7 @@ class TrellisSession(Session):
             return as_matrix(weights.coded(key), records[key])
 
         if recipe.stats is not None:
-            from pqcli.codecs.trellis.statistics import learned
+            from pqcli.codecs.statistics import learned
 
             plan, steps = learned(recipe.stats, survey, weights, steps, tell)
             rotations = plan.rotations(sources, read, steps.at(first_level), n_threads())

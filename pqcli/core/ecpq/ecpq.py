@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from pqcli.core import metrics
+from pqcli.core.ecpq.feedback import Felt, code
 from pqcli.core.ecpq.fit import Vectors, fit_codebook
 from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, GRID_PER_RATE, Codebook, Model, is_grid
 from pqcli.core.ecpq.search import CHUNK, Moments, Scales, choose, in_grid_units, moments, scales
@@ -39,7 +40,7 @@ from pqcli.core.lookahead import in_order
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Encoded", "Estimate", "Model", "Sample", "decode", "draw", "encode", "entropy", "estimate", "fit"]
+__all__ = ["Encoded", "Estimate", "Felt", "Model", "Sample", "decode", "draw", "encode", "entropy", "estimate", "fit"]
 
 PIECE = 8
 """Values in a row that a sample takes together: a multiple of every block size."""
@@ -61,13 +62,14 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Sample:
-    """Pieces (m, width) of a matrix, where they lie, and the moments of the whole."""
+    """Pieces (m, width) of a matrix, where they lie, the moments of the whole, and how much its errors are felt."""
 
     pieces: NDArray[np.float32]
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
     shape: tuple[int, int]
     moments: Moments
+    felt: Felt | None = None
 
     @property
     def factor(self) -> float:
@@ -106,6 +108,7 @@ def draw(
     fraction: float = FRACTION,
     least: int = LEAST,
     most: int = MOST,
+    felt: Felt | None = None,
 ) -> Sample:
     """A random sample of `matrix`: `fraction` of it, at least `least` and at most `most` weights.
 
@@ -123,7 +126,7 @@ def draw(
         at = np.sort(np.random.default_rng(seed).integers(n_pieces, size=wanted))
     rows, columns = at // max(per_row, 1), at % max(per_row, 1) * width
     pieces = weights[rows[:, None], columns[:, None] + np.arange(width)]
-    return Sample(np.ascontiguousarray(pieces), rows, columns, (n_rows, n_columns), moments(weights))
+    return Sample(np.ascontiguousarray(pieces), rows, columns, (n_rows, n_columns), moments(weights), felt)
 
 
 def fit(samples: Iterable[Sample], bit_price: float, start: Model | None = None) -> Model:
@@ -167,22 +170,33 @@ def estimate(samples: Iterable[Sample], model: Model, bit_price: float) -> Estim
     return Estimate(bits, error)
 
 
-def encode(matrix: Tensor, model: Model, bit_price: float, *, scale: float = 1.0, seed: int = 0) -> Encoded:
-    """`matrix` (rows, columns) as bytes. Needs about three times the matrix in memory.
+def encode(
+    matrix: Tensor, model: Model, bit_price: float, *, scale: float = 1.0, seed: int = 0, felt: Felt | None = None
+) -> Encoded:
+    """`matrix` (rows, columns) as bytes. Needs about three times the matrix in memory; five times where it is `felt`.
 
     Raises ValueError if `matrix` holds NaN or infinity.
     """
     weights = _scaled(matrix, scale)
     if not weights.size:
         return Encoded(b"", torch.zeros(tuple(matrix.shape)))
-    sample = draw(torch.from_numpy(weights), seed=seed, fraction=0.0, least=CHOOSE_FROM)
+    sample = draw(torch.from_numpy(weights), seed=seed, fraction=0.0, least=CHOOSE_FROM, felt=felt)
     plan = _plan(sample, model, bit_price)
-    head = _head(plan, scale)
     rate_weight = bit_price / model.grid**2
+    parts = _parts(weights.shape[0], weights.shape[1], plan.block_size, model)
+    if felt is not None and felt.inputs is not None:
+        fed = code(weights, parts, plan.scales, model.grid, rate_weight, felt.inputs)
+        weights, found = fed.targets, fed.symbols
+        plan = replace(plan, scales=fed.scales, has_rows=bool(fed.scales.rows.any()), has_blocks=True)
+    else:
+        by_row = None if felt is None else felt.importance[plan.block_size].rows
+        found = tuple(
+            _symbols(weights, part, part.classes(plan.scales), model.grid, rate_weight, by_row) for part in parts
+        )
+    head = _head(plan, scale)
     streams: list[bytes] = []
-    for part in _parts(weights.shape[0], weights.shape[1], plan.block_size, model):
+    for part, symbols in zip(parts, found, strict=True):
         classes = part.classes(plan.scales)
-        symbols = _symbols(weights, part, classes, model.grid, rate_weight)
         streams += _mapped(_StreamWriter(weights, part, classes, symbols, model.grid), part.streams)
     payload = head + b"".join(streams)
     return Encoded(payload, decode(payload, model, *weights.shape))
@@ -261,7 +275,7 @@ def _priced(sample: Sample, model: Model, block_size: int, rate_weight: float, *
     codebook = model.codebook(block_size)
     of = scales(sample.moments, block_size, model.grid).flat(rows=rows, blocks=blocks)
     vectors = _vectors(sample, block_size, model.grid, of)
-    chosen = choose(vectors.values, codebook.classes(vectors.scales), codebook, rate_weight)
+    chosen = choose(vectors.values, codebook.classes(vectors.scales), codebook, rate_weight, vectors.importance)
     factor = sample.shape[0] * sample.shape[1] / max(vectors.values.size, 1)
     plan = _Plan(block_size, of, rows, blocks, 0.0, chosen.squared_error * factor)
     return replace(plan, bits=chosen.bits * factor + 8 * (len(_head(plan, 1.0)) + ans.STATE_BYTES))
@@ -276,7 +290,18 @@ def _vectors(sample: Sample, block_size: int, grid: float, of: Scales | None = N
     scale = of.base + of.rows[sample.rows, None].astype(np.int32) + of.blocks[at]
     weight = sample.shape[0] * sample.shape[1] / max(pieces.size, 1)
     values = pieces.reshape(-1, block_size)
-    return Vectors(values, scale.reshape(-1).astype(np.int16), np.full(len(values), weight, np.float32))
+    weights = np.full(len(values), weight, np.float32)
+    return Vectors(values, scale.reshape(-1).astype(np.int16), weights, _importance(sample, block_size, n_blocks))
+
+
+def _importance(sample: Sample, block_size: int, n_blocks: int) -> NDArray[np.float32] | None:
+    """What the squared errors of the sample's vectors count, (n, d)."""
+    if sample.felt is None:
+        return None
+    of = sample.felt.importance[block_size]
+    columns = sample.columns[:, None] + np.arange(n_blocks * block_size)
+    factors: NDArray[np.float32] = (of.rows[sample.rows, None] * of.columns[columns]).reshape(-1, block_size)
+    return factors
 
 
 def _joined(parts: Sequence[Vectors]) -> Vectors:
@@ -284,7 +309,12 @@ def _joined(parts: Sequence[Vectors]) -> Vectors:
         np.concatenate([part.values for part in parts]),
         np.concatenate([part.scales for part in parts]),
         np.concatenate([part.weights for part in parts]),
+        np.concatenate([_weighed(part) for part in parts]) if any(p.importance is not None for p in parts) else None,
     )
+
+
+def _weighed(part: Vectors) -> NDArray[np.float32]:
+    return np.ones_like(part.values) if part.importance is None else part.importance
 
 
 def _thinned(model: Model, samples: Sequence[Sample]) -> Model:
@@ -320,7 +350,7 @@ _HAS_ROWS, _HAS_BLOCKS, _HAS_SCALE = 4, 8, 16
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Equally long vectors of a matrix: `per_row` of them in each row, from `first_column` on."""
 
     rows: int
@@ -335,11 +365,15 @@ class _Part:
         n_streams = -(-n // STREAM_SYMBOLS)
         return [(i * n // n_streams, (i + 1) * n // n_streams) for i in range(n_streams)]
 
-    def classes(self, of: Scales) -> NDArray[np.uint8]:
-        """The table of every vector, (rows * per_row,)."""
+    def blocks(self, of: Scales) -> NDArray[np.int16]:
+        """The share of the scale that a vector has by its place in a row, (per_row,)."""
         is_tail = self.codebook.block_size == 1 and self.first_column > 0
         # The columns of the tail share the scale of the last, short block.
-        blocks = np.repeat(of.blocks[-1:], self.per_row) if is_tail else of.blocks[: self.per_row]
+        return np.repeat(of.blocks[-1:], self.per_row) if is_tail else of.blocks[: self.per_row]
+
+    def classes(self, of: Scales) -> NDArray[np.uint8]:
+        """The table of every vector, (rows * per_row,)."""
+        blocks = self.blocks(of)
         step = max(1, CHUNK // max(self.per_row, 1))
         out = np.empty((self.rows, self.per_row), np.uint8)
         for start in range(0, self.rows, step):
@@ -350,7 +384,7 @@ class _Part:
 
 def _read_payload(
     payload: bytes | memoryview, model: Model, rows: int, columns: int
-) -> tuple[np.float32, Scales, list[tuple[_Part, list[_Stream]]]]:
+) -> tuple[np.float32, Scales, list[tuple[Part, list[_Stream]]]]:
     """The scale, the scales of rows and blocks, and the parts with their streams."""
     reader = bitfields.Reader(payload)
     block_size, scale, of = _read_head(reader, rows, columns)
@@ -361,19 +395,24 @@ def _read_payload(
     return scale, of, jobs
 
 
-def _parts(rows: int, columns: int, block_size: int, model: Model) -> list[_Part]:
+def _parts(rows: int, columns: int, block_size: int, model: Model) -> list[Part]:
     """The full blocks, then the columns left over as blocks of one."""
     n_full, n_left = divmod(columns, block_size)
-    parts = [_Part(rows, 0, n_full, model.codebook(block_size))] if n_full else []
+    parts = [Part(rows, 0, n_full, model.codebook(block_size))] if n_full else []
     if n_left:
-        parts.append(_Part(rows, n_full * block_size, n_left, model.codebook(1)))
+        parts.append(Part(rows, n_full * block_size, n_left, model.codebook(1)))
     return parts
 
 
 def _symbols(
-    weights: NDArray[np.float32], part: _Part, classes: NDArray[np.uint8], grid: float, rate_weight: float
+    weights: NDArray[np.float32],
+    part: Part,
+    classes: NDArray[np.uint8],
+    grid: float,
+    rate_weight: float,
+    importance: NDArray[np.float32] | None = None,
 ) -> NDArray[np.uint16]:
-    """The symbol of every vector of `part`, found a chunk at a time."""
+    """The symbol of every vector of `part`, found a chunk at a time; `importance` (rows,) is that of rows."""
     d = part.codebook.block_size
     symbols = np.empty((part.rows, part.per_row), np.uint16)
     by_row = classes.reshape(part.rows, part.per_row)
@@ -384,7 +423,8 @@ def _symbols(
             stop = min(b + wide, part.per_row)
             piece = weights[r : r + tall, part.first_column + b * d : part.first_column + stop * d]
             vectors = in_grid_units(piece, grid).reshape(-1, d)
-            chosen = choose(vectors, by_row[r : r + tall, b:stop].reshape(-1), part.codebook, rate_weight)
+            felt = None if importance is None else np.repeat(importance[r : r + tall], stop - b)[:, None]
+            chosen = choose(vectors, by_row[r : r + tall, b:stop].reshape(-1), part.codebook, rate_weight, felt)
             symbols[r : r + tall, b:stop] = chosen.symbols.reshape(-1, stop - b)
     return symbols.reshape(-1)
 
@@ -424,7 +464,7 @@ class _StreamWriter:
     """Symbols -> bytes, one stream at a time: lengths, coded symbols, side bits."""
 
     weights: NDArray[np.float32]
-    part: _Part
+    part: Part
     classes: NDArray[np.uint8]
     symbols: NDArray[np.uint16]
     grid: float
@@ -472,7 +512,7 @@ class _Stream:
 class _StreamReader:
     """Bytes -> weights, one stream at a time, into `out`."""
 
-    part: _Part
+    part: Part
     classes: NDArray[np.uint8]
     grid: float
     scale: np.float32

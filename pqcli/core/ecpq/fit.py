@@ -14,7 +14,7 @@ Shapes: vectors (n, d) magnitudes, orbits (k, d), counts (n_classes, k).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pqcli.core import kernels
 from pqcli.core.ecpq import lattice
 from pqcli.core.ecpq.model import GRID_PER_RATE, MAX_CLASSES, Codebook, features
-from pqcli.core.ecpq.search import HIGHEST_SCALE, choose
+from pqcli.core.ecpq.search import HIGHEST_SCALE, choose, weighed
 
 RATE_WEIGHT = float(GRID_PER_RATE**2)
 MOST_ORBITS = {1: 255, 2: 1023, 4: 2047, 8: 2047}
@@ -47,22 +47,34 @@ CORRECTION_BITS = 6.0
 
 @dataclass(frozen=True)
 class Vectors:
-    """A sample of equally long vectors: magnitudes in grid units, their scales, and how many each stands for."""
+    """A sample of equally long vectors: magnitudes in grid units, their scales, and how many each stands for.
+
+    `importance` (n, d) is what squared errors count (None: all alike); EM takes the mean of a vector's.
+    """
 
     values: NDArray[np.float32]
     scales: NDArray[np.int16]
     weights: NDArray[np.float32]
+    importance: NDArray[np.float32] | None = None
+
+    def pick(self, chosen: slice | NDArray[np.int64], share: float = 1.0) -> Vectors:
+        """Some of them, each standing for so many times more."""
+        importance = None if self.importance is None else self.importance[chosen]
+        weights = self.weights[chosen] * np.float32(share)
+        return Vectors(self.values[chosen], self.scales[chosen], weights, importance)
 
 
 def fit_codebook(sample: Vectors, start: Codebook | None = None, n_iter: int = N_ITER) -> Codebook | None:
     """The codebook that EM learns for `sample`, starting from `start` if given; None where no bounded one would do."""
     step = -(-len(sample.values) // MOST_VECTORS[sample.values.shape[1]])
-    sample = Vectors(sample.values[::step], sample.scales[::step], sample.weights[::step] * np.float32(step))
+    sample = sample.pick(slice(None, None, step), step)
+    if sample.importance is not None:
+        sample = replace(sample, importance=sample.importance.mean(1, keepdims=True))
     low, n_classes = _classes(sample)
     classes = np.clip(sample.scales.astype(np.int64) - low, 0, n_classes - 1).astype(np.uint8)
     order = np.argsort(classes, kind="stable")
     classes = classes[order]
-    data = Vectors(sample.values[order], sample.scales[order], sample.weights[order])
+    data = sample.pick(order)
     groups = _Groups(data, np.bincount(classes, minlength=n_classes))
     if start is None:
         first = _initial(data)
@@ -76,18 +88,18 @@ def fit_codebook(sample: Vectors, start: Codebook | None = None, n_iter: int = N
         probabilities = known / known.sum(1, keepdims=True).clip(1)
     counts = np.zeros((n_classes, len(orbits)))
     for _ in range(n_iter):
-        sums, counts = groups.sweep(orbits, probabilities)
+        sums, masses, counts = groups.sweep(orbits, probabilities)
         alive = counts.sum(0) >= ENOUGH * groups.mean_weight
         alive[counts.sum(0).argmax()] = True
         counts = counts[:, alive]
-        orbits = _means(sums[alive], counts.sum(0))
+        orbits = _means(sums[alive], masses[alive])
         share = counts.sum(0) / counts.sum()
         evidence = counts / groups.mean_weight
         probabilities = (evidence + PRIOR * share) / (evidence.sum(1, keepdims=True) + PRIOR)
     magnitudes = _rounded(orbits)
     codebook = _tabulate(magnitudes, low, _assigned(groups, magnitudes, n_classes), groups.mean_weight)
     for _ in range(2):
-        chosen = choose(data.values, classes, codebook, RATE_WEIGHT)
+        chosen = choose(data.values, classes, codebook, RATE_WEIGHT, data.importance)
         flat = classes.astype(np.int64) * (codebook.n_orbits + 1) + chosen.symbols
         flat_table = np.bincount(flat, weights=data.weights, minlength=n_classes * (codebook.n_orbits + 1))
         table = flat_table.astype(np.float64).reshape(n_classes, -1)
@@ -107,27 +119,38 @@ class _Groups:
     def __init__(self, data: Vectors, sizes: NDArray[np.int64]) -> None:
         self.values = torch.split(torch.from_numpy(data.values), sizes.tolist())
         self.weights = torch.split(torch.from_numpy(data.weights), sizes.tolist())
+        self.importance = None if data.importance is None else np.split(data.importance, np.cumsum(sizes)[:-1])
         self.mean_weight = float(data.weights.mean(dtype=np.float64))
 
     def sweep(
         self, orbits: torch.Tensor, probabilities: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Sums (k, d) and counts (n_classes, k) of the best orbits."""
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Of the best orbits: sums (k, d) of their vectors times importance, that importance (k,), and counts.
+
+        Counts are (n_classes, k); where all vectors are alike importance is the count.
+        """
         exact = orbits.double()
         n_signs = (orbits > 0).sum(1)
-        sums = np.zeros(tuple(orbits.shape))
+        d = orbits.shape[1]
+        sums, masses = np.zeros(tuple(orbits.shape)), np.zeros(len(orbits))
         counts = np.zeros((len(self.values), len(orbits)))
         for c, (values, weights) in enumerate(zip(self.values, self.weights, strict=True)):
             if not len(values):
                 continue
             log2_p = torch.from_numpy(np.log2(np.maximum(probabilities[c], 1e-9)))
-            bias = -0.5 * exact.square().sum(1) + 0.5 * RATE_WEIGHT * (log2_p - n_signs)
-            found = kernels.sweep(values, orbits, bias.float(), weights=weights, backend="cpu")
+            bias = 0.5 * RATE_WEIGHT * (log2_p - n_signs)
+            if self.importance is None:
+                bias += -0.5 * exact.square().sum(1)
+                features, codewords = values, orbits
+            else:
+                features, codewords = weighed(values.numpy(), self.importance[c], orbits.numpy())
+            found = kernels.sweep(features, codewords, bias.float(), weights=weights, backend="cpu")
             if found.sums is None or found.counts is None:
                 raise ValueError("the kernel returned no sums")
-            sums += found.sums.numpy()
             counts[c] = found.counts.numpy()
-        return sums, counts
+            sums += found.sums[:, :d].numpy()
+            masses += counts[c] if self.importance is None else found.sums[:, d].numpy()
+        return sums, masses, counts
 
 
 def _classes(sample: Vectors) -> tuple[int, int]:
@@ -164,8 +187,8 @@ def _distinct(points: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray
     return points[first], inverse
 
 
-def _means(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> torch.Tensor:
-    means = sums / counts[:, None]
+def _means(sums: NDArray[np.float64], masses: NDArray[np.float64]) -> torch.Tensor:
+    means = sums / masses[:, None]
     means[means * means < RATE_WEIGHT] = 0
     return torch.from_numpy(means.astype(np.float32))
 
@@ -182,7 +205,7 @@ def _rounded(orbits: torch.Tensor) -> NDArray[np.uint16]:
 def _assigned(groups: _Groups, magnitudes: NDArray[np.uint16], n_classes: int) -> NDArray[np.float64]:
     """Counts (n_classes, 1 + k) by squared error and signs alone: a first guess for the tables."""
     uniform = np.ones((n_classes, len(magnitudes)))
-    _, counts = groups.sweep(torch.from_numpy(magnitudes.astype(np.float32)), uniform)
+    _, _, counts = groups.sweep(torch.from_numpy(magnitudes.astype(np.float32)), uniform)
     return np.concatenate([np.zeros((n_classes, 1)), counts], axis=1)
 
 

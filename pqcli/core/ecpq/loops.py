@@ -23,6 +23,7 @@ MAX_SIDE_BITS = 37
 @kernel
 def settle(
     vectors: NDArray[np.float32],
+    importance: NDArray[np.float32],
     classes: NDArray[np.uint8],
     magnitudes: NDArray[np.uint16],
     bits: NDArray[np.float64],
@@ -32,9 +33,12 @@ def settle(
 ) -> tuple[float, float]:
     """Turn a symbol into an escape (0) where that costs less; the bits of all vectors, and their squared error.
 
-    vectors (n, d) are magnitudes in grid units; symbols arrive as found by the sweep.
+    vectors (n, d) are magnitudes in grid units; symbols arrive as found by the sweep. Squared errors count times their
+    importance, (n, d) or (1, 1) for all of them.
     """
     d = vectors.shape[1]
+    is_weighed = importance.shape[0] > 1 or importance.shape[1] > 1
+    q = np.float64(importance[0, 0])
     total_bits = 0.0
     total_error = 0.0
     for i in range(vectors.shape[0]):
@@ -44,7 +48,9 @@ def settle(
         if s > 0:
             for t in range(d):
                 e = np.float64(vectors[i, t]) - magnitudes[s - 1, t]
-                error += e * e
+                if is_weighed:
+                    q = np.float64(importance[i, t])
+                error += q * e * e
         if s == 0 or error > rate_weight * 5 * d:
             escape_error = 0.0
             escape_cost = bits[classes[i], 0]
@@ -56,7 +62,9 @@ def settle(
                 else:
                     escape_cost += 5
                     e = x - n * step
-                    escape_error += e * e
+                    if is_weighed:
+                        q = np.float64(importance[i, t])
+                    escape_error += q * e * e
                     whole = np.int64(n)
                     escape_cost += 1 if whole > 0 else 0
                     while whole > 1:

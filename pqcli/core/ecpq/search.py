@@ -44,15 +44,29 @@ class Choice:
         return self.squared_error + rate_weight * self.bits
 
 
-def choose(vectors: NDArray[np.float32], classes: NDArray[np.uint8], codebook: Codebook, rate_weight: float) -> Choice:
-    """The cheapest symbol of every vector in squared error + `rate_weight` * bits, sign bits and escapes included."""
+def choose(
+    vectors: NDArray[np.float32],
+    classes: NDArray[np.uint8],
+    codebook: Codebook,
+    rate_weight: float,
+    importance: NDArray[np.float32] | None = None,
+) -> Choice:
+    """The cheapest symbol of every vector in squared error + `rate_weight` * bits, sign bits and escapes included.
+
+    Squared errors count times their importance, (n, d) or (n, 1), where it is given, also in what comes back.
+    """
     from pqcli.core.ecpq import loops
 
     order = np.argsort(classes, kind="stable")
     limit = FARTHEST * float(codebook.magnitudes.max(initial=1))
-    grouped = torch.from_numpy(np.minimum(vectors[order], np.float32(limit)))
-    orbits = torch.from_numpy(codebook.magnitudes.astype(np.float32))
-    bias = -0.5 * (codebook.magnitudes.astype(np.float64) ** 2).sum(1) - 0.5 * rate_weight * codebook.bits[:, 1:]
+    near = np.minimum(vectors[order], np.float32(limit))
+    magnitudes = codebook.magnitudes.astype(np.float32)
+    bias = -0.5 * rate_weight * codebook.bits[:, 1:]
+    if importance is None:
+        bias = bias - 0.5 * (codebook.magnitudes.astype(np.float64) ** 2).sum(1)
+        grouped, orbits = torch.from_numpy(near), torch.from_numpy(magnitudes)
+    else:
+        grouped, orbits = weighed(near, importance[order], magnitudes)
     found = np.zeros(len(vectors), np.uint16)
     ends = np.cumsum(np.bincount(classes, minlength=codebook.n_classes))
     for c, (start, stop) in enumerate(zip(np.concatenate([[0], ends[:-1]]), ends, strict=True)):
@@ -71,9 +85,34 @@ def choose(vectors: NDArray[np.float32], classes: NDArray[np.uint8], codebook: C
     symbols = np.empty(len(vectors), np.uint16)
     symbols[order] = found
     bits, error = loops.settle(
-        vectors, classes, codebook.magnitudes, codebook.bits, rate_weight, float(ESCAPE_STEP), symbols
+        vectors,
+        np.ones((1, 1), np.float32) if importance is None else _spread(importance, vectors.shape),
+        classes,
+        codebook.magnitudes,
+        codebook.bits,
+        rate_weight,
+        float(ESCAPE_STEP),
+        symbols,
     )
     return Choice(symbols, bits, error)
+
+
+def _spread(importance: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(np.broadcast_to(importance, shape))
+
+
+def weighed(
+    vectors: NDArray[np.float32], importance: NDArray[np.float32], orbits: NDArray[np.float32]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of vectors and of orbits whose products are what weighed squared errors fall by, halved.
+
+    q (x - c)^2 = q x^2 - 2 ((q x) c + q (-c^2 / 2)). Where q is the same for all of a vector one feature holds it.
+    """
+    squares = -0.5 * np.square(orbits)
+    if importance.shape[1] == 1:
+        squares = squares.sum(1, keepdims=True)
+    features = np.concatenate([importance * vectors, importance], axis=1)
+    return torch.from_numpy(features), torch.from_numpy(np.concatenate([orbits, squares], axis=1))
 
 
 def in_grid_units(values: NDArray[np.float32], grid: float) -> NDArray[np.float32]:
@@ -130,12 +169,12 @@ def scales(of: Moments, block_size: int, grid: float) -> Scales:
     starts = np.arange(0, n_columns, block_size)
     lengths = np.diff(np.append(starts, n_columns))
     blocks = np.add.reduceat(of.columns, starts) / lengths if n_columns else np.zeros(0)
-    rows = _quarter_octaves(of.rows / grid / grid)
+    rows = quarter_octaves(of.rows / grid / grid)
     base = int(np.median(rows)) if rows.size else 0
-    return Scales(base, np.clip(rows - base, LOWEST_SCALE, HIGHEST_SCALE).astype(np.int16), _quarter_octaves(blocks))
+    return Scales(base, np.clip(rows - base, LOWEST_SCALE, HIGHEST_SCALE).astype(np.int16), quarter_octaves(blocks))
 
 
-def _quarter_octaves(mean_squares: NDArray[np.float64]) -> NDArray[np.int16]:
+def quarter_octaves(mean_squares: NDArray[np.float64]) -> NDArray[np.int16]:
     """round(4 log2(root)) within a byte; the lowest for zero."""
     with np.errstate(divide="ignore"):
         return np.asarray(np.clip(np.rint(2 * np.log2(mean_squares)), LOWEST_SCALE, HIGHEST_SCALE), np.int16)

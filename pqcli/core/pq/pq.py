@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,10 +19,13 @@ import torch
 from pqcli.core import metrics
 from pqcli.core.pq import blocks as block_layout
 from pqcli.core.pq import em
+from pqcli.core.pq.feedback import Layer, suits
+from pqcli.core.threads import lone_blas
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pqcli.core.feeding import Inputs
     from pqcli.core.importance import Importance
 
 LOG = logging.getLogger("pqcli")
@@ -78,21 +81,32 @@ def encode(
     codebook_dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
     importance: Importance | None = None,
+    inputs: Inputs | None = None,
 ) -> Encoded:
     """`weight` (any shape and floating dtype) as a codebook and assignments; EM runs on `device` in float32.
 
     A float16 codebook that would overflow, or lose small weights, is kept in float32 instead.
     With `importance`, of the matrix, EM minimises the squared errors that it weighs; the objective counts them relative
-    to its geometric mean, `error` counts all alike.
+    to its geometric mean, `error` counts all alike. With `inputs`, the moments of the inputs of this weight's layer, it
+    is the error of the layer's outputs that is made small (`pqcli.core.pq.feedback`), on the CPU once EM is done.
     Raises ValueError if `weight` holds NaN or infinity, and EmptyClusterResolveError as `em.fit` does.
     """
     matrix = weight.detach().reshape(matrix_shape).to(device)
     exponent = _exponent(matrix)
     scaled = torch.ldexp(matrix.float(), torch.tensor(-exponent)) if exponent else matrix
-    cut = block_layout.cut(scaled, block_size, importance)
+    is_felt = inputs is not None and suits(inputs, matrix_shape, block_size)
+    cut = block_layout.cut(scaled, block_size, inputs.importance(matrix_shape) if inputs else importance)
     fitted = em.fit(cut, options)
-    codebook, dtype = _rounded(fitted.codebook, exponent, codebook_dtype)
-    assignments = em.assign(cut, codebook)
+    if inputs is not None and is_felt and fitted.objective != (0.0,):
+        with lone_blas():
+            layer = Layer.of(scaled.float().cpu().numpy(), block_size, inputs)
+            found = layer.refined(fitted.codebook.cpu().numpy())
+            codebook, dtype = _rounded(torch.from_numpy(found.codebook), exponent, codebook_dtype)
+            found = layer.descended(replace(found, codebook=codebook.numpy()))
+        assignments = torch.from_numpy(layer.in_order(found))
+    else:
+        codebook, dtype = _rounded(fitted.codebook, exponent, codebook_dtype)
+        assignments = em.assign(cut, codebook)
     stored = torch.ldexp(codebook, torch.tensor(exponent)) if exponent else codebook
     tensor = PQTensor(tuple(weight.shape), weight.dtype, matrix_shape, stored.to(dtype).cpu(), assignments.cpu())
     scale = 4.0**exponent

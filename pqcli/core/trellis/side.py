@@ -31,6 +31,8 @@ _LEAST_EXPONENT, _LARGEST_EXPONENT = -2048, 2047
 _MAX_RANK = 256
 _MAX_PRECISION = 30
 _MAX_LOG_STREAM_WEIGHTS = 40
+_SPARE_ENTRIES = 1 << 24
+"""Entries that all rotations may have together beyond one for every weight; those that pay have far fewer."""
 
 
 @dataclass(frozen=True)
@@ -170,24 +172,30 @@ def _code_fields(coder: RangeCoder, side: Side, sources: Sequence[Source]) -> Si
             users.setdefault(use[source.key], []).append(source)
     if sorted(users) != list(range(len(users))):
         raise ValueError("a rotation without a user")
-    items = [
-        _code_rotation(coder, users[i], transposed, rotations.items[i] if coder.encoding else None)
-        for i in range(len(users))
-    ]
+    items: list[Rotation] = []
+    left = _SPARE_ENTRIES + sum(source.n_weights for source in sources)
+    for i in range(len(users)):
+        items.append(_code_rotation(coder, users[i], transposed, rotations.items[i] if coder.encoding else None, left))
+        left -= items[-1].basis.size
     flipped = frozenset(transposed)
     return Side(side.step, side.n_states, side.stream_weights, tuple(exponents), Rotations(tuple(items), use, flipped))
 
 
 def _code_rotation(
-    coder: RangeCoder, users: Sequence[Source], transposed: Collection[str], rotation: Rotation | None
+    coder: RangeCoder, users: Sequence[Source], transposed: Collection[str], rotation: Rotation | None, most: int
 ) -> Rotation:
-    """A rotation over the kernel positions of its users, or else over all columns of the coded matrix."""
+    """A rotation over the kernel positions of its users, or else over all columns of the coded matrix.
+
+    Raises ValueError where one that is read has more than `most` entries.
+    """
     size = _rotated_size(users, transposed)
     k = coder.integer(SideSlots.ROTATION, len(rotation.basis) if rotation else 0)
     if not 1 <= k <= min(size, _MAX_RANK):
         raise ValueError(f"{k} basis vectors of size {size}")
     if not coder.encoding and k * size > (len(coder.buffer) + 8) * WEIGHTS_PER_BYTE:
         raise ValueError(f"{len(coder.buffer)} bytes cannot hold {k} basis vectors of size {size}")
+    if not coder.encoding and k * size > most:
+        raise ValueError(f"{k} basis vectors of size {size}, more than the {most} entries that are left for them")
     precisions: list[int] = []
     last = 0
     for i in range(k):
