@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pqcli.core.trellis.cholesky import factor
 from pqcli.core.trellis.row_search import RowSearch, Searched
-from pqcli.core.trellis.rows import RowKind
+from pqcli.core.trellis.rows import RowKind, exponents_of
 from pqcli.core.trellis.viterbi import Costs
 
 Matrix = NDArray[np.float32]
@@ -33,6 +33,8 @@ _BLOCK_ROWS = 128
 """Rows whose errors reach later rows one by one; beyond, they are added by one product of matrices for all."""
 _PRODUCT_ROWS = 1024
 """Rows that such a product is for, to bound the memory that it takes."""
+_COLUMN_GRAIN = 2
+"""Steps of columns are told to half an octave."""
 LEAST_MOMENT = 1e-6
 """Second moments below this share of their mean are taken for this: inputs that a sample happens not to use."""
 _LEAST_REPAIR = 0.01
@@ -56,13 +58,15 @@ class Feedback(RowSteps):
 
     `order[i]` is the row coded in place i. `moments` (rows, rows) are the second moments H, which sources may share;
     `shrinkage` is the share of what is off their diagonal that is not believed. The coded matrix is the transpose of
-    the source's, so that its rows belong to inputs, unless these already do (not `is_transposed`).
+    the source's, so that its rows belong to inputs, unless these already do (not `is_transposed`). `column_steps`
+    (columns,) multiply with the rows' where outputs do not count alike; errors of one column never reach another.
     """
 
     order: NDArray[np.int64]
     moments: Matrix
     shrinkage: float
     is_transposed: bool = True
+    column_steps: NDArray[np.float64] | None = None
 
     def feeding(self) -> Feeding:
         """What is fed forward; takes rows^3 / 3 multiplications, and as much memory as the moments twice."""
@@ -84,7 +88,16 @@ def kind_of(given: RowSteps | None) -> RowKind:
     """What the rows of a source have of their own that this is known of."""
     if given is None:
         return RowKind.PLAIN
-    return RowKind.LONE if isinstance(given, Feedback) else RowKind.STEPS
+    if not isinstance(given, Feedback):
+        return RowKind.STEPS
+    return RowKind.LONE if given.column_steps is None else RowKind.CROSSED
+
+
+def column_exponents(given: RowSteps | None) -> NDArray[np.int64]:
+    """The exponents of columns, as `rows.Rows` has them."""
+    if not isinstance(given, Feedback) or given.column_steps is None:
+        return np.zeros(0, np.int64)
+    return exponents_of(given.column_steps, _COLUMN_GRAIN)
 
 
 def fill(

@@ -90,7 +90,7 @@ def block(
     shrunk = (columns * n_rows + 8 * np.tile(phases, n_columns // period)) / (n_rows + 8)
     if period > 1:
         labels = np.tile(np.sqrt(phases) > _PURE_ABOVE, n_columns // period)
-    elif rows.kind == RowKind.LONE:
+    elif rows.kind.is_lone:
         labels = np.zeros(n_columns, bool)
     else:
         starts = np.arange(0, n_columns, LABEL_GROUP)
@@ -180,7 +180,7 @@ def _sample(block: Block) -> Block:
     weights = np.ascontiguousarray(block.weights[rows])
     return replace(
         block, weights=weights, row_scale=block.row_scale[rows], levels=np.zeros(weights.shape, np.int32),
-        rows=Rows(block.rows.kind, block.rows.exponents[rows], block.rows.labels[rows]),
+        rows=Rows(block.rows.kind, block.rows.exponents[rows], block.rows.labels[rows], block.rows.columns),
         importance=block.importance and replace(block.importance, rows=block.importance.rows[rows]),
     )  # fmt: skip
 
