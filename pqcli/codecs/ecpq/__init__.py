@@ -82,15 +82,15 @@ class EcpqSession(Session):
     seed: int
     steps: Steps
     felt: Mapping[str, ecpq.Felt] = field(default_factory=dict)
-    _samples: dict[tuple[str, float], ecpq.Sample] = field(default_factory=dict)
+    _drawn: dict[tuple[str, float], ecpq.Sample] = field(default_factory=dict)
     _model: ecpq.Model | None = None
 
     def jobs(self, level: float) -> list[EcpqJob]:
         """Learn the level's model; then a job for every tensor."""
         samples, model, price = self._learned(level)
         return [
-            EcpqJob(i, record, self.weights, model, price, scale, self._seed(record.name), self.felt.get(record.name))
-            for i, (record, (_, scale)) in enumerate(zip(self.survey.records, samples, strict=True))
+            EcpqJob(i, record, self.weights, model, price, scale, self._seed(record.name), sample.felt)
+            for i, (record, ((_, scale), sample)) in enumerate(zip(self.survey.records, samples.items(), strict=True))
         ]
 
     def finish(self, level: float, pieces: Sequence[StreamPiece]) -> Streams:  # noqa: ARG002 - the model is the level's
@@ -117,15 +117,19 @@ class EcpqSession(Session):
         price = RATE_WEIGHT * level**2
         scales = {key: step / level for key, step in self.steps.at(level).items()}
         records = {record.name: record for record in self.survey.records}
-        self._samples = {
-            (key, scale): self._samples.get((key, scale))
+        self._drawn = {
+            (key, scale): self._drawn.get((key, scale))
             or ecpq.draw(
                 _matrix(self.weights, records[key]), scale=scale, seed=self._seed(key), felt=self.felt.get(key)
             )
             for key, scale in scales.items()
         }
-        self._model = ecpq.fit(self._samples.values(), price, start=self._model)
-        return self._samples, self._model, price
+        samples = {}
+        for (key, scale), drawn in self._drawn.items():
+            by, sample = drawn.finer(price)
+            samples[key, scale / by] = sample
+        self._model = ecpq.fit(samples.values(), price, start=self._model)
+        return samples, self._model, price
 
     def _seed(self, key: str) -> int:
         return seed_of(self.seed, key, n_bytes=SEED_BYTES)

@@ -76,6 +76,14 @@ class Sample:
         """Weights of the matrix per weight of the sample."""
         return self.shape[0] * self.shape[1] / max(self.pieces.size, 1)
 
+    def finer(self, bit_price: float) -> tuple[float, Sample]:
+        """What to divide the tensor's scale by, because of the errors that are felt; and the sample at that scale."""
+        if self.felt is None:
+            return 1.0, self
+        import os; by = float(os.environ.get('BY','1'))
+        of = replace(self.moments, rows=self.moments.rows * by**2)
+        return by, replace(self, pieces=self.pieces * np.float32(by), moments=of, felt=self.felt.times(by**-2))
+
     def head(self, n_weights: int) -> Sample:
         """A sample of this sample: about `n_weights` weights, evenly spread."""
         n = len(self.pieces)
@@ -185,11 +193,12 @@ def encode(
     rate_weight = bit_price / model.grid**2
     parts = _parts(weights.shape[0], weights.shape[1], plan.block_size, model)
     if felt is not None and felt.inputs is not None:
-        fed = code(weights, parts, plan.scales, model.grid, rate_weight, felt.inputs)
+        fed = code(weights, parts, plan.scales, model.grid, rate_weight, felt)
         weights, found = fed.targets, fed.symbols
         plan = replace(plan, scales=fed.scales, has_rows=bool(fed.scales.rows.any()), has_blocks=True)
     else:
-        by_row = None if felt is None else felt.importance[plan.block_size].rows
+        of = None if felt is None else felt.importance[plan.block_size]
+        by_row = None if of is None else of.rows * of.columns[0]
         found = tuple(
             _symbols(weights, part, part.classes(plan.scales), model.grid, rate_weight, by_row) for part in parts
         )
