@@ -71,7 +71,12 @@ def test_the_output_errs_less_at_the_same_bytes(model, codec, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wish", [{"block_size": 8, "n_centroids": 64}, {"block_size": 3, "n_centroids": 64}, {"target_bits": 2.5}]
+    "wish",
+    [
+        {"block_size": 8, "n_centroids": 64},
+        {"block_size": 3, "n_centroids": 64},
+        pytest.param({"target_bits": 2.5}, marks=pytest.mark.slow),
+    ],
 )
 def test_plain_and_entropy_constrained_pq_err_less_at_the_same_bytes(model, wish, tmp_path):
     made, source, stats = model
@@ -160,7 +165,12 @@ def test_jobs_run_in_another_process_and_one_holds_all_streams_of_a_layer(model,
 
 
 @pytest.mark.parametrize(
-    "wish", [{"codec": "trellis", "effort": 64, "target_bits": 2.5}, {"block_size": 4}, {"target_bits": 2.5}]
+    "wish",
+    [
+        {"codec": "trellis", "effort": 64, "target_bits": 2.5},
+        {"block_size": 4},
+        pytest.param({"target_bits": 2.5}, marks=pytest.mark.slow),
+    ],
 )
 def test_layers_stored_the_other_way_round_are_coded_as_they_lie(tmp_path, wish):
     """Weights (inputs, outputs), as transposed convolutions have them: the statistics are of rows."""

@@ -82,7 +82,7 @@ class EcpqSession(Session):
     seed: int
     steps: Steps
     felt: Mapping[str, ecpq.Felt] = field(default_factory=dict)
-    _drawn: dict[tuple[str, float], ecpq.Sample] = field(default_factory=dict)
+    _samples: dict[tuple[str, float], ecpq.Sample] = field(default_factory=dict)
     _model: ecpq.Model | None = None
 
     def jobs(self, level: float) -> list[EcpqJob]:
@@ -117,19 +117,15 @@ class EcpqSession(Session):
         price = RATE_WEIGHT * level**2
         scales = {key: step / level for key, step in self.steps.at(level).items()}
         records = {record.name: record for record in self.survey.records}
-        self._drawn = {
-            (key, scale): self._drawn.get((key, scale))
+        self._samples = {
+            (key, scale): self._samples.get((key, scale))
             or ecpq.draw(
                 _matrix(self.weights, records[key]), scale=scale, seed=self._seed(key), felt=self.felt.get(key)
             )
             for key, scale in scales.items()
         }
-        samples = {}
-        for (key, scale), drawn in self._drawn.items():
-            by, sample = drawn.finer(price)
-            samples[key, scale / by] = sample
-        self._model = ecpq.fit(samples.values(), price, start=self._model)
-        return samples, self._model, price
+        self._model = ecpq.fit(self._samples.values(), price, start=self._model)
+        return self._samples, self._model, price
 
     def _seed(self, key: str) -> int:
         return seed_of(self.seed, key, n_bytes=SEED_BYTES)

@@ -76,14 +76,6 @@ class Sample:
         """Weights of the matrix per weight of the sample."""
         return self.shape[0] * self.shape[1] / max(self.pieces.size, 1)
 
-    def finer(self, bit_price: float) -> tuple[float, Sample]:
-        """What to divide the tensor's scale by, because of the errors that are felt; and the sample at that scale."""
-        if self.felt is None:
-            return 1.0, self
-        import os; by = float(os.environ.get('BY','1'))
-        of = replace(self.moments, rows=self.moments.rows * by**2)
-        return by, replace(self, pieces=self.pieces * np.float32(by), moments=of, felt=self.felt.times(by**-2))
-
     def head(self, n_weights: int) -> Sample:
         """A sample of this sample: about `n_weights` weights, evenly spread."""
         n = len(self.pieces)

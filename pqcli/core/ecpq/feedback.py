@@ -16,14 +16,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from pqcli.core import kernels
 from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, Codebook
 from pqcli.core.ecpq.search import (
     FARTHEST,
     HIGHEST_SCALE,
     LOWEST_SCALE,
-    Moments,
     Scales,
     in_grid_units,
     quarter_octaves,
@@ -48,33 +49,12 @@ TRIED_SHIFTS: Final = np.arange(-10, 5)
 class Felt:
     """How much errors of a matrix are felt: their importance, by block size; `inputs` where they can be fed forward.
 
-    Importance has geometric mean 1 for single weights at first. That of larger blocks is higher, because errors within a
-    block do not make up for each other.
+    Importance has geometric mean 1 for single weights; steps finer or coarser than that asks for gain nothing. That of
+    larger blocks is higher, because errors within a block do not make up for each other.
     """
 
     importance: Mapping[int, Importance]
     inputs: Inputs | None = None
-
-    def times(self, factor: float) -> Felt:
-        """All errors felt so many times more."""
-        found = {d: replace(of, columns=of.columns * np.float32(factor)) for d, of in self.importance.items()}
-        return Felt(found, self.inputs)
-
-    def fineness(self, of: Moments, price: float) -> float:
-        """What to divide the step of a matrix with these moments by, at a price of a bit in squared weights.
-
-        One step serves all weights of a matrix. So it has to suit the errors that are felt, among the weights that get
-        bits at all: their mean importance is what the step goes by, in quarter-octaves.
-        """
-        importance = self.importance[1]
-        is_by_row = len(importance.rows) > 1 and not (importance.rows == importance.rows[0]).all()
-        factors = importance.rows * importance.columns[0] if is_by_row else importance.columns * importance.rows[0]
-        energy = of.rows if is_by_row else of.columns * float(of.rows.mean())
-        rate = np.clip(0.5 * np.log2(np.maximum(factors * energy / max(price, 1e-300), 1.0)), 0.0, 1.0)
-        if not rate.sum() > 0:
-            return 1.0
-        mean = float(np.sum(rate * factors, dtype=np.float64) / rate.sum())
-        return float(2.0 ** (np.clip(np.rint(2 * np.log2(mean)), -16, 16) / 4))
 
     @classmethod
     def by_rows(cls, rows: NDArray[np.float64], n_columns: int) -> Felt:
@@ -176,14 +156,22 @@ class _Coder:
         """Symbols of vectors (n, d) of part `number`, of that scale and importance (d,)."""
         from pqcli.core.ecpq import loops
 
-        codebook, orbits = self.parts[number].codebook, self.orbits[number]
+        codebook, root = self.parts[number].codebook, np.sqrt(importance)
         vectors = in_grid_units(values, self.grid)
         classes = codebook.classes(scale)
-        near = np.minimum(vectors, np.float32(FARTHEST * float(orbits.max(initial=1))))
-        scores = (near * importance) @ orbits.T
-        scores += self.prices[number][classes]
-        scores -= (0.5 * np.square(orbits)) @ importance
-        symbols = (np.argmax(scores, axis=1) + 1).astype(np.uint16)
+        order = np.argsort(classes, kind="stable")
+        orbits = self.orbits[number] * root
+        lengths = -0.5 * np.square(orbits).sum(1)
+        near = np.minimum(vectors, np.float32(FARTHEST * float(self.orbits[number].max(initial=1)))) * root
+        grouped, codewords = torch.from_numpy(near[order]), torch.from_numpy(orbits)
+        symbols = np.empty(len(vectors), np.uint16)
+        start = 0
+        for c, n in enumerate(np.bincount(classes)):
+            if n:
+                bias = torch.from_numpy(self.prices[number][c] + lengths)
+                best = kernels.sweep(grouped[start : start + n], codewords, bias, accumulate=False, backend="cpu")
+                symbols[order[start : start + n]] = best.assignments.numpy() + 1
+            start += n
         loops.settle(
             vectors,
             np.ascontiguousarray(np.broadcast_to(importance, vectors.shape)),
