@@ -36,7 +36,7 @@ test: $(STAMP) ## Run the tests, but for those that take long
 test-slow: $(STAMP) ## Run the tests that take long: large files, real faults, many processes
 	$(PYTHON) -m pytest -n 2 -m "slow and not exhaustive"
 
-test-exhaustive: $(STAMP) ## Flip every bit of small files, kill fifty runs (takes an hour)
+test-exhaustive: $(STAMP) ## Flip every bit of a 5 kB file of each codec, kill fifty runs (half an hour of CPU time)
 	$(PYTHON) -m pytest -n 2 -m exhaustive
 
 test-all: test test-slow ## Run all tests

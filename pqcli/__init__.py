@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pqcli.container.folder import open_compressed as open  # noqa: A004 - `pqcli.open(file)` reads best
     from pqcli.container.reader import Container
     from pqcli.core.pq.pq import PQ
+    from pqcli.jobs.calibrate import calibrate
+    from pqcli.jobs.compare import compare
     from pqcli.jobs.compress import compress, save
     from pqcli.jobs.decode import decode, load
     from pqcli.jobs.preview import preview
@@ -43,7 +45,9 @@ _LAZY = {
     "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
     "Statistics": ("pqcli.stats.moments", "Statistics"),
+    "calibrate": ("pqcli.jobs.calibrate", "calibrate"),
     "collect": ("pqcli.stats.collecting", "collect"),
+    "compare": ("pqcli.jobs.compare", "compare"),
     "compress": ("pqcli.jobs.compress", "compress"),
     "decode": ("pqcli.jobs.decode", "decode"),
     "load": ("pqcli.jobs.decode", "load"),
@@ -56,7 +60,7 @@ _LAZY = {
 
 __all__ = [
     "PQ", "Container", "Containers", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__",
-    "collect", "compress", "decode", "load", "open", "preview", "report", "save", "verify",
+    "calibrate", "collect", "compare", "compress", "decode", "load", "open", "preview", "report", "save", "verify",
 ]  # fmt: skip
 
 

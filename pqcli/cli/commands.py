@@ -6,15 +6,19 @@ errors in arguments, inputs and outputs come at once. Every failure leaves throu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pqcli.atomic import check_output
+from pqcli.cli import statistics
 from pqcli.cli.options import (
+    NETWORK,
     Against,
+    Base,
     Command,
     Config,
     Device,
@@ -25,18 +29,25 @@ from pqcli.cli.options import (
     Force,
     Format,
     Json,
+    Length,
     Limit,
+    MoreTexts,
     NoVerify,
+    OfBase,
     Output,
     Quiet,
     ShardSize,
     Source,
+    Split,
+    Split_,
+    Texts,
     WithCopies,
+    examples,
     flag,
     takes_recipe,
 )
 from pqcli.cli.running import run
-from pqcli.container.peek import check_container
+from pqcli.container.peek import check_container, is_container
 from pqcli.errors import CheckFailedError, RecipeError, UsageError
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder, goes_to_folder
 from pqcli.limits import limits_of
@@ -60,11 +71,6 @@ app = typer.Typer(
 )
 
 
-def examples(*lines: str) -> str:
-    """The end of a command's help: calls for its common jobs, a line each."""
-    return "\n".join(f"Example: {line}" for line in lines)
-
-
 @app.callback(invoke_without_command=False)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, metavar="")] = False,
@@ -82,6 +88,7 @@ def _root(
         "pqcli compress model.pt --target-size 6MB --codec trellis",
         "pqcli compress model.pt --config transformer --dry-run",
         "pqcli compress model.pt --quality balanced --exclude 'lm_head*'",
+        "pqcli compress tuned.pt --base model.pt --codec trellis",
     ),
 )
 @takes_recipe
@@ -90,6 +97,7 @@ def compress(
     output: Output = None,
     *,
     config: Config = None,
+    base: Base = None,
     dry_run: DryRun = False,
     device: Device = "auto",
     with_copies: WithCopies = False,
@@ -110,10 +118,11 @@ def compress(
         shard_bytes = _shard_bytes(shard_size)
         source, target = _located(src, output)
         _check_source(source)
+        _check_bases(base)
         if goes_to_folder(source, target):
             check_folder_output(target or default_folder(source), source, force=force)
         elif target:
-            check_output(target, source, force=force)
+            check_output(target, source, *(base or ()), force=force)
         if dry_run:
             from pqcli.jobs import preview
 
@@ -124,6 +133,7 @@ def compress(
                 with_copies=with_copies,
                 embed_files=embed_files,
                 shard_bytes=shard_bytes,
+                base=base or (),
                 limits=limits,
             )
             preview.check_possible(found, device, force=force)
@@ -142,10 +152,13 @@ def compress(
                 shard_bytes=shard_bytes,
                 force=force,
                 verify=not no_verify,
+                base=base or (),
                 progress=hook,
                 limits=limits,
             )
         console.summary(report)
+        if recipe.whole_codec and not recipe.stats:
+            console.note(_what_statistics_are_for(src))
 
     run(work, json=json, quiet=quiet)
 
@@ -163,6 +176,7 @@ def plan(
     src: Source,
     *,
     config: Config = None,
+    base: Base = None,
     explain: Annotated[
         bool,
         flag("--explain", help="Show how --codec auto decides: candidates, bits, error, cost (reads the weights)."),
@@ -177,17 +191,24 @@ def plan(
         recipe, limits = _recipe(console, config, settings), limits_of(limit or ())
         source, target = _located(src, None)
         _check_source(source)
+        _check_bases(base)
         from pqcli.jobs import preview
 
         if explain:
-            console.choices(preview.explain(source, recipe, limits=limits))
+            console.choices(preview.explain(source, recipe, base=base or (), limits=limits))
         else:
-            console.plan(preview.preview(source, target, recipe, limits=limits))
+            console.plan(preview.preview(source, target, recipe, base=base or (), limits=limits))
 
     run(work, json=json)
 
 
-@app.command(cls=Command, epilog=examples("pqcli decode model.pq.safetensors -o model.safetensors"))
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "pqcli decode model.pq.safetensors -o model.safetensors",
+        "pqcli decode tuned.pq.safetensors --base model.pt",
+    ),
+)
 def decode(
     file: File,
     output: Annotated[
@@ -202,6 +223,7 @@ def decode(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Convert floating tensors; without it, they are as in the source.")
     ] = None,
+    base: OfBase = None,
     force: Force = False,
     no_verify: NoVerify = False,
     limit: Limit = None,
@@ -213,6 +235,7 @@ def decode(
     def work(console: Console) -> None:
         limits = limits_of(limit or ())
         check_container(file, limits)
+        _check_bases(base)
         from pqcli.jobs import decode
 
         with console.progress(file.name) as hook:
@@ -222,6 +245,7 @@ def decode(
                 dtype=dtype.value if dtype else None,
                 force=force,
                 verify=not no_verify,
+                base=base or (),
                 progress=hook,
                 limits=limits,
             )
@@ -233,10 +257,19 @@ def decode(
     run(work, json=json, quiet=quiet)
 
 
-@app.command(cls=Command, epilog=examples("pqcli report model.pq.safetensors --sort relative_mse"))
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "pqcli report model.pq.safetensors --sort relative_mse",
+        "pqcli report model.pq.safetensors --model ./my-model --text held-out.txt --by-layer",
+    ),
+)
 def report(
     file: File,
+    more: MoreTexts = None,
+    *,
     against: Against = None,
+    base: OfBase = None,
     format_: Annotated[Format, typer.Option("--format", help="Form of the report.")] = Format.table,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="PATH", help="Write to this file; without it, to stdout.")
@@ -250,17 +283,39 @@ def report(
             help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.", metavar="KEY=X"
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            rich_help_panel=NETWORK,
+            help="The original's Hugging Face folder: run both networks, and say how far the outputs are.",
+        ),
+    ] = None,
+    text: Texts = None,
+    by_layer: Annotated[
+        bool, flag("--by-layer", help="Compare the outputs of every layer, too.", panel=NETWORK)
+    ] = False,
+    split: Split_ = Split.auto,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", rich_help_panel=NETWORK, help="Examples, drawn at random; without it, 32 windows or 512 lines."
+        ),
+    ] = None,
+    length: Length = None,
     force: Force = False,
     limit: Limit = None,
     json: Annotated[bool, flag("--json", help="Same as --format json.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show the reconstruction error and the size, layer by layer."""
+    """Show the reconstruction error and the size, layer by layer; with --model, how far the whole network is."""
     chosen = Format.json if json else format_
+    texts = [*(text or []), *(more or [])]
 
     def work(console: Console) -> None:
         from pqcli.reports import checks
 
+        _check_comparison(model, texts, chosen, by_layer=by_layer)
         if sort:
             checks.check_sortable(sort)
         for text in fail_above or []:
@@ -269,20 +324,30 @@ def report(
         check_container(file, limits)
         if against:
             _check_source(against)
+        _check_bases(base)
         if output:
-            check_output(output, file, *filter(None, [against]), force=force)
+            check_output(output, file, *filter(None, [against]), *(base or ()), force=force)
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
-            found = report.report(file, against, progress=hook, limits=limits)
+            found = report.report(file, against, base=base or (), progress=hook, limits=limits)
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
+        network = None
+        if model:
+            from pqcli.jobs import calibrate, compare
+
+            with console.progress(file.name) as hook:
+                network = compare.compare_folder(
+                    model, file, texts, calibrate.Sampling(split.value, samples, length),
+                    by_layer=by_layer, progress=hook,
+                )  # fmt: skip
         if output:
-            report.write_text(output, console.rendered(found, chosen.value), force=force)
+            report.write_text(output, console.rendered(found, chosen.value, network), force=force)
             console.note(f"wrote {output}")
         else:
-            console.report(found, chosen.value)
+            console.report(found, chosen.value, network)
         if failures:
             raise CheckFailedError("\n".join(failures))
 
@@ -316,7 +381,13 @@ def inspect(
 
 @app.command(cls=Command, epilog=examples("pqcli verify model.pq.safetensors --against model.pt"))
 def verify(
-    file: File, against: Against = None, *, limit: Limit = None, json: Json = False, quiet: Quiet = False
+    file: File,
+    against: Against = None,
+    *,
+    base: OfBase = None,
+    limit: Limit = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check structure and hashes; with the original, that kept tensors are identical and errors as reported."""
 
@@ -325,10 +396,11 @@ def verify(
         check_container(file, limits)
         if against:
             _check_source(against)
+        _check_bases(base)
         from pqcli.jobs import verify
 
         with console.progress(file.name) as hook:
-            findings = verify.verify(file, against, progress=hook, limits=limits)
+            findings = verify.verify(file, against, base=base or (), progress=hook, limits=limits)
         left_out = verify.left_out(file, limits=limits) if against else ()
         if left_out:
             console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
@@ -345,6 +417,10 @@ def verify(
             console.note(f"{file}: every tensor decodes to the bytes that were compressed{beside}")
 
     run(work, json=json, quiet=quiet)
+
+
+app.command(cls=Command, epilog=statistics.CALIBRATE_EXAMPLES)(statistics.calibrate)
+app.add_typer(statistics.group)
 
 
 @app.command(cls=Command, epilog=examples("pqcli presets"))
@@ -384,11 +460,35 @@ def _located(source: Path, output: Path | None) -> tuple[Path, Path | None]:
     return place.path, output or place.output()
 
 
+def _what_statistics_are_for(src: Path) -> str:
+    """A line for those who compressed without statistics, with a codec that can use them."""
+    can_run = src.is_dir() and (src / "config.json").is_file()
+    how = f"`pqcli calibrate {shlex.quote(str(src))} --text FILE`" if can_run else "`pqcli.collect(model)` in Python"
+    return f"the same bytes can harm the network's output less: give --stats the statistics that {how} makes"
+
+
+def _check_comparison(model: Path | None, texts: Sequence[Path], form: Format, *, by_layer: bool) -> None:
+    """Raise UsageError for options of a comparison that cannot be meant."""
+    if model is None and (texts or by_layer):
+        raise UsageError("--text and --by-layer go with --model FOLDER, the network that is run")
+    if model is not None and not texts:
+        raise UsageError("--model wants text to run; name some with --text FILE")
+    if model is not None and form not in {Format.table, Format.json}:
+        raise UsageError(f"--model goes with --format table or json, not {form.value}")
+
+
 def _check_source(path: Path) -> None:
     """Raise what opening this checkpoint would raise, as far as its first bytes tell: torch takes seconds to import."""
     from pqcli import checkpoint
 
     checkpoint.sniff(path)
+
+
+def _check_bases(bases: Sequence[Path] | None) -> None:
+    """Likewise for bases, which may be containers."""
+    for path in bases or ():
+        if not is_container(path):
+            _check_source(path)
 
 
 def _recipe(console: Console, config: str | None, settings: Mapping[str, Any], device: str = "auto") -> Recipe:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,14 +104,19 @@ def full_name(label: str, name: str) -> str:
 class Containers:
     """The open containers of a folder, by label; their tensors by full names. Use as a context manager."""
 
-    def __init__(self, folder: CompressedFolder, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        folder: CompressedFolder,
+        limits: Limits | None = None,
+        base: str | Path | Sequence[str | Path] = (),
+    ) -> None:
         from pqcli.container.reader import open_container
 
         self.path = folder.path
         self._stack = ExitStack()
         with ExitStack() as stack:
             self.containers: dict[str, Container] = {
-                label: stack.enter_context(open_container(folder.path / name, limits=limits))
+                label: stack.enter_context(open_container(folder.path / name, limits=limits, base=base))
                 for label, name in folder.containers.items()
             }
             self._stack = stack.pop_all()
@@ -164,13 +169,15 @@ class Containers:
         return self._places[name]
 
 
-def open_compressed(path: str | Path, *, limits: Limits | None = None) -> Container | Containers:
+def open_compressed(
+    path: str | Path, *, limits: Limits | None = None, base: str | Path | Sequence[str | Path] = ()
+) -> Container | Containers:
     """The container at `path`, or in it where there is one; of a folder with several, `Containers`."""
     from pqcli.container.reader import open_container
 
     if not Path(path).is_dir():
-        return open_container(path, limits=limits)
+        return open_container(path, limits=limits, base=base)
     folder = compressed_folder(path)
     if len(folder.containers) == 1:
-        return open_container(folder.path / next(iter(folder.containers.values())), limits=limits)
-    return Containers(folder, limits)
+        return open_container(folder.path / next(iter(folder.containers.values())), limits=limits, base=base)
+    return Containers(folder, limits, base)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs import registry, zeros
+from pqcli.codecs import difference, registry, zeros
 from pqcli.container import checksum, files
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
@@ -32,7 +32,7 @@ _ENTRY_BYTES: Final = 80
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    own = {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, Copy.action, files.FEATURE, SHARDS_FEATURE}
+    own = {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, difference.FEATURE, Copy.action, files.FEATURE, SHARDS_FEATURE}
     return registry.features() | own
 
 

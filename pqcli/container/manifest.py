@@ -14,13 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from pqcli.codecs import zeros
+from pqcli.codecs import difference, zeros
 from pqcli.container import checksum
 from pqcli.container.files import FEATURE as FILES_FEATURE
 from pqcli.container.files import Files
 from pqcli.container.header import LARGEST, is_shape, is_size
+from pqcli.container.naming import BaseName, Naming
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record
+from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record, Same
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -80,7 +81,7 @@ class Manifest:
     """What `pqcli.manifest` holds; `recipe` is the wish.
 
     `coded` is None where there is no `pqcli.coded`, `files` where there is no `pqcli.files`; `shards` is the number of
-    files that the container lies in, None where it is one.
+    files that the container lies in, None where it is one. `base` is None where no record needs one.
     """
 
     version: int
@@ -89,6 +90,7 @@ class Manifest:
     recipe: Mapping[str, Any]
     tensors: tuple[Record, ...]
     coded: CodedStreams | None = None
+    base: BaseName | None = None
     files: Files | None = None
     shards: int | None = None
 
@@ -120,6 +122,7 @@ class StoredRecord:
     kernel: int = 1
     coded_bytes: int | None = None
     zero_bytes: int | None = None
+    difference: bool = False
 
     @staticmethod
     def of(record: Record) -> StoredRecord:
@@ -139,7 +142,7 @@ class StoredRecord:
             given = {"copy_of": coding.of}
         return StoredRecord(
             info.name, info.shape, info.dtype, coding.action, record.reason, record.kind, info.role, info.alias_of,
-            zero_bytes=record.zero_bytes, **given,
+            zero_bytes=record.zero_bytes, difference=record.difference, **given,
         )  # fmt: skip
 
     def record(self) -> Record:
@@ -148,7 +151,7 @@ class StoredRecord:
         if not is_shape(self.shape) or not all(number is None or is_size(number) for number in numbers):
             raise ValueError("a size that no tensor has")
         info = TensorInfo(self.name, self.shape, self.dtype, self.alias_of, self.role)
-        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes)
+        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes, self.difference)
 
     def _coding(self) -> Coding:
         if (self.action == "alias") != (self.alias_of is not None):
@@ -161,6 +164,8 @@ class StoredRecord:
             return Copy(self.copy_of)
         if self.action == Kept.action:
             return Kept(self.coded_bytes)
+        if self.action == Same.action:
+            return Same()
         if self.action != Plain.action:
             return Coded(self.action, self.rows, self.kernel, self.coded_bytes)
         if self.block_size is None or self.n_centroids is None:
@@ -180,6 +185,7 @@ class StoredManifest:
     recipe: dict[str, Any]
     tensors: tuple[StoredRecord, ...]
     coded: CodedStreams | None = None
+    base: BaseName | None = None
     files: Files | None = None
     shards: int | None = None
 
@@ -196,7 +202,15 @@ class StoredManifest:
             except ValueError as error:
                 raise ValueError(f"the record of {stored.name!r} makes no sense: {error}") from None
         return Manifest(
-            self.version, self.features, self.source, self.recipe, tuple(records), self.coded, self.files, self.shards
+            self.version,
+            self.features,
+            self.source,
+            self.recipe,
+            tuple(records),
+            self.coded,
+            self.base,
+            self.files,
+            self.shards,
         )
 
 
@@ -206,11 +220,12 @@ def make_manifest(
     records: Sequence[Record],
     coded: CodedStreams | None = None,
     features: Iterable[str] = (),
+    naming: Naming | None = None,
     files: Files | None = None,
 ) -> Manifest:
     """The manifest of a file with these records, naming the features that they need, and `features` beside.
 
-    `source` has the fields of `Source`.
+    `source` has the fields of `Source`; `naming` knows the base that records may need.
     """
     needed = {record.action for record in records if record.quantized or isinstance(record.coding, Copy)} | {
         checksum.FEATURE,
@@ -220,7 +235,10 @@ def make_manifest(
         needed.add(zeros.FEATURE)
     if files is not None:
         needed.add(FILES_FEATURE)
-    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded, files)
+    base = naming.name_for(records) if naming else None
+    if base is not None:
+        needed.add(difference.FEATURE)
+    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded, base, files)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -234,6 +252,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     }
     if manifest.coded is not None:
         plain["coded"] = vars(manifest.coded)
+    if manifest.base is not None:
+        plain["base"] = vars(manifest.base)
     if manifest.files is not None:
         plain["files"] = vars(manifest.files)
     if manifest.shards is not None:

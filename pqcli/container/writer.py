@@ -23,6 +23,7 @@ from pqcli.container.files import FILES, Packed
 from pqcli.container.header import MANIFEST, SUFFIX
 from pqcli.container.layout import CODED, KEPT, SHORT_HASH_BYTES, Layout
 from pqcli.container.manifest import KEPT_CODED, CodedStreams, Manifest, make_manifest, manifest_bytes
+from pqcli.container.naming import Naming
 from pqcli.container.shards import Cut, cut, digest, is_piece
 from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.records import Coded, Record, StoredError
@@ -32,11 +33,12 @@ _COPY_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class About:
-    """What a file says, and holds, beside its tensors: their order, the source, the recipe, small files."""
+    """What a file says, and holds, beside its tensors: their order, the source, the recipe, its base, small files."""
 
     order: tuple[str, ...]
     source: Mapping[str, Any]
     recipe: Mapping[str, Any]
+    naming: Naming | None = None
     files: Packed | None = None
 
     def manifest(
@@ -44,7 +46,7 @@ class About:
     ) -> Manifest:
         """The manifest of a file with these records; see `make_manifest`."""
         files = self.files.about if self.files else None
-        return make_manifest(self.source, self.recipe, records, coded, features, files)
+        return make_manifest(self.source, self.recipe, records, coded, features, self.naming, files)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ def decode(
     dtype: str | None = None,
     force: bool = False,
     verify: bool = True,
+    base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
     limits: Limits | None = None,
 ) -> Path:
@@ -43,8 +44,9 @@ def decode(
 
     `output` says the format by its suffix (.safetensors, .pt and its kin, none for a folder); by default it is
     `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. With `verify`, what was
-    written is read again before it is put in place. Returns the path written. A compressed folder becomes the folder
-    that it was made from, by default `NAME.decoded`; one with a single container may become a file as well.
+    written is read again before it is put in place. `base` says where to find the base of a file that holds
+    differences, and that one's own (`pqcli.container.bases`). Returns the path written. A compressed folder becomes the
+    folder that it was made from, by default `NAME.decoded`; one with a single container may become a file as well.
     """
     if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
         raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
@@ -55,10 +57,12 @@ def decode(
         lone = folders.lone_container(Path(file), where)
         if lone is None:
             return folders.decode_folder(
-                Path(file), where, dtype=dtype, force=force, verify=verify, hook=progress, limits=limits
+                Path(file), where, dtype=dtype, force=force, verify=verify, base=base, hook=progress, limits=limits
             )
         file = lone
-    with open_container(file, limits=limits) as container:
+    with open_container(file, limits=limits, base=base) as container:
+        if container.needs_base:
+            container.base()
         source = container.manifest.source
         target = Path(output) if output else _default_output(Path(file), source)
         _check_place(target, Path(file), force=force)
@@ -78,8 +82,10 @@ def decode(
         return target
 
 
-def load(file: str | Path, *, limits: Limits | None = None) -> dict[str, torch.Tensor]:
-    """The dense tensors of a container by name; tied tensors share their memory.
+def load(
+    file: str | Path, *, base: str | Path | Sequence[str | Path] = (), limits: Limits | None = None
+) -> dict[str, torch.Tensor]:
+    """The dense tensors of a container by name; tied tensors share their memory. `base` as for `decode`.
 
     Of a compressed folder with several, those of all; their names begin with the sub-folder.
     """
@@ -88,9 +94,9 @@ def load(file: str | Path, *, limits: Limits | None = None) -> dict[str, torch.T
         return {
             full_name(label, name): tensor
             for label, path in folder.containers.items()
-            for name, tensor in load(folder.path / path, limits=limits).items()
+            for name, tensor in load(folder.path / path, base=base, limits=limits).items()
         }
-    with open_container(file, limits=limits) as container:
+    with open_container(file, limits=limits, base=base) as container:
         tensors: dict[str, torch.Tensor] = {}
         for record in container.records:
             owner = record.coding.of if isinstance(record.coding, Alias | Copy) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,12 +59,13 @@ def preview(
     with_copies: bool = False,
     embed_files: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    base: str | Path | Sequence[str | Path] = (),
     limits: Limits | None = None,
 ) -> Preview:
     """What `compress` with the same arguments would do.
 
-    Plain PQ needs the headers alone. What codecs with streams will do depends on the weights: they are rehearsed, which
-    takes as long as compressing.
+    Plain PQ needs the headers alone. What codecs with streams will do, and what a base spares, depends on the weights:
+    they are rehearsed, which takes as long as compressing.
     """
     recipe = recipe or Recipe()
     place = located(source)
@@ -74,10 +76,12 @@ def preview(
         from pqcli.jobs.folders.compressing import preview_folder  # which needs this module
 
         where = Path(output) if output else None
-        return preview_folder(source, where, recipe, with_copies=with_copies, shard_bytes=shard_bytes, limits=limits)
+        return preview_folder(
+            source, where, recipe, with_copies=with_copies, shard_bytes=shard_bytes, base=base, limits=limits
+        )
     files = small_files(source, limits) if embed_files else {}
     with compressing.opened(source, recipe, limits) as checkpoint:
-        return preview_opened(checkpoint, output, recipe, files=files)
+        return preview_opened(checkpoint, output, recipe, bases=compressing.bases_of(base), files=files)
 
 
 def preview_opened(
@@ -85,14 +89,16 @@ def preview_opened(
     output: str | Path | None,
     recipe: Recipe,
     *,
+    bases: Sequence[Path] = (),
     others: Sequence[TensorInfo] = (),
     files: Files = NO_FILES,
     shard_bytes: int | None = None,
 ) -> Preview:
     """What compressing an open checkpoint would do; the arguments are those of `compress_opened`."""
     seen = _from_headers(checkpoint, output, recipe, others, files, shard_bytes)
-    is_known = all(entry.scheme for entry in seen.plan.entries if entry.action not in {"keep", "alias"})
-    return seen if is_known else _rehearsed(checkpoint, seen, recipe, files, shard_bytes)
+    coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
+    is_known = all(entry.scheme for entry in coded) and not bases
+    return seen if is_known else _rehearsed(checkpoint, seen, recipe, bases, files, shard_bytes)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
@@ -104,14 +110,21 @@ def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
         compressing.check_place(seen.output, seen.source, force=force)
 
 
-def explain(source: str | Path, recipe: Recipe | None = None, *, limits: Limits | None = None) -> list[Choice]:
+def explain(
+    source: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    base: str | Path | Sequence[str | Path] = (),
+    limits: Limits | None = None,
+) -> list[Choice]:
     """How `--codec auto` decides: for every tensor the candidates with their measured bits, error and cost."""
     from pqcli.codecs.auto.choosing import choose
 
     recipe = replace(recipe or Recipe(), codec="auto")
     with compressing.opened(located(source).path, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
-        with compressing.compression(checkpoint, plan, recipe, torch.device("cpu"), _nowhere()) as work:
+        bases, device = compressing.bases_of(base), torch.device("cpu")
+        with compressing.compression(checkpoint, plan, recipe, device, _nowhere(), bases=bases) as work:
             survey = work.prepared()
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
@@ -125,7 +138,7 @@ def _from_headers(
     shard_bytes: int | None,
 ) -> Preview:
     plan = plans.make(recipe, checkpoint.tensors, others)
-    about = compressing.about(checkpoint, recipe, files)
+    about = compressing.about(checkpoint, recipe, files=files)
     manifest = about.manifest([record_of(entry) for entry in plan.entries])
     target = Path(output) if output else compressing.default_output(checkpoint.path)
     return Preview(
@@ -138,11 +151,18 @@ def _from_headers(
     )
 
 
-def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, files: Files, shard_bytes: int | None) -> Preview:
+def _rehearsed(
+    checkpoint: Checkpoint,
+    seen: Preview,
+    recipe: Recipe,
+    bases: Sequence[Path],
+    files: Files,
+    shard_bytes: int | None,
+) -> Preview:
     device = torch.device("cpu")
     target = _nowhere(seen.output.name)
     with compressing.compression(
-        checkpoint, seen.plan, recipe, device, target, files=files, shard_bytes=shard_bytes
+        checkpoint, seen.plan, recipe, device, target, files=files, shard_bytes=shard_bytes, bases=bases
     ) as work:
         n_bytes = work.file_bytes(work.coded(work.prepared()))
         tensors = work.tensor_reports()

@@ -26,8 +26,8 @@ from pqcli.claim import check_space, claimed
 from pqcli.codecs.rate.budget import BudgetError
 from pqcli.container.folder import full_name, labels
 from pqcli.container.header import SUFFIX
-from pqcli.errors import CheckpointError
-from pqcli.jobs.compress import compress_opened, of_model
+from pqcli.errors import CheckpointError, UsageError
+from pqcli.jobs.compress import bases_of, compress_opened, of_model
 from pqcli.jobs.events import Hook, ignore
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder
@@ -67,6 +67,7 @@ def compress_folder(
     *,
     with_copies: bool = False,
     shard_bytes: int | None = None,
+    base: str | Path | Sequence[str | Path] = (),
     force: bool = False,
     verify: bool = True,
     hook: Hook | None = None,
@@ -97,6 +98,7 @@ def compress_folder(
                     device,
                     others=others,
                     shard_bytes=shard_bytes,
+                    bases=_bases_for(folder, base),
                     verify=verify,
                     hook=hook,
                     limits=limits,
@@ -120,6 +122,7 @@ def preview_folder(
     *,
     with_copies: bool = False,
     shard_bytes: int | None = None,
+    base: str | Path | Sequence[str | Path] = (),
     limits: Limits | None = None,
 ) -> Preview:
     """What `compress_folder` with the same arguments would do; see `preview`."""
@@ -133,6 +136,7 @@ def preview_folder(
                 recipes[path],
                 others=folder.tensors_beside(path),
                 shard_bytes=shard_bytes,
+                bases=_bases_for(folder, base),
             )
             for path, checkpoint in folder.checkpoints.items()
         }
@@ -192,6 +196,17 @@ def shared_recipes(folder: OpenFolder, recipe: Recipe) -> dict[str, Recipe]:
         path: replace(recipe, target_ratio=None, target_bytes=left * one.n_bytes // max(weights, 1))
         for path, one in folder.checkpoints.items()
     }
+
+
+def _bases_for(folder: OpenFolder, base: str | Path | Sequence[str | Path]) -> Sequence[Path]:
+    """The bases of the lone component. Raises UsageError where there are several, whose bases nobody can tell apart."""
+    bases = bases_of(base)
+    if bases and len(folder.checkpoints) > 1:
+        raise UsageError(
+            f"--base: '{folder.path}' has {len(folder.checkpoints)} components ({', '.join(folder.checkpoints)}); "
+            "compress them one by one, each with its own base"
+        )
+    return bases
 
 
 def _opened(source: Path, component: Component, recipe: Recipe, limits: Limits | None) -> Checkpoint:

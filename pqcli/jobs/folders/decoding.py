@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+from collections.abc import Sequence
 from pathlib import Path
 
 from pqcli.atomic import atomic_folder
@@ -45,6 +46,7 @@ def decode_folder(
     dtype: str | None = None,
     force: bool = False,
     verify: bool = True,
+    base: str | Path | Sequence[str | Path] = (),
     hook: Hook | None = None,
     limits: Limits | None = None,
 ) -> Path:
@@ -52,7 +54,7 @@ def decode_folder(
     folder = compressed_folder(source)
     target = output or _default_output(source)
     check_folder_output(target, source, force=force)
-    with Containers(folder, limits) as opened, claimed(target):
+    with Containers(folder, limits, base) as opened, claimed(target):
         dense = sum(converted(info, dtype).n_bytes for info in opened.infos if info.alias_of is None)
         check_space(target, folder.side_bytes + dense)
         with atomic_folder(target, force=force, may_go=is_weights_name) as temporary:

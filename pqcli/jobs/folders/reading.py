@@ -48,7 +48,12 @@ class Original:
 
 
 def report_folder(
-    source: Path, against: Path | None = None, *, progress: Hook | None = None, limits: Limits | None = None
+    source: Path,
+    against: Path | None = None,
+    *,
+    base: str | Path | Sequence[str | Path] = (),
+    progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """What the reports of all containers add up to; see `report`."""
     folder = compressed_folder(source)
@@ -56,7 +61,9 @@ def report_folder(
     parts = {}
     for label, path in folder.containers.items():
         place, weights = original.weights(path) if original else (None, None)
-        parts[label] = reporting.report(source / path, place, weights=weights, progress=progress, limits=limits)
+        parts[label] = reporting.report(
+            source / path, place, weights=weights, base=base, progress=progress, limits=limits
+        )
     recipe = next(iter(parts.values())).recipe
     return folder_report(parts, source=str(against or ""), output=str(source), side=folder.side, recipe=recipe)
 
@@ -88,7 +95,12 @@ def inspect_folder(source: Path, names: Sequence[str] | None = None, *, limits: 
 
 
 def verify_folder(
-    source: Path, against: Path | None = None, *, progress: Hook | None = None, limits: Limits | None = None
+    source: Path,
+    against: Path | None = None,
+    *,
+    base: str | Path | Sequence[str | Path] = (),
+    progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> list[Finding]:
     """What is wrong with the containers; with `against`, the original folder, also with the files beside them."""
     folder = compressed_folder(source)
@@ -96,7 +108,9 @@ def verify_folder(
     found = []
     for label, path in folder.containers.items():
         place, weights = original.weights(path) if original else (None, None)
-        for finding in verifying.verify(source / path, place, weights=weights, progress=progress, limits=limits):
+        for finding in verifying.verify(
+            source / path, place, weights=weights, base=base, progress=progress, limits=limits
+        ):
             name = None if finding.name is None else full_name(label, finding.name)
             problem = finding.problem if name else f"{path}: {finding.problem}"
             found.append(replace(finding, name=name, problem=problem))
