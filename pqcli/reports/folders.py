@@ -36,6 +36,7 @@ def folder_report(
         paper_bytes=sum(known) if len(known) == len(papers) else None,
         warnings=tuple(warning for part in parts.values() for warning in part.warnings),
         parts=tuple(parts.values()),
+        base=next(iter(parts.values())).base if len(parts) == 1 else None,
         n_carried=len(side),
         carried_bytes=carried_bytes,
     )

@@ -167,6 +167,7 @@ def test_help_and_version_answer_without_importing_torch(pqcli_command):
 def test_what_is_wrong_with_names_is_told_without_importing_torch(tmp_path):
     """Missing and foreign inputs, outputs in the way, keys and settings that are not there."""
     (tmp_path / "page.pt").write_text("<html>")
+    (tmp_path / "empty").mkdir()
     for name in ("tensors.safetensors", "fine.pq.safetensors"):
         entry = "pqcli.manifest" if "pq" in name else "w"
         head = json.dumps({entry: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
@@ -184,7 +185,7 @@ def test_what_is_wrong_with_names_is_told_without_importing_torch(tmp_path):
         "report fine.pq.safetensors --fail-above mse": "KEY=X",
         "report fine.pq.safetensors -o page.pt": "exists already",
         "verify fine.pq.safetensors --against none.pt": "none.pt",
-        "inspect .": "a folder",
+        "inspect empty": "a folder",
     }
     code = (
         "import sys\nfrom pqcli.cli.commands import app\n"

@@ -192,6 +192,24 @@ def test_shards_come_back_under_their_names_with_their_index(tmp_path):
     assert pqcli.verify(tmp_path / "m.pq", source) == []
 
 
+def test_a_folder_may_have_a_base_where_it_has_one_component(tmp_path):
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    for folder in (base, tuned):
+        folder.mkdir()
+        state = weights("a.weight")
+        save_file(state | {"a.weight": state["a.weight"] + 1e-3 * (folder is tuned)}, folder / "model.safetensors")
+    report = pqcli.compress(tuned, base=base)
+    assert report.base is not None
+    assert report.base == pqcli.report(tmp_path / "tuned.pq").base
+    assert pqcli.verify(tmp_path / "tuned.pq", tuned, base=base) == []
+    decoded = pqcli.decode(tmp_path / "tuned.pq", base=base)
+    assert torch.allclose(
+        load_file(decoded / "model.safetensors")["a.weight"], weights("a.weight")["a.weight"], 0, 1e-2
+    )
+    with pytest.raises(pqcli.PQError, match=r"has 2 components .* compress them one by one"):
+        pqcli.compress(made(tmp_path / "m"), base=base)
+
+
 # -- what is left out --------------------------------------------------------------------------------------------------
 
 COPIES = [
