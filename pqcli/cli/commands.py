@@ -18,6 +18,7 @@ from pqcli.cli import statistics
 from pqcli.cli.options import (
     NETWORK,
     Against,
+    Base,
     Command,
     Config,
     Device,
@@ -31,6 +32,7 @@ from pqcli.cli.options import (
     Limit,
     MoreTexts,
     NoVerify,
+    OfBase,
     Output,
     Quiet,
     Source,
@@ -42,7 +44,7 @@ from pqcli.cli.options import (
     takes_recipe,
 )
 from pqcli.cli.running import run
-from pqcli.container.peek import check_container
+from pqcli.container.peek import check_container, is_container
 from pqcli.errors import CheckFailedError, UsageError
 from pqcli.limits import limits_of
 from pqcli.version import __version__
@@ -78,6 +80,7 @@ def _root(
         "pqcli compress model.pt --target-size 6MB --codec trellis",
         "pqcli compress model.pt --config transformer --dry-run",
         "pqcli compress model.pt --quality balanced --exclude 'lm_head*'",
+        "pqcli compress tuned.pt --base model.pt --codec trellis",
     ),
 )
 @takes_recipe
@@ -86,6 +89,7 @@ def compress(
     output: Output = None,
     *,
     config: Config = None,
+    base: Base = None,
     dry_run: DryRun = False,
     device: Device = "auto",
     force: Force = False,
@@ -101,12 +105,13 @@ def compress(
         recipe = _recipe(console, config, settings, device)
         limits = limits_of(limit or ())
         _check_source(src)
+        _check_bases(base)
         if output:
-            check_output(output, src, force=force)
+            check_output(output, src, *(base or ()), force=force)
         if dry_run:
             from pqcli.jobs import preview
 
-            found = preview.preview(src, output, recipe, limits=limits)
+            found = preview.preview(src, output, recipe, base=base or (), limits=limits)
             preview.check_possible(found, device, force=force)
             console.plan(found)
             return
@@ -114,7 +119,15 @@ def compress(
 
         with console.progress(src.name) as hook:
             report = compress.compress(
-                src, output, recipe, device=device, force=force, verify=not no_verify, progress=hook, limits=limits
+                src,
+                output,
+                recipe,
+                device=device,
+                force=force,
+                verify=not no_verify,
+                base=base or (),
+                progress=hook,
+                limits=limits,
             )
         console.summary(report)
         if recipe.whole_codec and not recipe.stats:
@@ -136,6 +149,7 @@ def plan(
     src: Source,
     *,
     config: Config = None,
+    base: Base = None,
     explain: Annotated[
         bool,
         flag("--explain", help="Show how --codec auto decides: candidates, bits, error, cost (reads the weights)."),
@@ -149,17 +163,24 @@ def plan(
     def work(console: Console) -> None:
         recipe, limits = _recipe(console, config, settings), limits_of(limit or ())
         _check_source(src)
+        _check_bases(base)
         from pqcli.jobs import preview
 
         if explain:
-            console.choices(preview.explain(src, recipe, limits=limits))
+            console.choices(preview.explain(src, recipe, base=base or (), limits=limits))
         else:
-            console.plan(preview.preview(src, None, recipe, limits=limits))
+            console.plan(preview.preview(src, None, recipe, base=base or (), limits=limits))
 
     run(work, json=json)
 
 
-@app.command(cls=Command, epilog=examples("pqcli decode model.pq.safetensors -o model.safetensors"))
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "pqcli decode model.pq.safetensors -o model.safetensors",
+        "pqcli decode tuned.pq.safetensors --base model.pt",
+    ),
+)
 def decode(
     file: File,
     output: Annotated[
@@ -174,6 +195,7 @@ def decode(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Convert floating tensors; without it, they are as in the source.")
     ] = None,
+    base: OfBase = None,
     force: Force = False,
     no_verify: NoVerify = False,
     limit: Limit = None,
@@ -185,6 +207,7 @@ def decode(
     def work(console: Console) -> None:
         limits = limits_of(limit or ())
         check_container(file, limits)
+        _check_bases(base)
         from pqcli.jobs import decode
 
         with console.progress(file.name) as hook:
@@ -194,6 +217,7 @@ def decode(
                 dtype=dtype.value if dtype else None,
                 force=force,
                 verify=not no_verify,
+                base=base or (),
                 progress=hook,
                 limits=limits,
             )
@@ -217,6 +241,7 @@ def report(
     more: MoreTexts = None,
     *,
     against: Against = None,
+    base: OfBase = None,
     format_: Annotated[Format, typer.Option("--format", help="Form of the report.")] = Format.table,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="PATH", help="Write to this file; without it, to stdout.")
@@ -271,12 +296,13 @@ def report(
         check_container(file, limits)
         if against:
             _check_source(against)
+        _check_bases(base)
         if output:
-            check_output(output, file, *filter(None, [against]), force=force)
+            check_output(output, file, *filter(None, [against]), *(base or ()), force=force)
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
-            found = report.report(file, against, progress=hook, limits=limits)
+            found = report.report(file, against, base=base or (), progress=hook, limits=limits)
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
@@ -325,7 +351,13 @@ def inspect(
 
 @app.command(cls=Command, epilog=examples("pqcli verify model.pq.safetensors --against model.pt"))
 def verify(
-    file: File, against: Against = None, *, limit: Limit = None, json: Json = False, quiet: Quiet = False
+    file: File,
+    against: Against = None,
+    *,
+    base: OfBase = None,
+    limit: Limit = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check structure and hashes; with the original, that kept tensors are identical and errors as reported."""
 
@@ -334,10 +366,11 @@ def verify(
         check_container(file, limits)
         if against:
             _check_source(against)
+        _check_bases(base)
         from pqcli.jobs import verify
 
         with console.progress(file.name) as hook:
-            findings = verify.verify(file, against, progress=hook, limits=limits)
+            findings = verify.verify(file, against, base=base or (), progress=hook, limits=limits)
         left_out = verify.left_out(file, limits=limits) if against else ()
         if left_out:
             console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
@@ -397,6 +430,13 @@ def _check_source(path: Path) -> None:
     from pqcli import checkpoint
 
     checkpoint.sniff(path)
+
+
+def _check_bases(bases: Sequence[Path] | None) -> None:
+    """Likewise for bases, which may be containers."""
+    for path in bases or ():
+        if not is_container(path):
+            _check_source(path)
 
 
 def _recipe(console: Console, config: str | None, settings: Mapping[str, Any], device: str = "auto") -> Recipe:

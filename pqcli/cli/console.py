@@ -128,12 +128,15 @@ class Console:
             self.note(f"kept bit-exact: {len(kept)} of {readable.plural(len(report.tensors), 'tensor')}")
             for line in readable.kept_reasons(report, N_REASONS):
                 self.note(f"  {line}")
+        base = readable.base_line(report)
+        if base is not None:
+            self.note(f"base {base}")
         self._dropped(report.dropped)
         if report.side_bytes:
             self.note(readable.side_line(report))
         for warning in report.warnings:
             self.warn(warning)
-        if not report.quantized:
+        if not report.quantized and report.base is None:
             self.warn("nothing was quantized; `pqcli plan` tells why for each tensor")
         else:
             file = shlex.quote(visible(report.output))

@@ -118,6 +118,22 @@ Config = Annotated[
         help="A recipe: a YAML file, or a preset's name (see `pqcli presets`).",
     ),
 ]  # fmt: skip
+Base = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--base", metavar="BASE", rich_help_panel=MAIN,
+        help="What SRC was made from, a checkpoint or a .pq.safetensors file: differences to it are coded. Repeated: "
+        "that one's own base.",
+    ),
+]  # fmt: skip
+OfBase = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--base", metavar="BASE",
+        help="Base of a FILE that holds differences to it, or that one's own; repeatable. Without it, what lies beside "
+        "FILE under its name.",
+    ),
+]  # fmt: skip
 DryRun = Annotated[bool, flag("--dry-run", help="Show what would be done, and write nothing.", panel=MAIN)]
 Device = Annotated[
     str,

@@ -152,6 +152,21 @@ def entropy_line(report: Report) -> str | None:
     return f"assignments take {size(taken)}: {percent} than their order-0 entropy, tensor by tensor ({size(ideal)})"
 
 
+def base_line(report: Report) -> str | None:
+    """What the base spares; None for a file without one."""
+    base = report.base
+    if base is None:
+        return None
+    parts = []
+    if base.n_same:
+        parts.append(f"{plural(base.n_same, 'tensor')} of {size(base.same_original_bytes)} as in it, for nothing")
+    if base.n_differences:
+        taken, dense = size(base.differences_bytes), size(base.differences_original_bytes)
+        parts.append(f"{plural(base.n_differences, 'tensor')} of {dense} as differences, in {taken}")
+    name = f"{base.path} " if base.path else ""
+    return f"{visible(elide(name, 60))}({base.hash}): {'; '.join(parts)}"
+
+
 def int4_line(report: Report) -> str | None:
     """What the quantized tensors would cost as int4 in groups; None where nothing is quantized."""
     n_bytes, weights = report.int4_bytes, report.n_quantized_weights

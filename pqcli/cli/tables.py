@@ -122,18 +122,15 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
     """A report: its result in a line, a row a tensor, what they add up to, and what else there is to know."""
     tensors = report.tensors
     kept = [tensor for tensor in tensors if tensor.action == "keep"]
-    titles = [
-        f"{readable.plural(len(report.quantized), 'tensor')} quantized",
-        f"{readable.plural(len(kept), 'tensor')} kept",
-        "header and manifest",
-        "file",
+    n_same = report.base.n_same if report.base else 0
+    totals = [
+        (f"{readable.plural(len(report.quantized), 'tensor')} quantized", sum(one.bytes for one in report.quantized)),
+        (f"{readable.plural(len(kept), 'tensor')} kept", sum(one.bytes for one in kept)),
+        *([(f"{readable.plural(n_same, 'tensor')} as in the base", 0)] if n_same else []),
+        ("header and manifest", report.overhead_bytes),
+        ("file", report.compressed_bytes),
     ]
-    sizes = [
-        sum(tensor.bytes for tensor in report.quantized),
-        sum(tensor.bytes for tensor in kept),
-        report.overhead_bytes,
-        report.compressed_bytes,
-    ]
+    titles, sizes = [title for title, _ in totals], [n_bytes for _, n_bytes in totals]
     blank = [""] * len(titles)
 
     def texts(text: Callable[[Any], str]) -> list[str]:
@@ -197,7 +194,11 @@ def _notes(report: Report) -> list[Text]:
         notes.append(f"papers    {report.paper_mib:.3f} MiB by the accounting of the papers on PQ")
     notes += [
         f"{word:<10}{line}"
-        for word, line in (("entropy", readable.entropy_line(report)), ("int4", readable.int4_line(report)))
+        for word, line in (
+            ("base", readable.base_line(report)),
+            ("entropy", readable.entropy_line(report)),
+            ("int4", readable.int4_line(report)),
+        )
         if line is not None
     ]
     return [Text(), *(Text(note, style="dim") for note in notes)] if notes else []
@@ -232,8 +233,9 @@ def plan_table(preview: Preview, width: int | None, *, ascii_only: bool = False)
             N_NOTES,
         )
     ]
-    styles = ["" if entry.action not in ("keep", "alias", "copy") else "dim" for entry in entries]
-    quantized = sum(entry.action not in ("keep", "alias", "copy") for entry in entries)
+    is_coded = [entry.action not in ("keep", "alias", "copy", "base") for entry in entries]
+    styles = ["" if coded else "dim" for coded in is_coded]
+    quantized = sum(is_coded)
     ratio = preview.original_bytes / preview.predicted_bytes if preview.predicted_bytes else 0.0
     before, after = readable.size(preview.original_bytes), readable.size(preview.predicted_bytes)
     return [

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs import registry, zeros
+from pqcli.codecs import difference, registry, zeros
 from pqcli.container import checksum
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.entries import Entries
@@ -33,7 +33,7 @@ from pqcli.core.pq import packing
 from pqcli.errors import ContainerError, DamagedError
 from pqcli.limits import OverLimitError, hint
 from pqcli.tensors.info import ITEM_BYTES
-from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, StoredError
+from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, Same, StoredError
 
 QUANTIZED_DTYPES: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 _ROLES: Final = frozenset({"model", "other"})
@@ -139,6 +139,9 @@ def _check_records(manifest: Manifest, index: dict[str, int]) -> None:
     codecs = {record.action for record in manifest.tensors if isinstance(record.coding, Coded)}
     if codecs != ({manifest.coded.codec} if manifest.coded else set()):
         raise ValueError("the manifest does not describe its coded tensors")
+    needs_base = any(record.needs_base for record in manifest.tensors)
+    if len({manifest.base is not None, needs_base, difference.FEATURE in manifest.features}) > 1:
+        raise ValueError("the manifest does not describe the base of its tensors")
 
 
 def _problem(record: Record, manifest: Manifest) -> str:
@@ -150,11 +153,15 @@ def _problem(record: Record, manifest: Manifest) -> str:
         return f"unknown role {info.role!r:.40}"
     if record.zero_bytes is not None and (not record.quantized or zeros.FEATURE not in manifest.features):
         return "zeros told of what is not quantized, or in a file without that feature"
-    if isinstance(coding, Alias):
+    if record.difference and isinstance(coding, Alias | Copy | Same):
+        return f"a difference of what is coded as {record.action!r}"
+    if isinstance(coding, Alias | Same):
         return ""
     if isinstance(coding, Copy):
         return "" if Copy.action in manifest.features else "a copy in a file without that feature"
     if isinstance(coding, Kept):
+        if record.difference and KEPT_CODED not in manifest.features:
+            return "a kept difference in a file that codes nothing of what it keeps"
         is_coded_apart = KEPT_CODED in manifest.features and not record.is_bundled
         return "" if coding.n_bytes is None or is_coded_apart else "coded bytes of what is not coded by itself"
     return _problem_of_quantized(record, coding) or (
@@ -195,10 +202,13 @@ def _problem_of_reference(record: Record, records: tuple[Record, ...], index: di
 
 
 def _check_expansion(manifest: Manifest, n_bytes: int, limits: Limits) -> None:
-    """No more dense bytes than a file of this size may hold: those of one centroid take no bytes at all."""
+    """No more dense bytes than a file of this size may hold: those of one centroid take no bytes at all.
+
+    What needs a base is not counted: it is decoded only where the user's own has a tensor of that shape.
+    """
     dense, most = 0, limits.decoded_bytes + DENSE_BYTES_PER_BYTE * n_bytes
     for record in manifest.tensors:
-        dense += 0 if isinstance(record.coding, Alias) else record.info.n_bytes
+        dense += 0 if isinstance(record.coding, Alias) or record.needs_base else record.info.n_bytes
         if dense > most:
             raise OverLimitError(
                 f"tensor {record.name!r} brings what it holds to {dense:,} bytes, more than the {most:,} that are "

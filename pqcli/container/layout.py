@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs import registry, zeros
+from pqcli.codecs import difference, registry, zeros
 from pqcli.container import checksum
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
@@ -31,7 +31,7 @@ _ENTRY_BYTES: Final = 80
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, Copy.action}
+    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, difference.FEATURE, Copy.action}
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from pqcli.codecs import zeros
+from pqcli.codecs import difference, zeros
 from pqcli.container import checksum
 from pqcli.container.header import LARGEST, is_shape, is_size
+from pqcli.container.naming import BaseName, Naming
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record
+from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record, Same
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -74,7 +75,10 @@ class CodedStreams:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `pqcli.manifest` holds; `recipe` is the wish, `coded` is None where there is no `pqcli.coded`."""
+    """What `pqcli.manifest` holds; `recipe` is the wish, `coded` is None where there is no `pqcli.coded`.
+
+    `base` is None where no record needs one.
+    """
 
     version: int
     features: tuple[str, ...]
@@ -82,6 +86,7 @@ class Manifest:
     recipe: Mapping[str, Any]
     tensors: tuple[Record, ...]
     coded: CodedStreams | None = None
+    base: BaseName | None = None
 
     @property
     def coded_bytes(self) -> int:
@@ -111,6 +116,7 @@ class StoredRecord:
     kernel: int = 1
     coded_bytes: int | None = None
     zero_bytes: int | None = None
+    difference: bool = False
 
     @staticmethod
     def of(record: Record) -> StoredRecord:
@@ -130,7 +136,7 @@ class StoredRecord:
             given = {"copy_of": coding.of}
         return StoredRecord(
             info.name, info.shape, info.dtype, coding.action, record.reason, record.kind, info.role, info.alias_of,
-            zero_bytes=record.zero_bytes, **given,
+            zero_bytes=record.zero_bytes, difference=record.difference, **given,
         )  # fmt: skip
 
     def record(self) -> Record:
@@ -139,7 +145,7 @@ class StoredRecord:
         if not is_shape(self.shape) or not all(number is None or is_size(number) for number in numbers):
             raise ValueError("a size that no tensor has")
         info = TensorInfo(self.name, self.shape, self.dtype, self.alias_of, self.role)
-        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes)
+        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes, self.difference)
 
     def _coding(self) -> Coding:
         if (self.action == "alias") != (self.alias_of is not None):
@@ -152,6 +158,8 @@ class StoredRecord:
             return Copy(self.copy_of)
         if self.action == Kept.action:
             return Kept(self.coded_bytes)
+        if self.action == Same.action:
+            return Same()
         if self.action != Plain.action:
             return Coded(self.action, self.rows, self.kernel, self.coded_bytes)
         if self.block_size is None or self.n_centroids is None:
@@ -171,6 +179,7 @@ class StoredManifest:
     recipe: dict[str, Any]
     tensors: tuple[StoredRecord, ...]
     coded: CodedStreams | None = None
+    base: BaseName | None = None
 
     def manifest(self) -> Manifest:
         """The manifest. Raises ValueError, naming the tensor, where a record lacks what it needs."""
@@ -180,7 +189,7 @@ class StoredManifest:
                 records.append(stored.record())
             except ValueError as error:
                 raise ValueError(f"the record of {stored.name!r} makes no sense: {error}") from None
-        return Manifest(self.version, self.features, self.source, self.recipe, tuple(records), self.coded)
+        return Manifest(self.version, self.features, self.source, self.recipe, tuple(records), self.coded, self.base)
 
 
 def make_manifest(
@@ -189,10 +198,11 @@ def make_manifest(
     records: Sequence[Record],
     coded: CodedStreams | None = None,
     features: Iterable[str] = (),
+    naming: Naming | None = None,
 ) -> Manifest:
     """The manifest of a file with these records, naming the features that they need, and `features` beside.
 
-    `source` has the fields of `Source`.
+    `source` has the fields of `Source`; `naming` knows the base that records may need.
     """
     needed = {record.action for record in records if record.quantized or isinstance(record.coding, Copy)} | {
         checksum.FEATURE,
@@ -200,7 +210,10 @@ def make_manifest(
     }
     if any(record.zero_bytes is not None for record in records):
         needed.add(zeros.FEATURE)
-    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded)
+    base = naming.name_for(records) if naming else None
+    if base is not None:
+        needed.add(difference.FEATURE)
+    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded, base)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -214,6 +227,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     }
     if manifest.coded is not None:
         plain["coded"] = vars(manifest.coded)
+    if manifest.base is not None:
+        plain["base"] = vars(manifest.base)
     return zlib.compress(json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode(), 9)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,29 +32,34 @@ from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
 from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import NOT_FINITE
+from pqcli.container.bases import Base, Search
 from pqcli.container.layout import CODED, lay_out
 from pqcli.container.manifest import make_manifest
+from pqcli.container.naming import BaseName, Naming
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
 from pqcli.errors import CheckpointError, ContainerError, OutputError
 from pqcli.jobs import executors
+from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
 from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
-from pqcli.jobs.report import paper_bytes_of, tensor_report
+from pqcli.jobs.report import base_report, paper_bytes_of, tensor_report
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
-from pqcli.tensors.records import Alias, Coded, Copy, Record, StoredError, with_bundle_shares
+from pqcli.tensors.records import Alias, Coded, Copy, Record, Same, StoredError, with_bundle_shares
 
 COPIES = 2
 """What the disk holds of a file while it is written: the spool, and the file itself."""
 SAMPLED = 1 / 16
 """The fraction of the dense bytes that a finished file is decoded for, to check it."""
+NOT_CODED = frozenset({"keep", "alias", "base"})
+"""Actions of a plan that no codec takes part in."""
 BASE_MEMORY_BYTES = 400 << 20
 """Memory of a process that has torch loaded and kernels compiled."""
 
@@ -67,6 +72,7 @@ def compress(
     device: str = "auto",
     force: bool = False,
     verify: bool = True,
+    base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
@@ -75,15 +81,25 @@ def compress(
     Tensors are read one at a time. With plain PQ each is written as soon as it is encoded, and peak memory is about the
     largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
     whole or not at all. With `verify`, what was written is read again before it is put in place: its bytes must be
-    those that were meant, and a sample must decode to its hashes. `progress` is told of every stage
-    (`pqcli.jobs.events.Event`). `limits` bound what the structure of the checkpoint may cost to understand.
+    those that were meant, and a sample must decode to its hashes. With a `base`, a checkpoint or a container, what the
+    file holds are differences to it where these take less (`pqcli.jobs.base`); several are the base, its own base, and
+    so on. `progress` is told of every stage (`pqcli.jobs.events.Event`). `limits` bound what the structure of the
+    checkpoint may cost to understand.
 
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
     recipe = recipe or Recipe()
     with opened(source, recipe, limits) as checkpoint:
         return compress_opened(
-            checkpoint, output, recipe, resolve_device(device), force=force, verify=verify, hook=progress, limits=limits
+            checkpoint,
+            output,
+            recipe,
+            resolve_device(device),
+            force=force,
+            verify=verify,
+            bases=bases_of(base),
+            hook=progress,
+            limits=limits,
         )
 
 
@@ -94,6 +110,7 @@ def save(
     *,
     device: str = "auto",
     force: bool = False,
+    base: str | Path | Sequence[str | Path] = (),
 ) -> Report:
     """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script.
 
@@ -105,7 +122,7 @@ def save(
     with temporary_beside(final_path(target), suffix=".pt") as (dense, descriptor):
         with output_errors(target), os.fdopen(os.dup(descriptor), "wb") as saved:
             _torch_save(state_dict, saved)
-        return replace(compress(dense, file, recipe, device=device, force=force), source="")
+        return replace(compress(dense, file, recipe, device=device, force=force, base=base), source="")
 
 
 def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
@@ -129,6 +146,11 @@ def opened(source: str | Path, recipe: Recipe, limits: Limits | None = None) -> 
         raise
 
 
+def bases_of(base: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """One base, or several, as paths."""
+    return Search.among(base).given
+
+
 def default_output(source: Path) -> Path:
     """`STEM.pq.safetensors` beside a checkpoint file or folder."""
     source = source.resolve() if source.name in {"", ".", ".."} else source
@@ -145,7 +167,7 @@ def check_place(output: Path, source: Path, *, force: bool) -> None:
         raise OutputError(f"'{output}' is a part of the input; use -o to write elsewhere")
 
 
-def about(checkpoint: Checkpoint, recipe: Recipe) -> About:
+def about(checkpoint: Checkpoint, recipe: Recipe, naming: Naming | None = None) -> About:
     """What the file of this checkpoint says beside its tensors."""
     source = {
         "format": checkpoint.format,
@@ -154,7 +176,7 @@ def about(checkpoint: Checkpoint, recipe: Recipe) -> About:
         "dropped": _left_out(checkpoint),
         "side_bytes": checkpoint.side_bytes,
     }
-    return About(tuple(info.name for info in checkpoint.tensors), source, documents.to_json(recipe))
+    return About(tuple(info.name for info in checkpoint.tensors), source, documents.to_json(recipe), naming)
 
 
 def dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -182,6 +204,7 @@ def compress_opened(
     *,
     force: bool = False,
     verify: bool = True,
+    bases: Sequence[Path] = (),
     hook: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
@@ -192,11 +215,14 @@ def compress_opened(
     check_place(target, checkpoint.path, force=force)
     with (
         claimed(target),
-        compression(checkpoint, plan, recipe, device, target, force=force, hook=hook) as work,
+        compression(
+            checkpoint, plan, recipe, device, target, force=force, bases=bases, hook=hook, limits=limits
+        ) as work,
     ):
         check_space(target, COPIES * work.expected_bytes())
         size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
-        records, tensors = work.writer.records, work.tensor_reports()
+        records, tensors, warnings = work.writer.records, work.tensor_reports(), work.all_warnings()
+        base = base_report(work.base_name(), work.records)
     return Report(
         source=str(checkpoint.path),
         output=str(target),
@@ -207,8 +233,9 @@ def compress_opened(
         dropped=dropped(checkpoint),
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
-        warnings=work.warnings,
+        warnings=warnings,
         side_bytes=checkpoint.side_bytes,
+        base=base,
     )
 
 
@@ -221,15 +248,22 @@ def compression(
     target: Path,
     *,
     force: bool = False,
+    bases: Sequence[Path] = (),
     hook: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Iterator[Compression]:
     """The work of compressing `checkpoint` into `target`; what is not finished leaves nothing behind."""
     row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
-    codec = load(row.name)
-    with Writer(target, about(checkpoint, recipe), force, compact=codec.is_compact) as writer:
-        weights = Weights(checkpoint)
+    codec, hook = load(row.name), hook or ignore
+    weights, beside = Weights(checkpoint), None
+    with ExitStack() as stack:
+        if bases:
+            beside = stack.enter_context(compared(checkpoint, plan, bases, target, hook, limits))
+            codec, plan, weights = codec.compacted(), beside.plan, beside.weights
+        said = about(checkpoint, recipe, beside.naming if beside else None)
+        writer = stack.enter_context(Writer(target, said, force, compact=codec.is_compact))
         run = _runner(device, recipe)
-        yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook or ignore)
+        yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook, beside)
 
 
 Result = Piece | StreamPiece | list[StreamPiece]
@@ -249,19 +283,22 @@ class Compression:
     writer: Writer
     run: Run
     hook: Hook
+    beside: Compared | None = None
     warnings: tuple[str, ...] = ()
 
     def prepared(self) -> Survey:
         """Read what the codec wants to know, write what is kept; the survey of what is to be coded."""
         copies = copies_of(self.plan.entries, self.weights)
         own = [entry for entry in self.plan.entries if entry.info.name not in copies]
-        entries = [entry for entry in own if entry.action not in {"keep", "alias"}]
-        records = [record_of(entry) for entry in own if entry.action in {"keep", "alias"}]
+        entries = [entry for entry in own if entry.action not in NOT_CODED]
+        records = [record_of(entry) for entry in own if entry.action in NOT_CODED]
         records += [
             _copy_of(entry, copies[entry.info.name]) for entry in self.plan.entries if entry.info.name in copies
         ]
         for record in records:
-            if record.action != "keep":
+            if record.action == "base" and self.beside:
+                self.writer.add(Piece(record, self.beside.digests[record.name]))
+            elif record.action != "keep":
                 self.writer.add(reference_piece(record))
         survey = self.codec.survey(
             entries, self.weights, Stage(self.hook, "reading", sum(entry.info.numel for entry in entries))
@@ -269,7 +306,7 @@ class Compression:
         kept = [record for record in [*records, *survey.rejected] if record.action == "keep"]
         keeping = [KeptJob(record, self.weights, self.codec.is_compact) for record in kept]
         self._write([*keeping, *survey.exact], "keeping")
-        return survey
+        return survey if Goal.of(self.recipe, self.original_bytes) else survey.fine_for_differences()
 
     def coded(self, survey: Survey) -> Streams | None:
         """Code what was surveyed: tensors set apart, then the rest at the level, or to the budget, asked for."""
@@ -312,13 +349,28 @@ class Compression:
 
     def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> int:
         """Write the file; its size in bytes. With `verify`, read it again first."""
-        check = partial(check_written, streams, limits=limits) if verify else None
+        base = replace(self.beside.base, close=lambda: None) if self.beside else None
+        check = partial(check_written, streams, base=base, limits=limits) if verify else None
         return self.writer.finish(self.codec_name, streams, check)
+
+    def base_name(self) -> BaseName | None:
+        """What the file says of its base; None where it needs none."""
+        return self.beside.naming.name_for(self.writer.records) if self.beside else None
+
+    def all_warnings(self) -> tuple[str, ...]:
+        """What to say, of a base that has served nothing too."""
+        if self.beside is None or self.base_name() is not None:
+            return self.warnings
+        return (*self.warnings, f"'{self.beside.base.path}' spares nothing: {_useless(self.beside)}")
+
+    @property
+    def records(self) -> list[Record]:
+        """The records of the finished file, those of small kept tensors with their shares of what they lie in."""
+        return with_bundle_shares(self.writer.records, len(self.writer.bundle))
 
     def tensor_reports(self) -> tuple[TensorReport, ...]:
         """What became of every tensor of the finished file."""
-        pieces = self.writer.pieces
-        records = with_bundle_shares([piece.record for piece in pieces], len(self.writer.bundle))
+        pieces, records = self.writer.pieces, self.records
         errors = {piece.record.name: StoredError.of(piece.error) for piece in pieces if piece.error}
         return tuple(
             tensor_report(record, errors.get(record.held_by), piece.use)
@@ -380,14 +432,25 @@ def _copy_of(entry: PlanEntry, name: str) -> Record:
     return Record(entry.info, Copy(name), f"has the same bytes as {name!r}", entry.kind)
 
 
-def check_written(streams: Streams | None, path: Path, limits: Limits | None = None) -> None:
+def _useless(beside: Compared) -> str:
+    if not beside.naming.tensors:
+        return "it has no tensor of the same name and shape; the file needs no base"
+    n = len(beside.naming.tensors)
+    return f"coding the {n:,} tensors that it has too takes less than coding differences; the file needs no base"
+
+
+def check_written(
+    streams: Streams | None, path: Path, *, base: Base | None = None, limits: Limits | None = None
+) -> None:
     """Raise ContainerError unless the container at `path` opens, a sample has its hashes, and its streams are these.
 
     The sample is of tensors held by themselves, the smallest first: as many as can be for `SAMPLED` of the time, since
     what would be wrong is where entries lie. Streams were decoded from memory when their errors were measured.
     """
     with open_container(path, limits=limits) as container:
-        own = [record for record in container.records if not isinstance(record.coding, Alias | Copy | Coded)]
+        if base is not None:
+            container.bind(base)
+        own = [record for record in container.records if not isinstance(record.coding, Alias | Copy | Coded | Same)]
         left = SAMPLED * sum(record.info.n_bytes for record in own)
         for i, record in enumerate(sorted(own, key=lambda record: record.info.n_bytes)):
             left -= record.info.n_bytes

@@ -40,10 +40,14 @@ def copies_of(entries: Sequence[PlanEntry], weights: Weights) -> dict[str, str]:
 
 
 def _owners(equal: Sequence[PlanEntry]) -> dict[str, str]:
-    """Which of some equal tensors is held for which: a kept one for all, else one for all that are coded alike."""
-    kept = [entry for entry in equal if entry.action == "keep"]
+    """Which of some equal tensors is held for which.
+
+    One that is as in a base, or else a kept one, for all; else one for all that are coded alike.
+    """
+    kept = [entry for action in ("base", "keep") for entry in equal if entry.action == action]
     if kept:
-        return {entry.info.name: kept[0].info.name for entry in equal if entry is not kept[0]}
+        others = [entry for entry in equal if entry is not kept[0] and entry.action != "base"]
+        return {entry.info.name: kept[0].info.name for entry in others}
     pairs: dict[str, str] = {}
     for first, *others in _grouped(equal, lambda entry: (entry.action, entry.scheme)):
         pairs |= {entry.info.name: first.info.name for entry in others}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def decode(
     dtype: str | None = None,
     force: bool = False,
     verify: bool = True,
+    base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
     limits: Limits | None = None,
 ) -> Path:
@@ -37,11 +39,14 @@ def decode(
 
     `output` says the format by its suffix (.safetensors, .pt and its kin, none for a folder); by default it is
     `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. With `verify`, what was
-    written is read again before it is put in place. Returns the path written.
+    written is read again before it is put in place. `base` says where to find the base of a file that holds
+    differences, and that one's own (`pqcli.container.bases`). Returns the path written.
     """
     if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
         raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
-    with open_container(file, limits=limits) as container:
+    with open_container(file, limits=limits, base=base) as container:
+        if container.needs_base:
+            container.base()
         source = container.manifest.source
         target = Path(output) if output else _default_output(Path(file), source)
         _check_place(target, Path(file), force=force)
@@ -64,9 +69,11 @@ def decode(
         return target
 
 
-def load(file: str | Path, *, limits: Limits | None = None) -> dict[str, torch.Tensor]:
-    """The dense tensors of a container by name; tied tensors share their memory."""
-    with open_container(file, limits=limits) as container:
+def load(
+    file: str | Path, *, base: str | Path | Sequence[str | Path] = (), limits: Limits | None = None
+) -> dict[str, torch.Tensor]:
+    """The dense tensors of a container by name; tied tensors share their memory. `base` as for `decode`."""
+    with open_container(file, limits=limits, base=base) as container:
         tensors: dict[str, torch.Tensor] = {}
         for record in container.records:
             owner = record.coding.of if isinstance(record.coding, Alias | Copy) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,18 +48,21 @@ def preview(
     output: str | Path | None = None,
     recipe: Recipe | None = None,
     *,
+    base: str | Path | Sequence[str | Path] = (),
     limits: Limits | None = None,
 ) -> Preview:
     """What `compress` with the same arguments would do.
 
-    Plain PQ needs the headers alone. What codecs with streams will do depends on the weights: they are rehearsed, which
-    takes as long as compressing.
+    Plain PQ needs the headers alone. What codecs with streams will do, and what a base spares, depends on the weights:
+    they are rehearsed, which takes as long as compressing.
     """
     recipe = recipe or Recipe()
     with compressing.opened(source, recipe, limits) as checkpoint:
         seen = _from_headers(checkpoint, output, recipe)
-        is_known = all(entry.scheme for entry in seen.plan.entries if entry.action not in {"keep", "alias"})
-        return seen if is_known else _rehearsed(checkpoint, seen, recipe)
+        coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
+        bases = compressing.bases_of(base)
+        is_known = all(entry.scheme for entry in coded) and not bases
+        return seen if is_known else _rehearsed(checkpoint, seen, recipe, bases)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
@@ -67,14 +71,21 @@ def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     compressing.check_place(seen.output, seen.source, force=force)
 
 
-def explain(source: str | Path, recipe: Recipe | None = None, *, limits: Limits | None = None) -> list[Choice]:
+def explain(
+    source: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    base: str | Path | Sequence[str | Path] = (),
+    limits: Limits | None = None,
+) -> list[Choice]:
     """How `--codec auto` decides: for every tensor the candidates with their measured bits, error and cost."""
     from pqcli.codecs.auto.choosing import choose
 
     recipe = replace(recipe or Recipe(), codec="auto")
     with compressing.opened(source, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
-        with compressing.compression(checkpoint, plan, recipe, torch.device("cpu"), _nowhere()) as work:
+        bases, device = compressing.bases_of(base), torch.device("cpu")
+        with compressing.compression(checkpoint, plan, recipe, device, _nowhere(), bases=bases) as work:
             survey = work.prepared()
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
@@ -93,8 +104,9 @@ def _from_headers(checkpoint: Checkpoint, output: str | Path | None, recipe: Rec
     )
 
 
-def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe) -> Preview:
-    with compressing.compression(checkpoint, seen.plan, recipe, torch.device("cpu"), _nowhere()) as work:
+def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, bases: Sequence[Path]) -> Preview:
+    device = torch.device("cpu")
+    with compressing.compression(checkpoint, seen.plan, recipe, device, _nowhere(), bases=bases) as work:
         n_bytes = work.file_bytes(work.coded(work.prepared()))
         tensors = work.tensor_reports()
     entries = tuple(

@@ -17,6 +17,7 @@ from pqcli.codecs.plain import use_of
 from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.protection import warnings_of_tensors
 from pqcli.container.manifest import StoredRecord
+from pqcli.container.naming import BaseName
 from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics, rtn
 from pqcli.errors import CheckpointError, RecipeError
@@ -24,23 +25,25 @@ from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
 from pqcli.recipe import documents
-from pqcli.reports.figures import INT4_GROUP, Report, TensorReport
+from pqcli.reports.figures import INT4_GROUP, BaseReport, Report, TensorReport
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, StoredError, with_bundle_shares
+from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, Same, StoredError, with_bundle_shares
 
 
 def report(
     file: str | Path,
     against: str | Path | None = None,
     *,
+    base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
     """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
 
-    With `against`, the original checkpoint, every error is measured again from the two files, and that of int4.
+    With `against`, the original checkpoint, every error is measured again from the two files, and that of int4. Only
+    for that a `base` is needed, which is found as `decode` finds it.
     """
-    with open_container(file, limits=limits) as container:
+    with open_container(file, limits=limits, base=base) as container:
         container.check_figures()
         records = with_bundle_shares(list(container.records), container.bundle_bytes)
         if against is None:
@@ -59,6 +62,7 @@ def report(
             dropped=tuple(f"{path} ({reason})" for path, reason in source.dropped),
             recipe=container.manifest.recipe,
             paper_bytes=paper_bytes_of(container.records),
+            base=base_report(container.manifest.base, records),
             warnings=_warnings(container.manifest.recipe, tensors),
             side_bytes=source.side_bytes,
         )
@@ -79,6 +83,7 @@ def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Lim
     with open_container(file, limits=limits) as container:
         records = [container.record(name) for name in names] if names else container.records
         source = container.manifest.source
+        base = base_report(container.manifest.base, container.records)
         return {
             "file": str(file),
             "file_bytes": Path(file).stat().st_size,
@@ -92,6 +97,7 @@ def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Lim
             },
             "warnings": list(_warnings(container.manifest.recipe, [_told(container, r) for r in container.records])),
             "recipe": container.manifest.recipe,
+            **({"base": asdict(base)} if base else {}),
             "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
         }
 
@@ -142,7 +148,25 @@ def tensor_report(record: Record, error: StoredError | None, use: Use | None) ->
         alias_of=info.alias_of,
         copy_of=coding.of if isinstance(coding, Copy) else None,
         kind=record.kind,
+        difference=record.difference,
         **(_error_fields(error, record) if error else {}),
+    )
+
+
+def base_report(name: BaseName | None, records: Sequence[Record]) -> BaseReport | None:
+    """What a file's base spares; None for a file without one."""
+    if name is None:
+        return None
+    same = [record for record in records if isinstance(record.coding, Same)]
+    differences = [record for record in records if record.difference]
+    return BaseReport(
+        hash=name.hash,
+        path=name.path,
+        n_same=len(same),
+        same_original_bytes=sum(record.info.n_bytes for record in same),
+        n_differences=len(differences),
+        differences_original_bytes=sum(record.info.n_bytes for record in differences),
+        differences_bytes=sum(record.payload_bytes for record in differences),
     )
 
 
@@ -153,7 +177,7 @@ def _told(container: Container, record: Record) -> TensorReport:
 
 def paper_bytes_of(records: Sequence[Record]) -> int | None:
     """The papers' size; None where something is coded in a way that they do not count."""
-    if any(isinstance(record.coding, Coded) for record in records):
+    if any(isinstance(record.coding, Coded) or record.needs_base for record in records):
         return None
     return paper_bytes(
         (
@@ -177,15 +201,17 @@ def _action(record: Record) -> str:
 
 def _scheme(record: Record) -> str:
     """What the tensor is coded as, as a person says it."""
-    coding = record.coding
+    coding, to_base = record.coding, " to base" if record.difference else ""
     if isinstance(coding, Plain):
-        return f"PQ {coding.block_size}x{coding.n_centroids}"
+        return f"PQ {coding.block_size}x{coding.n_centroids}" + to_base
     if isinstance(coding, Coded):
         row = registry.row(coding.codec)
-        return row.label or row.name
+        return (row.label or row.name) + to_base
     if isinstance(coding, Copy):
         return f"copy of {coding.of}"
-    return "kept" if isinstance(coding, Kept) else f"alias of {coding.of}"
+    if isinstance(coding, Same):
+        return "as the base"
+    return "kept" + to_base if isinstance(coding, Kept) else f"alias of {coding.of}"
 
 
 def _error_fields(error: StoredError, record: Record) -> dict[str, Any]:

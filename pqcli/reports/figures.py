@@ -22,7 +22,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 INT4_GROUP = 128
 """Weights that share a scale in the int4 baseline; the scale takes two bytes."""
@@ -35,7 +35,8 @@ class TensorReport:
     """One tensor: what was done to it, why, at what size, with what error.
 
     `action` is "keep" (stored bit-exact), "alias" (another name of `alias_of`, stores nothing), "copy" (a tensor of its
-    own with the bytes of `copy_of`, stores nothing and has its error), or the codec that quantized it ("pq"). `scheme`
+    own with the bytes of `copy_of`, stores nothing and has its error), "base" (as the base has it, stores nothing), or
+    the codec that quantized it ("pq"). `difference` says that what is stored is the difference to the base's. `scheme`
     says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk. `energy` is the sum of squares of
     the original weights. `assignment_entropy` is in bits per assignment; `assignment_bytes` is what the assignments
     (with a codec for whole checkpoints, all that is coded for the tensor) take, `entropy_bytes` what they would take at
@@ -67,11 +68,12 @@ class TensorReport:
     entropy_bytes: int | None = None
     int4_relative_mse: float | None = None
     copy_of: str | None = None
+    difference: bool = False
 
     @property
     def quantized(self) -> bool:
         """Whether weights are stored for it that may differ from the original ones."""
-        return self.action not in ("keep", "alias", "copy")
+        return self.action not in ("keep", "alias", "copy", "base")
 
     @property
     def sqnr_db(self) -> float | None:
@@ -94,6 +96,23 @@ class TensorReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseReport:
+    """What the base of a file spares: its `hash`, and the `path` where it was then.
+
+    `n_same` tensors of `same_original_bytes` are the base's and take nothing; `n_differences` are stored as differences
+    to it, in `differences_bytes` where the tensors themselves have `differences_original_bytes`.
+    """
+
+    hash: str
+    path: str
+    n_same: int
+    same_original_bytes: int
+    n_differences: int
+    differences_original_bytes: int
+    differences_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """One compressed file: its tensors in the checkpoint's order, and what they add up to.
 
@@ -101,6 +120,7 @@ class Report:
     accounting (log2(k) bits a block, fp16 codebooks, fp32 for the rest, running statistics not counted), None where
     anything but plain PQ was at work. `warnings` say what a budget gave up; of single rows only `compress` knows.
     `side_bytes` is the size of the files beside the weights that are not in the output, and in neither of the sizes.
+    `base` tells of the base, where the file has one.
     """
 
     source: str
@@ -114,6 +134,7 @@ class Report:
     paper_bytes: int | None = None
     warnings: tuple[str, ...] = ()
     side_bytes: int = 0
+    base: BaseReport | None = None
 
     @property
     def quantized(self) -> tuple[TensorReport, ...]:
@@ -249,6 +270,7 @@ class Report:
                 "int4_relative_mse": self.int4_relative_mse,
             },
             "recipe": self.recipe,
+            "base": None if self.base is None else asdict(self.base),
             "dropped": self.dropped,
             "warnings": self.warnings,
             "tensors": [tensor.to_json() for tensor in self.tensors],

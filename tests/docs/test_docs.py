@@ -139,8 +139,8 @@ def test_the_reference_names_everything_public_with_its_signature():
     shown = " ".join(cells[0] for cells in rows(DOCUMENTS["docs/python.md"], "name"))
     assert set(re.findall(r"`pqcli\.(\w+)", shown)) == set(pqcli.__all__)
     assert (
-        "`pqcli.decode(file, output=None, *, dtype=None, force=False, verify=True, progress=None, limits=None)`"
-        in shown
+        "`pqcli.decode(file, output=None, *, dtype=None, force=False, verify=True, base=(), progress=None, "
+        "limits=None)`" in shown
     )
 
 
