@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pqcli.container.reader import Container
     from pqcli.container.reader import open_container as open  # noqa: A004 - `pqcli.open(file)` reads best
     from pqcli.core.pq.pq import PQ
+    from pqcli.jobs.calibrate import calibrate
+    from pqcli.jobs.compare import compare
     from pqcli.jobs.compress import compress, save
     from pqcli.jobs.decode import decode, load
     from pqcli.jobs.preview import preview
@@ -41,7 +43,9 @@ _LAZY = {
     "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
     "Statistics": ("pqcli.stats.moments", "Statistics"),
+    "calibrate": ("pqcli.jobs.calibrate", "calibrate"),
     "collect": ("pqcli.stats.collecting", "collect"),
+    "compare": ("pqcli.jobs.compare", "compare"),
     "compress": ("pqcli.jobs.compress", "compress"),
     "decode": ("pqcli.jobs.decode", "decode"),
     "load": ("pqcli.jobs.decode", "load"),
@@ -53,8 +57,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "PQ", "Container", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__", "collect",
-    "compress", "decode", "load", "open", "preview", "report", "save", "verify",
+    "PQ", "Container", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__", "calibrate",
+    "collect", "compare", "compress", "decode", "load", "open", "preview", "report", "save", "verify",
 ]  # fmt: skip
 
 

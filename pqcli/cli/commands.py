@@ -6,6 +6,7 @@ errors in arguments, inputs and outputs come at once. Every failure leaves throu
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcli.atomic import check_output
+from pqcli.cli import statistics
 from pqcli.cli.options import (
+    NETWORK,
     Against,
     Base,
     Command,
@@ -25,18 +28,24 @@ from pqcli.cli.options import (
     Force,
     Format,
     Json,
+    Length,
     Limit,
+    MoreTexts,
     NoVerify,
     OfBase,
     Output,
     Quiet,
     Source,
+    Split,
+    Split_,
+    Texts,
+    examples,
     flag,
     takes_recipe,
 )
 from pqcli.cli.running import run
 from pqcli.container.peek import check_container, is_container
-from pqcli.errors import CheckFailedError
+from pqcli.errors import CheckFailedError, UsageError
 from pqcli.limits import limits_of
 from pqcli.version import __version__
 
@@ -53,11 +62,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def examples(*lines: str) -> str:
-    """The end of a command's help: calls for its common jobs, a line each."""
-    return "\n".join(f"Example: {line}" for line in lines)
 
 
 @app.callback(invoke_without_command=False)
@@ -126,6 +130,8 @@ def compress(
                 limits=limits,
             )
         console.summary(report)
+        if recipe.whole_codec and not recipe.stats:
+            console.note(_what_statistics_are_for(src))
 
     run(work, json=json, quiet=quiet)
 
@@ -223,9 +229,17 @@ def decode(
     run(work, json=json, quiet=quiet)
 
 
-@app.command(cls=Command, epilog=examples("pqcli report model.pq.safetensors --sort relative_mse"))
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "pqcli report model.pq.safetensors --sort relative_mse",
+        "pqcli report model.pq.safetensors --model ./my-model --text held-out.txt --by-layer",
+    ),
+)
 def report(
     file: File,
+    more: MoreTexts = None,
+    *,
     against: Against = None,
     base: OfBase = None,
     format_: Annotated[Format, typer.Option("--format", help="Form of the report.")] = Format.table,
@@ -241,17 +255,39 @@ def report(
             help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.", metavar="KEY=X"
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            rich_help_panel=NETWORK,
+            help="The original's Hugging Face folder: run both networks, and say how far the outputs are.",
+        ),
+    ] = None,
+    text: Texts = None,
+    by_layer: Annotated[
+        bool, flag("--by-layer", help="Compare the outputs of every layer, too.", panel=NETWORK)
+    ] = False,
+    split: Split_ = Split.auto,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", rich_help_panel=NETWORK, help="Examples, drawn at random; without it, 32 windows or 512 lines."
+        ),
+    ] = None,
+    length: Length = None,
     force: Force = False,
     limit: Limit = None,
     json: Annotated[bool, flag("--json", help="Same as --format json.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show the reconstruction error and the size, layer by layer."""
+    """Show the reconstruction error and the size, layer by layer; with --model, how far the whole network is."""
     chosen = Format.json if json else format_
+    texts = [*(text or []), *(more or [])]
 
     def work(console: Console) -> None:
         from pqcli.reports import checks
 
+        _check_comparison(model, texts, chosen, by_layer=by_layer)
         if sort:
             checks.check_sortable(sort)
         for text in fail_above or []:
@@ -270,11 +306,20 @@ def report(
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
+        network = None
+        if model:
+            from pqcli.jobs import calibrate, compare
+
+            with console.progress(file.name) as hook:
+                network = compare.compare_folder(
+                    model, file, texts, calibrate.Sampling(split.value, samples, length),
+                    by_layer=by_layer, progress=hook,
+                )  # fmt: skip
         if output:
-            report.write_text(output, console.rendered(found, chosen.value), force=force)
+            report.write_text(output, console.rendered(found, chosen.value, network), force=force)
             console.note(f"wrote {output}")
         else:
-            console.report(found, chosen.value)
+            console.report(found, chosen.value, network)
         if failures:
             raise CheckFailedError("\n".join(failures))
 
@@ -343,6 +388,10 @@ def verify(
     run(work, json=json, quiet=quiet)
 
 
+app.command(cls=Command, epilog=statistics.CALIBRATE_EXAMPLES)(statistics.calibrate)
+app.add_typer(statistics.group)
+
+
 @app.command(cls=Command, epilog=examples("pqcli presets"))
 def presets(json: Json = False) -> None:
     """List the presets that --config takes by name."""
@@ -357,6 +406,23 @@ def presets(json: Json = False) -> None:
             console.presets(found)
 
     run(work, json=json)
+
+
+def _what_statistics_are_for(src: Path) -> str:
+    """A line for those who compressed without statistics, with a codec that can use them."""
+    can_run = src.is_dir() and (src / "config.json").is_file()
+    how = f"`pqcli calibrate {shlex.quote(str(src))} --text FILE`" if can_run else "`pqcli.collect(model)` in Python"
+    return f"the same bytes can harm the network's output less: give --stats the statistics that {how} makes"
+
+
+def _check_comparison(model: Path | None, texts: Sequence[Path], form: Format, *, by_layer: bool) -> None:
+    """Raise UsageError for options of a comparison that cannot be meant."""
+    if model is None and (texts or by_layer):
+        raise UsageError("--text and --by-layer go with --model FOLDER, the network that is run")
+    if model is not None and not texts:
+        raise UsageError("--model wants text to run; name some with --text FILE")
+    if model is not None and form not in {Format.table, Format.json}:
+        raise UsageError(f"--model goes with --format table or json, not {form.value}")
 
 
 def _check_source(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from pqcli.limits import Limits
 from pqcli.recipe.recipe import Recipe
@@ -23,20 +23,30 @@ from pqcli.recipe.settings import MAIN, PLAIN, Setting, options_of
 
 RUNNING = "Files and messages"
 """The panel of options that every command has some of."""
+NETWORK = "Running the network"
+"""The panel of options about a model and the text that it runs on."""
 LIMITS = "For experts: what a file may cost to understand"
 """The panel of the budgets that keep a stranger's file from filling memory."""
 
 
-class Command(TyperCommand):
-    """A command whose help shows no type for `--help` and other options that take no value."""
+class _PlainHelp:
+    """Whose help shows no type for `--help`."""
 
     def get_help_option(self, ctx: Any) -> TyperOption | None:
         """The option `--help`."""
-        option = super().get_help_option(ctx)
+        option: TyperOption | None = super().get_help_option(ctx)  # type: ignore[misc]
         if option is not None:
             option.metavar = ""
             option.rich_help_panel = RUNNING
         return option
+
+
+class Command(_PlainHelp, TyperCommand):
+    """A command whose help shows no type for `--help` and other options that take no value."""
+
+
+class Group(_PlainHelp, TyperGroup):
+    """Likewise for a command that has commands."""
 
 
 class Dtype(StrEnum):
@@ -48,6 +58,22 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class ComputeDtype(StrEnum):
+    """Dtypes that a model can run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Split(StrEnum):
+    """What an example of a text is."""
+
+    auto = "auto"
+    lines = "lines"
+    windows = "windows"
+
+
 class Format(StrEnum):
     """Forms a report can take."""
 
@@ -55,6 +81,11 @@ class Format(StrEnum):
     json = "json"
     csv = "csv"
     html = "html"
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: calls for its common jobs, a line each."""
+    return "\n".join(f"Example: {line}" for line in lines)
 
 
 def flag(*names: str, help: str, panel: str = RUNNING) -> Any:  # noqa: A002 - named like Typer's
@@ -115,6 +146,27 @@ Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output."
 NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, flag("--quiet", "-q", help="Print nothing but errors and the asked-for result.")]
+MoreTexts = Annotated[
+    list[Path] | None, typer.Argument(metavar="[TEXT]...", help="More texts: `--text *.txt` may name several.")
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option("--text", metavar="FILE...", rich_help_panel=NETWORK, help="Plain text to run; repeatable."),
+]
+Split_ = Annotated[
+    Split,
+    typer.Option(
+        "--split", rich_help_panel=NETWORK,
+        help="Examples are lines, or windows of running text; auto: lines for encoders.",
+    ),
+]  # fmt: skip
+Length = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", rich_help_panel=NETWORK,
+        help="Most tokens of an example; without it, 512 for windows and 256 for lines.",
+    ),
+]  # fmt: skip
 Limit = Annotated[
     list[str] | None,
     typer.Option(

@@ -19,7 +19,9 @@ from pqcli.cli.readable import elide, visible
 from pqcli.reports.figures import Report
 
 if TYPE_CHECKING:
+    from pqcli.jobs.compare import Comparison
     from pqcli.jobs.preview import Preview
+    from pqcli.jobs.statistics import Seen
     from pqcli.plan.plan import PlanEntry
 
 N_NOTES = 4
@@ -314,3 +316,60 @@ def _value(value: Any, field: str) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_value(item, "") for item in value) or readable.UNKNOWN
     return visible(f"{value:.6g}" if isinstance(value, float) else str(value))
+
+
+def statistics_table(rows: Sequence[Seen], width: int | None, *, ascii_only: bool = False) -> list[Text]:
+    """What a file of statistics knows: a row a weight, and what they add up to."""
+
+    def forms(row: Seen) -> str:
+        return f"as {row.shares}" if row.shares else row.form
+
+    total = [readable.plural(len(rows), "weight")]
+    columns = [
+        Column("weight", [visible(row.name) for row in rows], total, left=True, least=FEWEST_CELLS),
+        Column("samples", [f"{row.n_samples:,.0f}" for row in rows], [""]),
+        Column("inputs", ["" if row.width is None else f"{row.width:,}" for row in rows], [""]),
+        Column("moments", [visible(forms(row)) for row in rows], [""], rank=1, left=True, least=FEWEST_CELLS),
+        Column("lookups", [f"{row.n_lookups:,.0f}" if row.n_lookups else "" for row in rows], [""], rank=3),
+        Column("gradient", [_gradient(row.gradient) for row in rows], [""], rank=2),
+        Column("size", [readable.size(row.bytes) for row in rows], [readable.size(sum(row.bytes for row in rows))]),
+    ]
+    lines = lay_out(columns, [""] * len(rows), width, ascii_only=ascii_only)
+    tied = [f"{row.name} = {', '.join(row.aliases)}" for row in rows if row.aliases]
+    if tied:
+        lines += [Text(), Text(f"tied: {readable.joined(tied, N_NOTES)}")]
+    if not any(row.gradient is not None for row in rows):
+        lines += [Text(), Text("no gradients: how much the output feels each layer is not known")]
+    return lines
+
+
+def _gradient(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def comparison_lines(found: Comparison, width: int | None, *, ascii_only: bool = False) -> list[Text]:
+    """How far a network is from what it was: a line a figure, then a row a layer where they were compared."""
+    figures = [
+        ("examples", f"{found.n_examples:,}"),
+        ("relative MSE of the output", readable.error(found.relative_mse)),
+        ("cosine of the output", f"{found.cosine:.5f}"),
+        ("KL divergence", _figure(found.kl_divergence, "{:.5f} nats")),
+        ("same most likely class", _figure(found.agreement, "{:.2%}")),
+        ("perplexity, original", _figure(found.dense_perplexity, "{:.4g}")),
+        ("perplexity, decoded", _figure(found.perplexity, "{:.4g}")),
+        ("same nearest neighbour", _figure(found.neighbours, "{:.2%}")),
+    ]
+    lines = [Text(), Text("the network, decoded weights against the original's:", style="bold")]
+    lines += [Text(f"  {title:<27} {value}") for title, value in figures if value]
+    if found.layers:
+        columns = [
+            Column("output of", [visible(layer.name) for layer in found.layers], left=True, least=FEWEST_CELLS),
+            Column("rel. MSE", [readable.error(layer.relative_mse) for layer in found.layers]),
+            Column("cosine", [f"{layer.cosine:.5f}" for layer in found.layers]),
+        ]
+        lines += [Text(), *lay_out(columns, [""] * len(found.layers), width, ascii_only=ascii_only)]
+    return lines
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

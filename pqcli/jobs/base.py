@@ -100,7 +100,7 @@ def _compared(
     hook: Hook,
 ) -> Compared:
     names = frozenset(info.name for info in shared)
-    done = Stage(hook, "comparing", sum(info.numel for info in shared))
+    done = Stage(hook, "matching", sum(info.numel for info in shared))
     entries, known, digests = [], {}, {}
     for entry in plan.entries:
         name = entry.info.name

@@ -1,7 +1,8 @@
 """Statistics of the kit's three models, for experiments: MiniLM, ResNet-20 and SmolLM2-135M.
 
-usage: kit_stats.py {minilm,resnet20,smollm2} OUT [--kit FOLDER] [--smollm2 FOLDER] [--seed 0]
-FOLDER of SmolLM2 is what the kit's `smollm2.py build` wrote.
+usage: kit_stats.py {minilm,resnet20,smollm2} OUT [--kit FOLDER] [--smollm2 FOLDER] [--seed 0] [--other]
+FOLDER of SmolLM2 is what the kit's `smollm2.py build` wrote. With `--other` the samples are of another domain than the
+one that is scored: sentences of WikiText for MiniLM, noise for ResNet-20.
 """
 
 import argparse
@@ -27,8 +28,8 @@ def script(kit, name):
     return module
 
 
-def minilm(kit, seed, n_sentences=1500, batch=32):
-    """1,500 sentences drawn at random over the whole training file, run in order of length."""
+def minilm(kit, seed, other=False, n_sentences=1500, batch=32):
+    """1,500 sentences drawn at random over the whole training file, or WikiText, run in order of length."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
 
@@ -40,6 +41,9 @@ def minilm(kit, seed, n_sentences=1500, batch=32):
     tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
     with (kit / "data" / "stsb-en-train.csv").open(newline="") as file:
         sentences = [sentence for row in csv.reader(file) for sentence in row[:2]]
+    if other:
+        text = (kit / "data" / "wikitext2_calibration.txt").read_text()
+        sentences = [part.strip() for part in text.replace("\n", " . ").split(" . ") if 20 < len(part) < 400]
     chosen = np.random.default_rng(seed).permutation(len(sentences))[:n_sentences]
     order = sorted(chosen, key=lambda i: len(sentences[i]))
     with pqcli.collect(state, gradients=True, seed=seed) as stats:
@@ -51,14 +55,16 @@ def minilm(kit, seed, n_sentences=1500, batch=32):
     return stats
 
 
-def resnet20(kit, seed, batch=100):
-    """All 1,500 training images; labels drawn from the network's prediction."""
+def resnet20(kit, seed, other=False, batch=100):
+    """All 1,500 training images, or as much noise; labels drawn from the network's prediction."""
     module = script(kit, "eval_resnet_cifar10")
     model = module.ResNet(3).eval()
     model.load_state_dict(module.load(str(kit / "models" / "resnet20.th")))
     with np.load(kit / "data" / "cifar10_train1500.npz") as data:
         images = torch.from_numpy(data["x"]).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    if other:
+        images = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed))
     with pqcli.collect(model, gradients=True, seed=seed) as stats:
         for x in images.split(batch):
             stats.backward(logits=model((x - mean) / std))
@@ -89,12 +95,13 @@ def main():
     parser.add_argument("--kit", type=Path, default=KIT)
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--other", action="store_true")
     args = parser.parse_args()
     started = time.monotonic()
     if args.model == "smollm2":
         stats = smollm2(args.kit, args.seed, args.smollm2)
     else:
-        stats = {"minilm": minilm, "resnet20": resnet20}[args.model](args.kit, args.seed)
+        stats = {"minilm": minilm, "resnet20": resnet20}[args.model](args.kit, args.seed, args.other)
     collected = time.monotonic()
     stats.save(args.out, force=True)
     print(

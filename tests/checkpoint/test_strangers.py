@@ -1,6 +1,9 @@
 """What people hand over beside checkpoints: each is told in one line, with what to do; exit code 1, no traceback."""
 
+import os
 import re
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -14,6 +17,7 @@ import pqcli
 from pqcli.checkpoint.pt.objects import Global
 from pqcli.checkpoint.pt.torch_objects import CALLS, StorageRef, TensorRef, Unsupported
 from pqcli.cli.commands import app
+from tests.conftest import REPOSITORY
 
 WEIGHTS = {"w": torch.ones(4, 4)}
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n"
@@ -145,3 +149,43 @@ def test_a_shell_whose_attributes_are_slots_is_its_local_tensor(tmp_path):
     part = build(wrapper, kind, (kind, None, (4, 3), *arguments[3:]), (None, {"_local_tensor": local}))
     assert isinstance(part, Unsupported)
     assert "one process's part, of shape [2, 3], of a DTensor of shape [4, 3]" in part.reason
+
+
+class Attack:
+    """Leaves a file where it is unpickled by its code."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.slow
+def test_optimised_python_and_the_environment_of_torch_run_no_code_and_change_no_word(tmp_path):
+    """The messages of refusals, the findings and every byte that is written, in processes of their own."""
+    torch.save({"w": torch.ones(2), "x": Attack(tmp_path / "ran")}, tmp_path / "hostile.pt")
+    generator = torch.Generator().manual_seed(0)
+    torch.save({"w": torch.randn(64, 32, generator=generator), "n": torch.zeros(3)}, tmp_path / "m.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    environment.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+
+    def everything(*options, **more):
+        said = []
+        for command in (
+            ("plan", "hostile.pt"), ("plan", "model.pt"), ("compress", "m.pt", "--force", "--quiet"),
+            ("verify", "m.pq.safetensors", "--against", "m.pt"),
+        ):  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, *options, "-m", "pqcli", *command],
+                cwd=tmp_path, env={**environment, **more}, capture_output=True, text=True, check=False, timeout=300,
+            )  # fmt: skip
+            said.append((done.returncode, done.stdout, done.stderr))
+        return said, (tmp_path / "m.pq.safetensors").read_bytes()
+
+    usual = everything()
+    assert [code for code, *_ in usual[0]] == [1, 1, 0, 0]
+    assert "it needs posix.mkdir" in usual[0][0][2]
+    assert everything("-OO", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1") == usual
+    assert not (tmp_path / "ran").exists()

@@ -12,6 +12,7 @@ from torch import nn
 
 import pqcli
 from pqcli import checkpoint
+from pqcli.codecs import registry
 from pqcli.codecs.base import Weights, load
 from pqcli.codecs.trellis import session
 from pqcli.errors import StatsError
@@ -69,6 +70,55 @@ def test_the_output_errs_less_at_the_same_bytes(model, codec, tmp_path):
     assert errors[1] <= 0.7 * errors[0], errors
 
 
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"block_size": 8, "n_centroids": 64},
+        {"block_size": 3, "n_centroids": 64},
+        pytest.param({"target_bits": 2.5}, marks=pytest.mark.slow),
+    ],
+)
+def test_plain_and_entropy_constrained_pq_err_less_at_the_same_bytes(model, wish, tmp_path):
+    made, source, stats = model
+    errors, sizes = [], []
+    for name, given in (("without", None), ("with", str(stats))):
+        file = tmp_path / f"{name}.pq.safetensors"
+        sizes.append(pqcli.compress(source, file, pqcli.Recipe(stats=given, **wish)).compressed_bytes)
+        assert pqcli.verify(file, source) == []
+        errors.append(output_error(made, file))
+    assert sizes[1] < 1.01 * sizes[0]
+    assert errors[1] <= 0.6 * errors[0], errors
+
+
+def test_statistics_of_a_model_without_its_wrapper_are_known_by_their_names(model, tmp_path):
+    """Checkpoints of DataParallel call their tensors `module.` and so on."""
+    made, source, stats = model
+    wrapped = {f"module.{name}": weight for name, weight in made.state_dict().items()}
+    torch.save(wrapped, tmp_path / "wrapped.pt")
+    files = []
+    for one in (source, tmp_path / "wrapped.pt"):
+        recipe = pqcli.Recipe(block_size=8, n_centroids=16, n_iter=2, stats=str(stats))
+        files.append(pqcli.compress(one, tmp_path / f"{one.stem}.pq.safetensors", recipe))
+    bare, other = (report.tensors for report in files)
+    assert [round(t.relative_mse or 0, 1) for t in bare] == [round(t.relative_mse or 0, 1) for t in other]
+    free = pqcli.compress(source, tmp_path / "free.pq.safetensors", pqcli.Recipe(block_size=8, n_centroids=16))
+    assert files[1].relative_mse > 1.02 * free.relative_mse
+
+
+@pytest.mark.parametrize("wish", [{"block_size": 8}, {"target_bits": 2.5}])
+def test_jobs_with_statistics_run_in_another_process(model, wish):
+    _, source, stats = model
+    with checkpoint.open(source) as opened:
+        weights, recipe = Weights(opened), pqcli.Recipe(stats=str(stats), n_iter=2, **wish)
+        codec = load(registry.chosen("pq", has_budget=bool(recipe.spending)).name)
+        entries = [entry for entry in plan.make(recipe, opened.tensors).entries if entry.action != "keep"]
+        survey = codec.survey(entries, weights, lambda n, name: None)
+        job = codec.fit(survey, weights, recipe, 0.3, lambda n, name: None).jobs(0.3 * survey.unit)[0]
+        here = job.run(common.CPU)
+        there = pickle.loads(pickle.dumps(job)).run(common.CPU)
+    assert str(here) == str(there)
+
+
 def test_the_file_is_read_in_another_process_and_names_the_statistics(model, tmp_path):
     _, source, stats = model
     file = tmp_path / "model.pq.safetensors"
@@ -114,7 +164,15 @@ def test_jobs_run_in_another_process_and_one_holds_all_streams_of_a_layer(model,
             assert np.square(decoder.matrix(name) - weight.numpy()).mean() < 0.3 * weight.square().mean()
 
 
-def test_layers_stored_the_other_way_round_are_coded_as_they_lie(tmp_path):
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"codec": "trellis", "effort": 64, "target_bits": 2.5},
+        {"block_size": 4},
+        pytest.param({"target_bits": 2.5}, marks=pytest.mark.slow),
+    ],
+)
+def test_layers_stored_the_other_way_round_are_coded_as_they_lie(tmp_path, wish):
     """Weights (inputs, outputs), as transposed convolutions have them: the statistics are of rows."""
     torch.manual_seed(0)
     made = nn.Sequential(nn.ConvTranspose2d(64, 32, 2, stride=2), nn.Flatten())
@@ -129,7 +187,7 @@ def test_layers_stored_the_other_way_round_are_coded_as_they_lie(tmp_path):
     stats.save(tmp_path / "model.stats.safetensors")
     errors, seen = [], images(50)
     for given in (None, str(tmp_path / "model.stats.safetensors")):
-        recipe = pqcli.Recipe(codec="trellis", effort=64, target_bits=2.5, stats=given)
+        recipe = pqcli.Recipe(stats=given, **wish)
         pqcli.compress(tmp_path / "model.pt", tmp_path / "model.pq.safetensors", recipe, force=True)
         decoded = pqcli.load(tmp_path / "model.pq.safetensors")
         with torch.inference_mode():

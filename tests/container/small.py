@@ -1,5 +1,6 @@
 """Small sound containers of every codec, and what can be asked of any file: an answer, or an error of pqcli's."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def state(*, large: bool) -> dict:
 
 
 def make(codec: str, folder: Path, monkeypatch: Any, *, large: bool = False, five_kb: bool = False) -> Path:
-    """The file of that codec; `trellis-mixing` mixes every stream, `trellis-rows` has steps by row and feedback."""
+    """The file of that codec; `trellis-mixing` mixes every stream, `trellis-rows` has steps by row, feedback."""
     if codec.startswith("trellis"):
         gain = -1.0 if codec == "trellis-mixing" else 1.0
         monkeypatch.setattr(session, "MIXING_GAINS", ((float("inf"), gain),))
@@ -66,7 +67,9 @@ def _with_rows(fitted: Any, *given: Any) -> Any:
     inputs = rng.standard_normal((128, 32)) @ rng.standard_normal((32, 32))
     moments = (inputs.T @ inputs / len(inputs)).astype(np.float32)
     made = fitted(*given)
+    conv = Feedback(np.exp2(rng.normal(size=72)), 0, rng.permutation(72), np.eye(72, dtype=np.float32), 0.1)
     made.rows = {
+        "conv.weight": replace(conv, column_steps=np.exp2(rng.normal(size=16))),
         "embed.weight": RowSteps(np.exp2(rng.normal(size=48)), 2),
         "half.weight": Feedback(np.exp2(rng.normal(size=32)), 0, rng.permutation(32), moments, 0.1),
     }

@@ -28,7 +28,7 @@ README = DOCUMENTS["README.md"]
 FORMAT = DOCUMENTS["pqcli/FORMAT.md"]
 CLI = DOCUMENTS["docs/cli.md"]
 ROOT = get_command(app)
-COMMANDS = ROOT.commands
+COMMANDS = generate.COMMANDS
 OF_ONE_COMMAND = [(name, parameter) for name, command in COMMANDS.items() for parameter in command.params]
 
 
@@ -66,9 +66,10 @@ def shown_commands() -> list[tuple[str, str]]:
 
 def parse(line: str) -> None:
     """Parse a call of pqcli as the shell and Typer would, without running it."""
-    program, name, *arguments = shlex.split(line, comments=True)
+    program, *words = shlex.split(line, comments=True)
     assert program == "pqcli"
-    COMMANDS[name].make_context(name, list(arguments))
+    n = 2 if " ".join(words[:2]) in COMMANDS else 1
+    COMMANDS[" ".join(words[:n])].make_context(words[0], words[n:])
 
 
 # --- help -------------------------------------------------------------------------------------------------------------

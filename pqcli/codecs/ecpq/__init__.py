@@ -89,8 +89,8 @@ class EcpqSession(Session):
         """Learn the level's model; then a job for every tensor."""
         samples, model, price = self._learned(level)
         return [
-            EcpqJob(i, record, self.weights, model, price, scale, self._seed(record.name), self.felt.get(record.name))
-            for i, (record, (_, scale)) in enumerate(zip(self.survey.records, samples, strict=True))
+            EcpqJob(i, record, self.weights, model, price, scale, self._seed(record.name), sample.felt)
+            for i, (record, ((_, scale), sample)) in enumerate(zip(self.survey.records, samples.items(), strict=True))
         ]
 
     def finish(self, level: float, pieces: Sequence[StreamPiece]) -> Streams:  # noqa: ARG002 - the model is the level's

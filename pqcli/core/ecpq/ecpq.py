@@ -185,11 +185,12 @@ def encode(
     rate_weight = bit_price / model.grid**2
     parts = _parts(weights.shape[0], weights.shape[1], plan.block_size, model)
     if felt is not None and felt.inputs is not None:
-        fed = code(weights, parts, plan.scales, model.grid, rate_weight, felt.inputs)
+        fed = code(weights, parts, plan.scales, model.grid, rate_weight, felt)
         weights, found = fed.targets, fed.symbols
         plan = replace(plan, scales=fed.scales, has_rows=bool(fed.scales.rows.any()), has_blocks=True)
     else:
-        by_row = None if felt is None else felt.importance[plan.block_size].rows
+        of = None if felt is None else felt.importance[plan.block_size]
+        by_row = None if of is None else of.rows * of.columns[0]
         found = tuple(
             _symbols(weights, part, part.classes(plan.scales), model.grid, rate_weight, by_row) for part in parts
         )

@@ -16,10 +16,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from pqcli.core import kernels
 from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, Codebook
-from pqcli.core.ecpq.search import HIGHEST_SCALE, LOWEST_SCALE, Scales, choose, in_grid_units, quarter_octaves
+from pqcli.core.ecpq.search import (
+    FARTHEST,
+    HIGHEST_SCALE,
+    LOWEST_SCALE,
+    Scales,
+    in_grid_units,
+    quarter_octaves,
+)
 from pqcli.core.feeding import Inputs, coded_order, factored, fed_forward, groups_of, places_of, within
 from pqcli.core.importance import Importance
 
@@ -30,6 +39,8 @@ Matrix = NDArray[np.float32]
 
 RUN: Final = max(BLOCK_SIZES)
 """Columns that stay together in the order of coding, whatever the block size."""
+LEAST: Final = 1e-12
+"""The least importance."""
 TRIED_SHIFTS: Final = np.arange(-10, 5)
 """Scales of a block that are tried for it once its symbols are known, relative to that of its targets."""
 
@@ -38,8 +49,8 @@ TRIED_SHIFTS: Final = np.arange(-10, 5)
 class Felt:
     """How much errors of a matrix are felt: their importance, by block size; `inputs` where they can be fed forward.
 
-    Importance has geometric mean 1 for single weights. That of larger blocks is higher, because errors within a block
-    do not make up for each other.
+    Importance has geometric mean 1 for single weights; steps finer or coarser than that asks for gain nothing. That of
+    larger blocks is higher, because errors within a block do not make up for each other.
     """
 
     importance: Mapping[int, Importance]
@@ -61,7 +72,7 @@ class Felt:
             for group in order.groups(d):
                 own = within(order.factor, group)
                 felt[order.places[group]] = np.square(own) @ order.pivots[group]
-            felt = np.maximum(felt / order.typical, 1e-12).astype(np.float32)
+            felt = np.maximum(felt / order.typical, LEAST).astype(np.float32)
             is_by_column = inputs.axis == 1
             found[d] = Importance.of_columns(felt, shape[0]) if is_by_column else Importance.of_rows(felt, shape[1])
         return cls(found, inputs)
@@ -107,17 +118,21 @@ class Fed:
     scales: Scales
 
 
-def code(weights: Matrix, parts: Sequence[Part], of: Scales, grid: float, rate_weight: float, inputs: Inputs) -> Fed:
-    """Symbols for a matrix whose errors are fed forward; `of` are the scales of its weights."""
-    order = _Order.of(inputs)
-    across = weights if inputs.axis == 1 else weights.T
-    coder = (_Columns if inputs.axis == 1 else _Rows)(parts, of, grid, rate_weight, np.empty_like(weights))
+def code(weights: Matrix, parts: Sequence[Part], of: Scales, grid: float, rate_weight: float, felt: Felt) -> Fed:
+    """Symbols for a matrix whose errors are fed forward; `of` are the scales of its weights.
 
-    def one(_i: int, group: slice, target: Matrix, metric: Matrix) -> Matrix:
-        importance = (np.square(metric, dtype=np.float64).sum(1) / order.typical).astype(np.float32)
-        return coder.code(int(order.places[group.start]), target, importance)
+    Raises ValueError where nothing is known of its inputs.
+    """
+    if felt.inputs is None:
+        raise ValueError("there are no inputs along which errors could be fed forward")
+    order = _Order.of(felt.inputs)
+    is_by_column = felt.inputs.axis == 1
+    coder = (_Columns if is_by_column else _Rows)(parts, of, grid, rate_weight, felt, np.empty_like(weights))
 
-    ordered = np.ascontiguousarray(across[:, order.places])
+    def one(_i: int, group: slice, target: Matrix, _metric: Matrix) -> Matrix:
+        return coder.code(int(order.places[group.start]), target)
+
+    ordered = np.ascontiguousarray((weights if is_by_column else weights.T)[:, order.places])
     fed_forward(ordered, order.factor, order.pivots, order.groups(parts[0].codebook.block_size), one)
     return Fed(coder.targets, tuple(found.reshape(-1) for found in coder.symbols), coder.scales)
 
@@ -125,18 +140,49 @@ def code(weights: Matrix, parts: Sequence[Part], of: Scales, grid: float, rate_w
 class _Coder:
     """Codes groups of inputs as their turn comes, into arrays of the whole matrix."""
 
-    def __init__(self, parts: Sequence[Part], of: Scales, grid: float, rate_weight: float, targets: Matrix) -> None:
+    def __init__(
+        self, parts: Sequence[Part], of: Scales, grid: float, rate_weight: float, felt: Felt, targets: Matrix
+    ) -> None:
         self.parts, self.grid, self.rate_weight, self.targets = parts, grid, rate_weight, targets
+        self.importance = [felt.importance[part.codebook.block_size] for part in parts]
+        self.orbits = [part.codebook.magnitudes.astype(np.float32) for part in parts]
+        self.prices = [(-0.5 * rate_weight * part.codebook.bits[:, 1:]).astype(np.float32) for part in parts]
         self.scales = replace(of, rows=of.rows.copy(), blocks=of.blocks.copy())
         self.symbols = [np.empty((part.rows, part.per_row), np.uint16) for part in parts]
 
     def chosen(
-        self, values: Matrix, scale: NDArray[np.integer], codebook: Codebook, importance: NDArray[np.float32]
+        self, number: int, values: Matrix, scale: NDArray[np.integer], importance: NDArray[np.float32]
     ) -> NDArray[np.uint16]:
-        """Symbols of vectors (n, d) of that scale."""
+        """Symbols of vectors (n, d) of part `number`, of that scale and importance (d,)."""
+        from pqcli.core.ecpq import loops
+
+        codebook, root = self.parts[number].codebook, np.sqrt(importance)
         vectors = in_grid_units(values, self.grid)
-        factors = np.broadcast_to(importance, vectors.shape)
-        return choose(vectors, codebook.classes(scale), codebook, self.rate_weight, factors).symbols
+        classes = codebook.classes(scale)
+        order = np.argsort(classes, kind="stable")
+        orbits = self.orbits[number] * root
+        lengths = -0.5 * np.square(orbits).sum(1)
+        near = np.minimum(vectors, np.float32(FARTHEST * float(self.orbits[number].max(initial=1)))) * root
+        grouped, codewords = torch.from_numpy(near[order]), torch.from_numpy(orbits)
+        symbols = np.empty(len(vectors), np.uint16)
+        start = 0
+        for c, n in enumerate(np.bincount(classes)):
+            if n:
+                bias = torch.from_numpy(self.prices[number][c] + lengths)
+                best = kernels.sweep(grouped[start : start + n], codewords, bias, accumulate=False, backend="cpu")
+                symbols[order[start : start + n]] = best.assignments.numpy() + 1
+            start += n
+        loops.settle(
+            vectors,
+            np.ascontiguousarray(np.broadcast_to(importance, vectors.shape)),
+            classes,
+            codebook.magnitudes,
+            codebook.bits,
+            self.rate_weight,
+            float(ESCAPE_STEP),
+            symbols,
+        )
+        return symbols
 
     def decoded(self, values: Matrix, symbols: NDArray[np.uint16], codebook: Codebook) -> Matrix:
         """What the symbols of vectors (n, d) decode to."""
@@ -152,7 +198,7 @@ class _Coder:
 class _Columns(_Coder):
     """Groups are blocks of columns; a block's scale is that of its targets."""
 
-    def code(self, column: int, target: Matrix, importance: NDArray[np.float32]) -> Matrix:
+    def code(self, column: int, target: Matrix) -> Matrix:
         """Code the columns (rows, d) from `column` on; what they decode to."""
         d = target.shape[1]
         number = 0 if column < self.parts[0].per_row * self.parts[0].codebook.block_size else 1
@@ -163,7 +209,9 @@ class _Columns(_Coder):
         if number == 0:
             relative = np.mean(np.square(target, dtype=np.float64).mean(1) / (self.grid**2 * 2.0 ** (rows / 2)))
             self.scales.blocks[block] = quarter_octaves(np.array([relative]))[0]
-        symbols = self.chosen(target, rows + self.scales.blocks[block], part.codebook, importance)
+        of = self.importance[number]
+        importance = of.columns[column : column + d] * of.rows[0]
+        symbols = self.chosen(number, target, rows + self.scales.blocks[block], importance)
         if number == 0:
             self.scales.blocks[block] = self._cheapest(rows, int(self.scales.blocks[block]), symbols, part.codebook)
         self.symbols[number][:, place] = symbols
@@ -181,7 +229,7 @@ class _Columns(_Coder):
 class _Rows(_Coder):
     """Groups are single rows, of weights stored transposed; a row's scale is that of its targets."""
 
-    def code(self, row: int, target: Matrix, importance: NDArray[np.float32]) -> Matrix:
+    def code(self, row: int, target: Matrix) -> Matrix:
         """Code a row, given as (columns, 1); what it decodes to, likewise."""
         values = target[:, 0]
         self.targets[row] = values
@@ -194,7 +242,9 @@ class _Rows(_Coder):
             inside = slice(part.first_column, part.first_column + part.per_row * d)
             vectors = values[inside].reshape(-1, d)
             scale = self.scales.base + int(self.scales.rows[row]) + blocks.astype(np.int32)
-            symbols = self.chosen(vectors, scale, part.codebook, importance)
+            of = self.importance[number]
+            importance = np.full(d, of.rows[row] * of.columns[0], np.float32)
+            symbols = self.chosen(number, vectors, scale, importance)
             self.symbols[number][row] = symbols
             found[inside] = self.decoded(vectors, symbols, part.codebook).reshape(-1)
         return found[:, None]

@@ -276,6 +276,15 @@ def scale_rows(weights, steps):
             weights[r, j] = min(max(weights[r, j] * steps[r], -largest), largest)
 
 
+@kernel
+def scale_columns(weights, steps):
+    """Multiply every column by its step, as `scale_up` does."""
+    largest = np.float32(3.4028234663852886e38)
+    for r in range(weights.shape[0]):
+        for j in range(weights.shape[1]):
+            weights[r, j] = min(max(weights[r, j] * steps[j], -largest), largest)
+
+
 @functools.cache
 def initial_models() -> NDArray[np.int32]:
     """The models (N_LEVEL_MODELS, 2) a stream starts from: P(index > n) for geometric magnitudes of the class's mean.
