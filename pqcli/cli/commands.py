@@ -319,7 +319,7 @@ def report(
             with console.progress(file.name) as hook:
                 network = compare.compare_folder(
                     model, file, texts, calibrate.Sampling(split.value, samples, length),
-                    by_layer=by_layer, progress=hook,
+                    by_layer=by_layer, base=base or (), progress=hook,
                 )  # fmt: skip
         if output:
             report.write_text(output, console.rendered(found, chosen.value, network), force=force)
