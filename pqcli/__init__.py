@@ -19,8 +19,9 @@ from pqcli.errors import PQError
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
+    from pqcli.container.folder import Containers
+    from pqcli.container.folder import open_compressed as open  # noqa: A004 - `pqcli.open(file)` reads best
     from pqcli.container.reader import Container
-    from pqcli.container.reader import open_container as open  # noqa: A004 - `pqcli.open(file)` reads best
     from pqcli.core.pq.pq import PQ
     from pqcli.jobs.calibrate import calibrate
     from pqcli.jobs.compare import compare
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "PQ": ("pqcli.core.pq.pq", "PQ"),
     "Container": ("pqcli.container.reader", "Container"),
+    "Containers": ("pqcli.container.folder", "Containers"),
     "Limits": ("pqcli.limits", "Limits"),
     "Recipe": ("pqcli.recipe.recipe", "Recipe"),
     "Report": ("pqcli.reports.figures", "Report"),
@@ -49,7 +51,7 @@ _LAZY = {
     "compress": ("pqcli.jobs.compress", "compress"),
     "decode": ("pqcli.jobs.decode", "decode"),
     "load": ("pqcli.jobs.decode", "load"),
-    "open": ("pqcli.container.reader", "open_container"),
+    "open": ("pqcli.container.folder", "open_compressed"),
     "preview": ("pqcli.jobs.preview", "preview"),
     "report": ("pqcli.jobs.report", "report"),
     "save": ("pqcli.jobs.compress", "save"),
@@ -57,8 +59,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "PQ", "Container", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__", "calibrate",
-    "collect", "compare", "compress", "decode", "load", "open", "preview", "report", "save", "verify",
+    "PQ", "Container", "Containers", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__",
+    "calibrate", "collect", "compare", "compress", "decode", "load", "open", "preview", "report", "save", "verify",
 ]  # fmt: skip
 
 

@@ -5,6 +5,8 @@ full disk, an interrupt or a crash leaves the target as it was. The order is the
 the file, rename, fsync the folder; and before the rename, where the caller has a `check`, what the disk holds is read
 again.
 
+`atomic_folder` does the same for a folder.
+
 A temporary file is locked (flock) while its process lives. What a killed process left behind is told by its lock,
 which is gone, and removed by the next one that writes the same target.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ctypes
 import errno
 import fcntl
 import io
@@ -23,13 +26,13 @@ import shutil
 import stat
 import threading
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 from pqcli.errors import OutputError, PQError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     Check = Callable[[Path], None]
     """Reads a finished file, or folder, under its temporary name; raises a `PQError` where it is not right."""
@@ -49,6 +52,8 @@ _ADVICE = {
     errno.ENAMETOOLONG: "the name is too long",
     errno.ELOOP: "its symbolic links run in a circle",
 }
+LOCK_ENDING: Final = ".pqcli-lock"
+"""How the files end that `pqcli.claim` locks."""
 _CANNOT_SYNC: Final = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF}
 """What file systems say that cannot fsync a folder, or do not let it be opened for that."""
 _PIECE_BYTES: Final = 1 << 20
@@ -81,6 +86,61 @@ def atomic_writer(target: Path, *, force: bool = False, check: Check | None = No
             check_target(target, force=force)  # somebody may have created it while we worked
             move(temporary, real)
         sync_folder(target, real.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, force: bool = False, may_go: Callable[[str], bool]) -> Iterator[Path]:
+    """Give an empty folder that becomes `target` when the block ends without an exception.
+
+    With `force` a folder in its place is replaced as a whole, in one step where the system can exchange two names; but
+    only where each file in it has a successor, or `may_go` by its path: nothing is lost that the new one does not have.
+
+    Raises `OutputError` as `atomic_writer` does; what the block says of the temporary folder, it says of `target`.
+    """
+    real = final_path(target)
+    check_folder_target(target, force=force)
+    with output_errors(target):
+        with temporary_beside(real, is_folder=True) as (temporary, _):
+            try:
+                yield temporary
+            except OutputError as error:
+                raise OutputError(str(error).replace(str(temporary), str(target))) from error
+            for place, _below, _names in os.walk(temporary):
+                sync_folder(target, Path(place))
+            check_folder_target(target, force=force)  # somebody may have created it while we worked
+            _check_successors(target, real, temporary, may_go)
+            move_folder(temporary, real)
+        sync_folder(target, real.parent)
+
+
+def check_folder_target(target: Path, *, force: bool) -> None:
+    """Raise `OutputError` where `target` is not a place for a new folder; cheap, so call it before long work too."""
+    with output_errors(target):
+        real = final_path(target)
+        if target.is_symlink() and not real.exists():
+            raise OutputError(f"cannot write '{target}': it is a link to something that is not there")
+        if not real.exists():
+            if not real.parent.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "no folder")
+            return
+        if not real.is_dir():
+            raise OutputError(f"cannot write the folder '{target}': a file of that name exists")
+        if not force and any(not name.endswith(LOCK_ENDING) for name in os.listdir(real)):  # noqa: PTH208 - names alone
+            raise OutputError(f"'{target}' exists already and is not empty; use --force to replace it, or -o elsewhere")
+
+
+def _check_successors(target: Path, real: Path, new: Path, may_go: Callable[[str], bool]) -> None:
+    lost = [
+        path.relative_to(real).as_posix()
+        for path in (Path(place, name) for place, _, names in os.walk(real) for name in names)
+        if not path.name.endswith(LOCK_ENDING)
+    ]
+    lost = [path for path in lost if not may_go(path) and not os.path.lexists(new / path)]
+    if lost:
+        raise OutputError(
+            f"'{target}' holds what the new folder does not have, and --force would lose ({len(lost)} files: "
+            f"{', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}); move that away, or choose another folder with -o"
+        )
 
 
 def check_target(target: Path, *, force: bool) -> None:
@@ -258,6 +318,26 @@ def move(temporary: Path, real: Path) -> None:
     with _CHANGING:
         temporary.replace(real)
         _LIVE.discard(temporary)
+        if not any(folder in _LIVE for folder in real.parents):  # else it has only come into a temporary folder
+            _PLACED.append(real)
+
+
+def move_folder(temporary: Path, real: Path) -> None:
+    """Put a temporary folder in its place; one that is there already is exchanged for it, and removed afterwards."""
+    if not real.is_dir() or not any(real.iterdir()):
+        move(temporary, real)
+        return
+    temporary.chmod(stat.S_IMODE(real.stat().st_mode))
+    with _CHANGING:
+        if not exchanged(temporary, real):
+            aside = real.with_name(f"{_prefix(real)}{secrets.token_hex(8)}.old")
+            real.rename(aside)
+            try:
+                temporary.rename(real)
+            except OSError:
+                aside.rename(real)
+                raise
+            aside.rename(temporary)
         _PLACED.append(real)
 
 
@@ -295,6 +375,18 @@ def lock(descriptor: int) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def exchanged(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders in one step; False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, flag = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux and RENAME_SWAP of macOS
+    names = os.fsencode(one), os.fsencode(other)
+    if hasattr(libc, "renameat2"):
+        return bool(libc.renameat2(here, names[0], here, names[1], flag) == 0)
+    if hasattr(libc, "renamex_np"):
+        return bool(libc.renamex_np(*names, flag) == 0)
+    return False
 
 
 def _made_beside(real: Path, *, is_folder: bool, suffix: str) -> tuple[Path, int]:

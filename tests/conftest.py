@@ -17,6 +17,8 @@ from hypothesis import settings
 
 REPOSITORY = Path(__file__).parent.parent
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network; read when huggingface_hub is imported
+
 # `make test` tries the same examples everywhere, so that a failure is the change's; `make fuzz` looks for new ones
 settings.register_profile("same", derandomize=True)
 settings.register_profile("new", derandomize=False)

@@ -9,8 +9,12 @@ from pqcli.limits import Limits
 
 @dataclass(frozen=True)
 class Asked:
-    """Limits of what its headers may cost; whether modules are read as state dicts, and training state is left out."""
+    """Limits of what its headers may cost; whether modules are read as state dicts, and training state is left out.
+
+    `weights` are the files to take of a folder; None where they are to be found.
+    """
 
     limits: Limits = field(default_factory=Limits)
     from_module: bool = False
     model_only: bool = False
+    weights: tuple[str, ...] | None = None

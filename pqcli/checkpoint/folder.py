@@ -67,6 +67,7 @@ _KNOWN_FOLDERS = (
     ),
 )
 """Folders of training frameworks, told by a file in them."""
+
 _INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
 _SHOWN = 5
 _MAX_SUBFOLDERS = 200
@@ -102,21 +103,21 @@ def find_weights(folder: Path, names: list[str], limits: Limits) -> FolderFiles:
 
     `names` are those of `names_in`. Raises `CheckpointError` where it is not clear which files are meant.
     """
-    index_name = _index_name(names)
-    if index_name is not None:
-        index = _read_index(folder, index_name, limits)
+    found = index_name(names)
+    if found is not None:
+        index = _read_index(folder, found, limits)
         shards = tuple(sorted(set(index.weight_map.values())))
         missing = [shard for shard in shards if shard not in names]
         if missing:
             shown = ", ".join(missing[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
             raise CheckpointError(
-                f"'{folder}' lacks {len(missing)} of the {len(shards)} shards that {index_name} lists ({shown}); "
+                f"'{folder}' lacks {len(missing)} of the {len(shards)} shards that {found} lists ({shown}); "
                 "the download did not finish"
             )
     else:
         index = None
         shards = (_single(folder, names),)
-    carried = {*shards, index_name}
+    carried = {*shards, found}
     sizes = {name: n_bytes for name, n_bytes in sizes_in(folder).items() if name not in carried}
     return FolderFiles(shards, index, sizes)
 
@@ -165,25 +166,41 @@ def check_index(folder: Path, index: Index, found: dict[str, tuple[str, ...]]) -
             )
 
 
-def _index_name(names: list[str]) -> str | None:
-    for name in INDEX_NAMES:
-        if name in names:
-            return name
-    others = [name for name in names if name.endswith(_INDEX_ENDINGS)]
-    return others[0] if len(others) == 1 else None
+def single_name(names: list[str]) -> str | None:
+    """The name of weights in one file that libraries know, among the names of files."""
+    return next((name for name in SINGLE_NAMES if name in names), None)
+
+
+def is_of_training(name: str) -> bool:
+    """Whether a trainer calls what it leaves beside the weights so."""
+    return _TRAINING_FILE.fullmatch(name) is not None
+
+
+def is_of_training_framework(names: list[str]) -> bool:
+    """Whether files of these names are a checkpoint in parts, which only the tools of its framework join."""
+    return any(pattern.fullmatch(name) for pattern, _ in _KNOWN_FOLDERS for name in names)
+
+
+def index_name(names: list[str]) -> str | None:
+    """The name of the index among the names of files; None where there is none, or one of several unknown ones.
+
+    Safetensors come before torch.save, even where they are a single file.
+    """
+    safetensors, bins = ([name for name in names if name.endswith(ending)] for ending in _INDEX_ENDINGS)
+    found = safetensors
+    if not safetensors and not (single_name(names) or "").endswith(".safetensors"):
+        found = bins
+    known = next((name for name in INDEX_NAMES if name in found), None)
+    return known or (found[0] if len(found) == 1 else None)
 
 
 def _single(folder: Path, names: list[str]) -> str:
-    for name in SINGLE_NAMES:
-        if name in names:
-            return name
+    known = single_name(names)
+    if known is not None:
+        return known
     explain_folder(folder, names)
     others = [name for name in names if name.lower().endswith(tuple(_OTHER_WEIGHTS))]
-    found = [
-        name
-        for name in names
-        if name not in others and not _TRAINING_FILE.fullmatch(name) and _is_checkpoint(folder / name)
-    ]
+    found = [name for name in names if name not in others and not is_of_training(name) and is_checkpoint(folder / name)]
     if len(found) > 1:
         shown = ", ".join(found[:_SHOWN]) + (" ..." if len(found) > _SHOWN else "")
         raise CheckpointError(
@@ -241,12 +258,13 @@ def _explain_subfolders(folder: Path) -> None:
 
 def _holds_weights(folder: Path) -> bool:
     names = names_in(folder)
-    if _index_name(names) is not None or any(name.endswith(".distcp") for name in names):
+    if index_name(names) is not None or any(name.endswith(".distcp") for name in names):
         return True
-    return any(not _TRAINING_FILE.fullmatch(name) and _is_checkpoint(folder / name) for name in names)
+    return any(not is_of_training(name) and is_checkpoint(folder / name) for name in names)
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file begins as one of the formats of weights."""
     with reading(path), path.open("rb") as file:
         found = formats.recognised(file.read(HEAD_BYTES), path.stat().st_size)
     return found is not None and not path.name.endswith(".json")

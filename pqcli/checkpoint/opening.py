@@ -22,14 +22,21 @@ if TYPE_CHECKING:
     from pqcli.checkpoint.stamps import Stamp
 
 
-def open_checkpoint(path: str | Path, *, limits: Limits | None = None, from_module: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path,
+    *,
+    limits: Limits | None = None,
+    from_module: bool = False,
+    weights: tuple[str, ...] | None = None,
+) -> Checkpoint:
     """A `Checkpoint` over a `.pt` (zip or legacy), a `.safetensors` or a folder; only headers are read.
 
     What the file is, its first bytes tell, not its name. Raises `CheckpointError`, with one message that says what is
     wrong, where, and what to do. Nothing in a pickle is imported or run (see `pickles`), and what understanding the
-    headers may cost is limited. With `from_module`, a whole pickled model is read as its state dict (see `modules`).
+    headers may cost is limited. With `from_module`, a whole pickled model is read as its state dict (see `modules`). Of
+    a folder, `weights` names the files to take (one, or an index and its shards); without it they are found.
     """
-    path, asked = Path(path), Asked(limits or Limits(), from_module)
+    path, asked = Path(path), Asked(limits or Limits(), from_module, weights=weights)
     if sniff(path) == formats.FOLDER:
         return _open_folder(path, asked)
     with ExitStack() as stack:
@@ -60,7 +67,7 @@ def _open_file(path: Path, stack: ExitStack, asked: Asked) -> tuple[str, ByteSou
 
 
 def _open_folder(folder: Path, asked: Asked) -> Checkpoint:
-    names = names_in(folder)
+    names = names_in(folder) if asked.weights is None else list(asked.weights)
     if is_distributed(names):
         own = {name for name in names if name.endswith(ENDING)}
         sizes = {name: n_bytes for name, n_bytes in sizes_in(folder).items() if name not in own}
@@ -87,4 +94,5 @@ def _open_folder(folder: Path, asked: Asked) -> Checkpoint:
         n_bytes = sum(info.n_bytes for _, layout in parts for info in layout.tensors if info.alias_of is None)
         stamps = (stamp_of(folder / files.index.name),)
         skeleton["index"] = {"file": files.index.name, "metadata": files.index.metadata, "n_bytes": n_bytes}
-    return Checkpoint(folder, formats.FOLDER, tuple(parts), skeleton, files.side_sizes, stamps, asked)
+    side_sizes = files.side_sizes if asked.weights is None else {}
+    return Checkpoint(folder, formats.FOLDER, tuple(parts), skeleton, side_sizes, stamps, asked)

@@ -43,7 +43,7 @@ def reopened(path: str, stamps: tuple[Stamp, ...], asked: Asked) -> Checkpoint:
 def _opened_once(path: str, stamps: tuple[Stamp, ...], asked: Asked) -> Checkpoint:
     from pqcli.checkpoint.opening import open_checkpoint  # which needs `opened`, which needs this module
 
-    checkpoint = open_checkpoint(path, limits=asked.limits, from_module=asked.from_module)
+    checkpoint = open_checkpoint(path, limits=asked.limits, from_module=asked.from_module, weights=asked.weights)
     found = {stamp.path: stamp for stamp in checkpoint.stamps}
     for stamp in stamps:
         _check(stamp, found.get(stamp.path))

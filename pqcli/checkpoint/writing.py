@@ -76,6 +76,29 @@ def write(
     return _write_job(target, job, force=force, verify=verify)
 
 
+def write_into(
+    folder: Path,
+    name: str,
+    tensors: Sequence[TensorInfo],
+    read: Read,
+    skeleton: Json,
+    *,
+    format: str,  # noqa: A002 - the word of the interface
+    verify: bool = False,
+    limits: Limits | None = None,
+) -> int:
+    """As `write`, into a folder that is there and becomes whole elsewhere; returns the bytes written.
+
+    "folder" gives the files that the skeleton names; any other format one file called `name`. Raises `OutputError`
+    where there is a file of such a name.
+    """
+    if format == formats.FOLDER:
+        jobs = _folder_jobs(tensors, read, skeleton, limits)
+    else:
+        jobs = [_file_job(name, format, tensors, read, _own_skeleton(skeleton, format), limits)]
+    return sum(_write_job(folder / job.name, job, force=False, verify=verify) for job in jobs)
+
+
 @dataclass(frozen=True)
 class _Job:
     """One file to write; everything that can be checked beforehand has been."""

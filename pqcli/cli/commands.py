@@ -24,6 +24,7 @@ from pqcli.cli.options import (
     Device,
     DryRun,
     Dtype,
+    EmbedFiles,
     File,
     Force,
     Format,
@@ -35,23 +36,29 @@ from pqcli.cli.options import (
     OfBase,
     Output,
     Quiet,
+    ShardSize,
     Source,
     Split,
     Split_,
     Texts,
+    WithCopies,
     examples,
     flag,
     takes_recipe,
 )
 from pqcli.cli.running import run
 from pqcli.container.peek import check_container, is_container
-from pqcli.errors import CheckFailedError, UsageError
+from pqcli.errors import CheckFailedError, RecipeError, UsageError
+from pqcli.jobs.folders.outputs import check_folder_output, default_folder, goes_to_folder
 from pqcli.limits import limits_of
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
     from pqcli.cli.console import Console
     from pqcli.recipe.recipe import Recipe
+
+LEAST_SHARD = 1000
+"""The smallest `--shard-size`: more entries than that have a header."""
 
 app = typer.Typer(
     name="pqcli",
@@ -77,6 +84,7 @@ def _root(
     cls=Command,
     epilog=examples(
         "pqcli compress model.pt --block-size 8",
+        "pqcli compress folder/ -o folder.pq",
         "pqcli compress model.pt --target-size 6MB --codec trellis",
         "pqcli compress model.pt --config transformer --dry-run",
         "pqcli compress model.pt --quality balanced --exclude 'lm_head*'",
@@ -92,6 +100,9 @@ def compress(
     base: Base = None,
     dry_run: DryRun = False,
     device: Device = "auto",
+    with_copies: WithCopies = False,
+    embed_files: EmbedFiles = False,
+    shard_size: ShardSize = "5GB",
     force: Force = False,
     no_verify: NoVerify = False,
     limit: Limit = None,
@@ -99,19 +110,32 @@ def compress(
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Compress a checkpoint: codebooks and packed assignments in one safetensors file."""
+    """Compress a checkpoint: codebooks and packed assignments in one safetensors file; of a folder, a folder."""
 
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings, device)
         limits = limits_of(limit or ())
-        _check_source(src)
+        shard_bytes = _shard_bytes(shard_size)
+        source, target = _located(src, output)
+        _check_source(source)
         _check_bases(base)
-        if output:
-            check_output(output, src, *(base or ()), force=force)
+        if goes_to_folder(source, target):
+            check_folder_output(target or default_folder(source), source, force=force)
+        elif target:
+            check_output(target, source, *(base or ()), force=force)
         if dry_run:
             from pqcli.jobs import preview
 
-            found = preview.preview(src, output, recipe, base=base or (), limits=limits)
+            found = preview.preview(
+                source,
+                target,
+                recipe,
+                with_copies=with_copies,
+                embed_files=embed_files,
+                shard_bytes=shard_bytes,
+                base=base or (),
+                limits=limits,
+            )
             preview.check_possible(found, device, force=force)
             console.plan(found)
             return
@@ -119,10 +143,13 @@ def compress(
 
         with console.progress(src.name) as hook:
             report = compress.compress(
-                src,
-                output,
+                source,
+                target,
                 recipe,
                 device=device,
+                with_copies=with_copies,
+                embed_files=embed_files,
+                shard_bytes=shard_bytes,
                 force=force,
                 verify=not no_verify,
                 base=base or (),
@@ -162,14 +189,15 @@ def plan(
 
     def work(console: Console) -> None:
         recipe, limits = _recipe(console, config, settings), limits_of(limit or ())
-        _check_source(src)
+        source, target = _located(src, None)
+        _check_source(source)
         _check_bases(base)
         from pqcli.jobs import preview
 
         if explain:
-            console.choices(preview.explain(src, recipe, base=base or (), limits=limits))
+            console.choices(preview.explain(source, recipe, base=base or (), limits=limits))
         else:
-            console.plan(preview.preview(src, None, recipe, base=base or (), limits=limits))
+            console.plan(preview.preview(source, target, recipe, base=base or (), limits=limits))
 
     run(work, json=json)
 
@@ -189,7 +217,7 @@ def decode(
             "-o",
             "--output",
             metavar="PATH",
-            help="A .pt or .safetensors file, or a folder; without it, STEM.decoded with the source's suffix.",
+            help="A .pt or .safetensors file, or a folder; without it, NAME.decoded with the source's suffix.",
         ),
     ] = None,
     dtype: Annotated[
@@ -350,7 +378,9 @@ def inspect(
         if json:
             console.json(found)
         else:
-            console.inspection(found)
+            console.inspection({name: value for name, value in found.items() if name != "containers"})
+            for container in found.get("containers", ()):
+                console.inspection(container)
 
     run(work, json=json)
 
@@ -389,7 +419,8 @@ def verify(
         if findings:
             raise CheckFailedError(f"{file}: {len(findings)} problems\n" + "\n".join(map(str, findings)))
         if not json:
-            console.note(f"{file}: every tensor decodes to the bytes that were compressed")
+            beside = ", and the files beside the weights are the same" if file.is_dir() and against else ""
+            console.note(f"{file}: every tensor decodes to the bytes that were compressed{beside}")
 
     run(work, json=json, quiet=quiet)
 
@@ -412,6 +443,27 @@ def presets(json: Json = False) -> None:
             console.presets(found)
 
     run(work, json=json)
+
+
+def _shard_bytes(text: str) -> int:
+    """The bytes of `--shard-size`."""
+    from pqcli.recipe.settings import size
+
+    try:
+        n_bytes = size(text)
+    except RecipeError as error:
+        raise UsageError(f"--shard-size: {error}") from None
+    if not isinstance(n_bytes, int) or n_bytes < LEAST_SHARD:
+        raise UsageError(f"--shard-size {text}: give at least {LEAST_SHARD:,} bytes")
+    return n_bytes
+
+
+def _located(source: Path, output: Path | None) -> tuple[Path, Path | None]:
+    """Where the source lies and where the output goes; a model of the Hugging Face Hub is fetched for it."""
+    from pqcli.checkpoint.hub import located
+
+    place = located(source)
+    return place.path, output or place.output()
 
 
 def _what_statistics_are_for(src: Path) -> str:

@@ -27,7 +27,7 @@ from rich.text import Text
 from pqcli.cli import readable
 from pqcli.cli.readable import elide, visible
 from pqcli.cli.tables import (
-    N_DROPPED,
+    N_NAMED,
     comparison_lines,
     field_lines,
     plan_document,
@@ -112,7 +112,7 @@ class Console:
             self.json(plan_document(preview))
             return
         self._lines(plan_table(preview, self._width, ascii_only=self._out.options.ascii_only))
-        self._dropped(preview.dropped)
+        self._dropped(preview.dropped, "folder" if preview.n_carried else "file")
 
     def summary(self, report: Report) -> None:
         """Print what `compress` did: the result in one line on stdout, what to know about it on stderr."""
@@ -128,10 +128,13 @@ class Console:
             self.note(f"kept bit-exact: {len(kept)} of {readable.plural(len(report.tensors), 'tensor')}")
             for line in readable.kept_reasons(report, N_REASONS):
                 self.note(f"  {line}")
+        if report.parts:
+            for line in readable.part_lines(report):
+                self.note(line)
         base = readable.base_line(report)
         if base is not None:
             self.note(f"base {base}")
-        self._dropped(report.dropped)
+        self._dropped(report.dropped, "folder" if report.parts else "file")
         if report.side_bytes:
             self.note(readable.side_line(report))
         for warning in report.warnings:
@@ -159,12 +162,12 @@ class Console:
             self.warn(
                 f"nothing is known of {readable.plural(len(done.unseen), 'weight')} of the checkpoint (not in the "
                 f"model, used by no layer that can be watched, or without effect on its output): "
-                f"{readable.joined(done.unseen, N_DROPPED)}"
+                f"{readable.joined(done.unseen, N_NAMED)}"
             )
         if done.random:
             self.warn(
                 f"{readable.plural(len(done.random), 'parameter')} of {done.model} not in the checkpoint, and random: "
-                f"{readable.joined(done.random, N_DROPPED)}"
+                f"{readable.joined(done.random, N_NAMED)}"
             )
         self.note(f"use it: pqcli compress FOLDER --codec trellis --stats {shlex.quote(visible(done.output))}")
 
@@ -239,14 +242,15 @@ class Console:
 
     # --- how ------------------------------------------------------------------------------------------------------
 
-    def _dropped(self, dropped: Sequence[str]) -> None:
+    def _dropped(self, dropped: Sequence[str], kind: str) -> None:
         plainer = [item for item in dropped if readable.COMES_BACK in item]
         lost = [item for item in dropped if readable.COMES_BACK not in item]
         if lost:
-            what = readable.joined(lost, N_DROPPED)
-            self.warn(f"not in the compressed file, and lost when you delete the original: {what}")
+            what = ", ".join(readable.grouped(lost, N_NAMED))
+            self.warn(f"not in the compressed {kind}, and lost when you delete the original: {what}")
         if plainer:
-            self.note(f"in the compressed file, but as something plainer: {readable.joined(plainer, N_DROPPED)}")
+            what = ", ".join(readable.grouped(plainer, N_NAMED))
+            self.note(f"in the compressed {kind}, but as something plainer: {what}")
 
     def _say(self, prefix: str, text: str, style: str) -> None:
         """Print on stderr; a line break in a name cannot forge a line."""

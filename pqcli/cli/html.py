@@ -154,6 +154,8 @@ def size_plot(report: Report) -> SizePlot:
             label = f"{readable.plural(len(group), f'other {word} tensor')}"
             rows.append((label, sum(tensor.bytes for tensor in group), not quantized))
     rows.append(("header and manifest", max(0, report.overhead_bytes), True))
+    if report.n_carried:
+        rows.append((f"{readable.plural(report.n_carried, 'file')} beside the weights", report.carried_bytes, True))
     most = max(n_bytes for _, n_bytes, _ in rows) or 1
     bars = tuple(
         Bar(0.0, ROW * index + 16, max(1.0, WIDTH * n_bytes / most), 10.0, label, _of(n_bytes, report), muted)

@@ -93,6 +93,13 @@ def flag(*names: str, help: str, panel: str = RUNNING) -> Any:  # noqa: A002 - n
     return typer.Option(*names, help=help, metavar="", rich_help_panel=panel)
 
 
+def path(text: str) -> Path:
+    """A path that is typed. An empty one is a variable that was never set, and not the current folder."""
+    if not text:
+        raise typer.BadParameter("an empty name; the current folder is called .")
+    return Path(text)
+
+
 def _preset_names() -> list[str]:
     from pqcli.recipe import loading
 
@@ -101,14 +108,18 @@ def _preset_names() -> list[str]:
 
 Source = Annotated[
     Path,
-    typer.Argument(metavar="SRC", help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a Hugging Face folder."),
+    typer.Argument(
+        metavar="SRC", parser=path, help="Checkpoint: .pt, .pth, .bin, .th, .safetensors, or a folder of a model."
+    ),
 ]
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A .pq.safetensors file.")]
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", parser=path, help="A .pq.safetensors file, or a compressed folder.")
+]
 Output = Annotated[
     Path | None,
     typer.Option(
-        "-o", "--output", metavar="FILE", rich_help_panel=MAIN,
-        help="Where to write; without it, STEM.pq.safetensors beside SRC.",
+        "-o", "--output", metavar="PATH", rich_help_panel=MAIN,
+        help="Where to write; without it, STEM.pq.safetensors or FOLDER.pq beside SRC. x.safetensors: always one file.",
     ),
 ]  # fmt: skip
 Config = Annotated[
@@ -142,6 +153,17 @@ Device = Annotated[
         help="Where the EM of plain PQ runs: auto, cpu, cuda, cuda:0, mps.",
     ),
 ]  # fmt: skip
+WithCopies = Annotated[bool, flag("--with-copies", help="Of a folder, copy the same model in other formats as well.")]
+ShardSize = Annotated[
+    str,
+    typer.Option(
+        "--shard-size", metavar="SIZE", rich_help_panel=RUNNING,
+        help="Of a folder: containers above this size become several files with an index.",
+    ),
+]  # fmt: skip
+EmbedFiles = Annotated[
+    bool, flag("--embed-files", help="Of a folder and with -o x.pq.safetensors, put its small files into the file.")
+]
 Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output.")]
 NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]

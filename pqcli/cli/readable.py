@@ -7,6 +7,7 @@ the reading direction or hide. Sizes are decimal (1 MB is 10^6 bytes); the exact
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
@@ -14,6 +15,7 @@ from rich.cells import cell_len
 from pqcli.reports.figures import INT4_GROUP, Report
 
 UNKNOWN = "-"
+_BYTES = re.compile(r"\b(\d[\d,]*) B\b")
 
 
 def visible(text: str) -> str:
@@ -128,6 +130,16 @@ def headline(report: Report) -> str:
     return "  ".join(parts)
 
 
+def part_lines(report: Report) -> list[str]:
+    """Of a folder: how many files beside the weights there are; and with several containers a line for each."""
+    files = plural(report.n_carried, "file")
+    lines = [f"beside the weights: {files}, {size(report.carried_bytes)}, copied as they are"]
+    if len(report.parts) > 1:
+        start = report.output.rstrip("/") + "/"
+        lines += [f"{visible(part.output.removeprefix(start))}: {headline(part)}" for part in report.parts]
+    return lines
+
+
 COMES_BACK = "comes back as"
 """What the reason says of an entry that is carried, but not as the class that it was of."""
 
@@ -204,6 +216,25 @@ def _group(members: Sequence[tuple[str, int]]) -> str:
     if len(members) == 1:
         return f"{elide(visible(members[0][0]), 60)}, {total}"
     return f"{plural(len(members), 'tensor')}, {total}"
+
+
+def grouped(items: Iterable[str], most: int) -> list[str]:
+    """Items such as `config.json (its reason)`: where several have one reason, the first of them and a count.
+
+    A size in the reason (`612 B`) becomes that of all of them.
+    """
+    groups: dict[str, list[str]] = {}
+    totals: dict[str, int] = {}
+    for item in items:
+        name, _, reason = item.partition(" (")
+        found = _BYTES.search(reason)
+        reason = _BYTES.sub("# B", reason, count=1)
+        totals[reason] = totals.get(reason, 0) + (int(found[1].replace(",", "")) if found else 0)
+        groups.setdefault(reason, []).append(name if reason else item)
+    return [
+        joined(names, most) + (f" ({visible(reason.replace('# B', f'{totals[reason]:,} B'))}" if reason else "")
+        for reason, names in groups.items()
+    ]
 
 
 def joined(items: Iterable[str], most: int) -> str:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 N_NOTES = 4
 """Reasons and aliases that the lines below a table name."""
-N_DROPPED = 10
-"""Dropped entries that are named."""
+N_NAMED = 3
+"""Dropped entries that are named of those with one reason."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
         (f"{readable.plural(len(kept), 'tensor')} kept", sum(one.bytes for one in kept)),
         *([(f"{readable.plural(n_same, 'tensor')} as in the base", 0)] if n_same else []),
         ("header and manifest", report.overhead_bytes),
-        ("file", report.compressed_bytes),
+        *([(_beside(report.n_carried), report.carried_bytes)] if report.parts else []),
+        ("folder" if report.parts else "file", report.compressed_bytes),
     ]
     titles, sizes = [title for title, _ in totals], [n_bytes for _, n_bytes in totals]
     blank = [""] * len(titles)
@@ -179,6 +180,10 @@ def _predicted(report: Report, figures: Callable[..., tuple[list[str], list[str]
     ]
 
 
+def _beside(n_files: int) -> str:
+    return f"{readable.plural(n_files, 'file')} beside the weights"
+
+
 def _scheme(tensor: Any) -> str:
     return tensor.action if tensor.action in ("alias", "copy") else visible(tensor.scheme)
 
@@ -189,14 +194,15 @@ def _used(tensor: Any) -> str:
 
 def _notes(report: Report) -> list[Text]:
     aliases = [f"{tensor.name} is {tensor.alias_of}" for tensor in report.tensors if tensor.action == "alias"]
-    notes = [f"kept      {line}" for line in readable.kept_reasons(report, N_NOTES)]
+    notes = [f"part      {line}" for line in readable.part_lines(report)[1:]] if len(report.parts) > 1 else []
+    notes += [f"kept      {line}" for line in readable.kept_reasons(report, N_NOTES)]
     copies = [f"{tensor.name} is {tensor.copy_of}" for tensor in report.tensors if tensor.action == "copy"]
     if aliases:
         notes.append(f"tied      {readable.joined(aliases, N_NOTES)}")
     if copies:
         notes.append(f"equal     {readable.joined(copies, N_NOTES)}")
     if report.dropped:
-        notes.append(f"dropped   {readable.joined(report.dropped, N_DROPPED)}")
+        notes.append(f"dropped   {', '.join(readable.grouped(report.dropped, N_NAMED))}")
     if report.side_bytes:
         notes.append(f"beside    {readable.side_line(report)}")
     notes += [f"warning   {warning}" for warning in report.warnings]
@@ -219,7 +225,10 @@ def plan_table(preview: Preview, width: int | None, *, ascii_only: bool = False)
     entries = preview.plan.entries
     tensor_bytes = sum(entry.predicted_bytes for entry in entries)
     titles = ["header and manifest", "file"]
-    sizes = [preview.predicted_bytes - tensor_bytes, preview.predicted_bytes]
+    sizes = [preview.predicted_bytes - preview.carried_bytes - tensor_bytes, preview.predicted_bytes]
+    if preview.n_carried:
+        titles[1:] = [_beside(preview.n_carried), "folder"]
+        sizes[1:1] = [preview.carried_bytes]
     blank = [""] * len(titles)
 
     def texts(text: Callable[[PlanEntry], str]) -> list[str]:

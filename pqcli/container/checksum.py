@@ -14,7 +14,8 @@ from pqcli.container.header import MANIFEST
 FEATURE: Final = "checksum"
 CHECKSUM: Final = "pqcli.checksum"
 HASHES, ERRORS, ENTROPIES = "pqcli.hashes", "pqcli.errors", "pqcli.entropies"
-HEAD: Final = frozenset({MANIFEST, HASHES, ERRORS, ENTROPIES})
+SHARDS: Final = "pqcli.shards"
+HEAD: Final = frozenset({MANIFEST, HASHES, ERRORS, ENTROPIES, SHARDS})
 PART_BYTES: Final = 8
 N_BYTES: Final = 2 * PART_BYTES
 

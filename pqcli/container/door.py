@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pqcli.codecs import difference, registry, zeros
-from pqcli.container import checksum
+from pqcli.container import checksum, files
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.entries import Entries
 from pqcli.container.header import MANIFEST
-from pqcli.container.layout import KEPT, entries_of, known_features, metadata_of
+from pqcli.container.layout import KEPT, SHARDS_FEATURE, entries_of, known_features, metadata_of
 from pqcli.container.limits import DENSE_BYTES_PER_BYTE, TENSOR_BYTES, TEXT_SHARE, Limits, inflate, parse_json
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, parse_manifest
 from pqcli.core.digests import HASH_BYTES
@@ -55,6 +55,7 @@ def admit(entries: Entries, limits: Limits) -> Admitted:
     try:
         manifest = _manifest(entries, limits)
         index = {record.name: i for i, record in enumerate(manifest.tensors)}
+        _check_shards(entries, manifest)
         _check_records(manifest, index)
         _check_expansion(manifest, sum(place.n_bytes for place in entries.header.entries.values()), limits)
         _check_entries(entries, manifest)
@@ -123,6 +124,15 @@ def _check_head(entries: Entries, *, has_checksum: bool) -> None:
         raise ValueError("its header, manifest, hashes or errors are not those that were written (checksum)")
 
 
+def _check_shards(entries: Entries, manifest: Manifest) -> None:
+    """Check that there are as many files as it says, and that the others belong to the first."""
+    if (manifest.shards is not None) != (SHARDS_FEATURE in manifest.features):
+        raise ValueError("the manifest does not tell of several files as its features do")
+    if entries.n_files != (manifest.shards or 1):
+        raise ValueError(f"it lies in {manifest.shards or 1} files, and {entries.n_files} are named")
+    entries.check_others()
+
+
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +146,8 @@ def _check_records(manifest: Manifest, index: dict[str, int]) -> None:
         problem = _problem(record, manifest) or _problem_of_reference(record, manifest.tensors, index)
         if problem:
             raise ValueError(f"the record of tensor {record.name!r} makes no sense: {problem}")
+    if (manifest.files is not None) != (files.FEATURE in manifest.features):
+        raise ValueError("the manifest does not describe the files inside")
     codecs = {record.action for record in manifest.tensors if isinstance(record.coding, Coded)}
     if codecs != ({manifest.coded.codec} if manifest.coded else set()):
         raise ValueError("the manifest does not describe its coded tensors")
@@ -206,7 +218,8 @@ def _check_expansion(manifest: Manifest, n_bytes: int, limits: Limits) -> None:
 
     What needs a base is not counted: it is decoded only where the user's own has a tensor of that shape.
     """
-    dense, most = 0, limits.decoded_bytes + DENSE_BYTES_PER_BYTE * n_bytes
+    dense = sum(size for _, size in manifest.files.files) if manifest.files else 0
+    most = limits.decoded_bytes + DENSE_BYTES_PER_BYTE * n_bytes
     for record in manifest.tensors:
         dense += 0 if isinstance(record.coding, Alias) or record.needs_base else record.info.n_bytes
         if dense > most:

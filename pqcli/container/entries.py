@@ -25,8 +25,8 @@ class Entries:
 
     path: Path
     header: Header
-    _file: BinaryIO
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    file: BinaryIO
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __contains__(self, key: str) -> bool:
         return key in self.header.entries
@@ -46,8 +46,8 @@ class Entries:
         data = bytearray(stop - start)
         try:
             with self._lock:
-                self._file.seek(place.start + start)
-                n_read = self._file.readinto(data)  # type: ignore[attr-defined] # a buffered file has it
+                self.file.seek(place.start + start)
+                n_read = self.file.readinto(data)  # type: ignore[attr-defined] # a buffered file has it
         except OSError as error:
             raise ContainerError(f"{self.path}: cannot be read: {error.strerror or error}") from error
         if n_read != len(data):
@@ -77,7 +77,7 @@ class Entries:
         checksum = Checksum(b"")
         for key in self.header.entries:
             if key not in HEAD and key != but:
-                for piece in self._pieces(key):
+                for piece in self.pieces(key):
                     checksum.add(key, piece)
         return checksum.rest
 
@@ -85,21 +85,38 @@ class Entries:
         """An error that says what is wrong with the file."""
         return DamagedError(f"{self.path}: {what}; the file is damaged")
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header.raw) + sum(place.n_bytes for place in self.header.entries.values())
+
+    @property
+    def n_files(self) -> int:
+        """How many files these are entries of."""
+        return 1
+
+    def check_others(self) -> None:
+        """Raise ValueError where other files do not belong to this one; there are none here."""
+
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.file.close()
 
-    def _pieces(self, key: str) -> Iterator[bytearray]:
+    def pieces(self, key: str) -> Iterator[bytearray]:
+        """The bytes of an entry, a bounded piece at a time."""
         n_bytes = self.place(key).n_bytes
         for start in range(0, n_bytes, _PIECE_BYTES):
             yield self.read(key, start, min(start + _PIECE_BYTES, n_bytes))
 
 
-def open_entries(path: Path, limits: Limits) -> Entries:
-    """The entries of the file at `path`. Raises ContainerError where its header is none of pqcli's."""
+def open_entries(path: Path, limits: Limits, *, is_shard: bool = False) -> Entries:
+    """The entries of the file at `path`, which may be one of several of a container only where `is_shard` says so.
+
+    Raises ContainerError where its header is none of pqcli's.
+    """
     file = open_file(path)
     try:
-        return Entries(path, read_header(path, file, limits), file)
+        return Entries(path, read_header(path, file, limits, is_shard=is_shard), file)
     except BaseException:
         file.close()
         raise

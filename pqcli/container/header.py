@@ -7,6 +7,7 @@ entries cover the data exactly, one behind the other, or the file is refused.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from math import prod
@@ -19,8 +20,14 @@ from pqcli.limits import OverLimitError
 from pqcli.tensors.info import ITEM_BYTES
 
 SUFFIX: Final = ".pq.safetensors"
+INDEX_SUFFIX: Final = SUFFIX + ".index.json"
+"""How the name of the index ends that a container in several files has."""
+SHARD_NAME: Final = re.compile(r"(.+)-\d{5}-of-\d{5}" + re.escape(SUFFIX))
+"""How its files are called."""
 MANIFEST: Final = "pqcli.manifest"
 METADATA: Final = "__metadata__"
+OTHER_SHARD: Final = "shard"
+"""What the header of a file of a sharded container but the first says in place of features."""
 LARGEST: Final = 1 << 60
 """No size, count or length in a file is larger: their products still fit Python's and numpy's arithmetic."""
 MOST_DIMENSIONS: Final = 64
@@ -70,16 +77,18 @@ def open_file(path: Path) -> BinaryIO:
         raise ContainerError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def read_header(path: Path, file: BinaryIO, limits: Limits) -> Header:
+def read_header(path: Path, file: BinaryIO, limits: Limits, *, is_shard: bool = False) -> Header:
     """The header of an open file. Raises ContainerError where it is none of pqcli's, DamagedError where it lies."""
-    raw, head, n_bytes = recognised(path, file, limits)
+    raw, head, n_bytes = recognised(path, file, limits, is_shard=is_shard)
     try:
         return Header(raw, _metadata(head.pop(METADATA, {})), _entries(head, len(raw), n_bytes))
     except ValueError as error:
         raise DamagedError(f"{path}: {error}; the file is damaged") from None
 
 
-def recognised(path: Path, file: BinaryIO, limits: Limits) -> tuple[bytes, dict[str, Any], int]:
+def recognised(
+    path: Path, file: BinaryIO, limits: Limits, *, is_shard: bool = False
+) -> tuple[bytes, dict[str, Any], int]:
     """A header's bytes, its JSON, and the size of the file. Raises ContainerError where it is none of pqcli's."""
     try:
         n_bytes = os.fstat(file.fileno()).st_size
@@ -101,7 +110,14 @@ def recognised(path: Path, file: BinaryIO, limits: Limits) -> tuple[bytes, dict[
             f"{path}: not a {SUFFIX} file, or a damaged one; `pqcli compress` makes one of a checkpoint "
             f"(its header is {what})"
         )
-    if MANIFEST not in head:
+    about = head.get(METADATA)
+    is_other = isinstance(about, dict) and about.get("format") == "pqcli" and about.get("features") == OTHER_SHARD
+    if is_other and not is_shard:
+        raise ContainerError(
+            f"{path}: one of several files of one container; name its index, which ends in {INDEX_SUFFIX}, or the "
+            "folder"
+        )
+    if MANIFEST not in head and not is_other:
         raise ContainerError(f"{path}: a safetensors file, but not compressed by pqcli; `pqcli compress` does that")
     return raw + text, head, n_bytes
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pqcli.codecs import difference, registry, zeros
-from pqcli.container import checksum
+from pqcli.container import checksum, files
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, manifest_bytes
@@ -23,6 +23,7 @@ from pqcli.tensors.records import Coded, Copy, Kept, Plain, Record
 SHORT_HASH_BYTES: Final = 4
 """Bytes of a hash in files made to be small: one corrupted tensor in four billion goes unnoticed."""
 KEPT, CODED = "pqcli.kept", "pqcli.coded"
+SHARDS_FEATURE: Final = "shards"
 ENTROPIES_SHARE: Final = 2000
 """Entropies are stored where they take at most this fraction of what is coded; in less it is quick to compute them."""
 _ENTRY_BYTES: Final = 80
@@ -31,7 +32,8 @@ _ENTRY_BYTES: Final = 80
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, difference.FEATURE, Copy.action}
+    own = {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, difference.FEATURE, Copy.action, files.FEATURE, SHARDS_FEATURE}
+    return registry.features() | own
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,22 @@ def lay_out(manifest: Manifest, bundle_bytes: int | None = None) -> Layout:
 
     `bundle_bytes` is the length of `pqcli.kept`; None where small kept tensors are not coded, and it is their sum.
     """
+    return laid_out(entries_to_write(manifest, bundle_bytes), manifest.features)
+
+
+def entries_to_write(manifest: Manifest, bundle_bytes: int | None = None) -> list[Entry]:
+    """The entries that are written for this manifest, in no particular order."""
     hash_bytes = SHORT_HASH_BYTES if KEPT_CODED in manifest.features else HASH_BYTES
-    entries = entries_of(
+    return entries_of(
         manifest, len(manifest_bytes(manifest)), bundle_bytes, hash_bytes, has_entropies=worth_entropies(manifest)
     )
+
+
+def laid_out(entries: Iterable[Entry], features: Iterable[str]) -> Layout:
+    """The layout of a file with these entries, whose header names these features."""
     # the widest first: all aligned; the checksum behind what it covers
     ordered = sorted(entries, key=lambda entry: (entry.key == CHECKSUM, -ITEM_BYTES[entry.dtype], entry.key))
-    return Layout(_header(ordered, manifest.features), tuple(ordered))
+    return Layout(_header(ordered, features), tuple(ordered))
 
 
 def entries_of(
@@ -85,7 +96,7 @@ def entries_of(
     records = manifest.tensors
     if bundle_bytes is None:
         bundle_bytes = sum(record.info.n_bytes for record in records if record.is_bundled)
-    entries = [entry for record in records for entry in _own_entries(record, manifest.features)]
+    entries = [entry for record in records for entry in own_entries(record, manifest.features)]
     entries += [
         Entry(zeros.key(record.name), "uint8", (record.zero_bytes,))
         for record in records
@@ -101,6 +112,10 @@ def entries_of(
         entries.append(Entry(CHECKSUM, "uint8", (checksum.N_BYTES,)))
     if manifest.coded is not None:
         entries.append(Entry(CODED, "uint8", (manifest.coded_bytes,)))
+    if manifest.files is not None:
+        entries.append(Entry(files.FILES, "uint8", (manifest.files.n_bytes,)))
+    if manifest.shards is not None:
+        entries.append(Entry(checksum.SHARDS, "uint8", (manifest.shards - 1, checksum.N_BYTES)))
     if has_entropies:
         entries.append(_entropies_entry(manifest))
     return entries
@@ -113,7 +128,7 @@ def worth_entropies(manifest: Manifest) -> bool:
     return ENTROPIES_SHARE * (_entropies_entry(manifest).n_bytes + _ENTRY_BYTES) <= manifest.coded_bytes
 
 
-def _own_entries(record: Record, features: Iterable[str]) -> list[Entry]:
+def own_entries(record: Record, features: Iterable[str]) -> list[Entry]:
     """The entries that a tensor has for itself."""
     coding, info = record.coding, record.info
     if isinstance(coding, Plain):

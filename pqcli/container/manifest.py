@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from pqcli.codecs import difference, zeros
 from pqcli.container import checksum
+from pqcli.container.files import FEATURE as FILES_FEATURE
+from pqcli.container.files import Files
 from pqcli.container.header import LARGEST, is_shape, is_size
 from pqcli.container.naming import BaseName, Naming
 from pqcli.tensors.info import TensorInfo
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 VERSION: Final = 1
 KEPT_CODED: Final = "kept-coded"
 """The feature of files whose kept tensors are coded without loss."""
+MOST_SHARDS: Final = 99_999
 _STRICT: Final = {"strict": True, "extra": "forbid"}
 """How the reader has pydantic check what it reads (here it is not imported: that takes a tenth of a second)."""
 
@@ -75,9 +78,10 @@ class CodedStreams:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `pqcli.manifest` holds; `recipe` is the wish, `coded` is None where there is no `pqcli.coded`.
+    """What `pqcli.manifest` holds; `recipe` is the wish.
 
-    `base` is None where no record needs one.
+    `coded` is None where there is no `pqcli.coded`, `files` where there is no `pqcli.files`; `shards` is the number of
+    files that the container lies in, None where it is one. `base` is None where no record needs one.
     """
 
     version: int
@@ -87,6 +91,8 @@ class Manifest:
     tensors: tuple[Record, ...]
     coded: CodedStreams | None = None
     base: BaseName | None = None
+    files: Files | None = None
+    shards: int | None = None
 
     @property
     def coded_bytes(self) -> int:
@@ -180,6 +186,12 @@ class StoredManifest:
     tensors: tuple[StoredRecord, ...]
     coded: CodedStreams | None = None
     base: BaseName | None = None
+    files: Files | None = None
+    shards: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shards is not None and not 2 <= self.shards <= MOST_SHARDS:
+            raise ValueError(f"a container in {self.shards} files")
 
     def manifest(self) -> Manifest:
         """The manifest. Raises ValueError, naming the tensor, where a record lacks what it needs."""
@@ -189,7 +201,17 @@ class StoredManifest:
                 records.append(stored.record())
             except ValueError as error:
                 raise ValueError(f"the record of {stored.name!r} makes no sense: {error}") from None
-        return Manifest(self.version, self.features, self.source, self.recipe, tuple(records), self.coded, self.base)
+        return Manifest(
+            self.version,
+            self.features,
+            self.source,
+            self.recipe,
+            tuple(records),
+            self.coded,
+            self.base,
+            self.files,
+            self.shards,
+        )
 
 
 def make_manifest(
@@ -199,6 +221,7 @@ def make_manifest(
     coded: CodedStreams | None = None,
     features: Iterable[str] = (),
     naming: Naming | None = None,
+    files: Files | None = None,
 ) -> Manifest:
     """The manifest of a file with these records, naming the features that they need, and `features` beside.
 
@@ -210,10 +233,12 @@ def make_manifest(
     }
     if any(record.zero_bytes is not None for record in records):
         needed.add(zeros.FEATURE)
+    if files is not None:
+        needed.add(FILES_FEATURE)
     base = naming.name_for(records) if naming else None
     if base is not None:
         needed.add(difference.FEATURE)
-    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded, base)
+    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded, base, files)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -229,6 +254,10 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         plain["coded"] = vars(manifest.coded)
     if manifest.base is not None:
         plain["base"] = vars(manifest.base)
+    if manifest.files is not None:
+        plain["files"] = vars(manifest.files)
+    if manifest.shards is not None:
+        plain["shards"] = manifest.shards
     return zlib.compress(json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode(), 9)
 
 

@@ -17,10 +17,11 @@ from pqcli.container import checksum
 from pqcli.container.bases import Base, Given, Search, content_hash, find_base, message
 from pqcli.container.checksum import CHECKSUM
 from pqcli.container.door import admit
-from pqcli.container.entries import open_entries
+from pqcli.container.files import FILES, unpack
 from pqcli.container.layout import CODED, KEPT
 from pqcli.container.limits import Limits
 from pqcli.container.manifest import KEPT_CODED, CodedStreams
+from pqcli.container.shards import open_any
 from pqcli.core.digests import tensor_bytes, tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.core.pq import packing, pq
@@ -36,7 +37,7 @@ class Container:
         self.path = path
         self._search = search or Search()
         self._base: Base | None = None
-        self._entries = open_entries(path, limits or Limits())
+        self._entries = open_any(path, limits or Limits())
         try:
             self._said = admit(self._entries, limits or Limits())
         except BaseException:
@@ -72,9 +73,28 @@ class Container:
         return tuple(record.info for record in self.records)
 
     @property
+    def n_bytes(self) -> int:
+        """Size of the container: its file, or its files and their index."""
+        return self._entries.n_bytes
+
+    def coded(self, start: int, stop: int) -> bytes:
+        """Some bytes of `pqcli.coded`."""
+        return bytes(self._entries.read(CODED, start, stop))
+
+    @property
     def bundle_bytes(self) -> int:
         """Length of `pqcli.kept`."""
         return self._entries.place(KEPT).n_bytes
+
+    def files(self) -> dict[str, bytes]:
+        """The small files that the container holds beside its tensors, by their paths. Raises ContainerError."""
+        about = self.manifest.files
+        if about is None:
+            return {}
+        try:
+            return unpack(about, self._entries.read(FILES))
+        except ValueError as error:
+            raise self._entries.damaged(f"entry {FILES!r}: {error}") from None
 
     def record(self, name: str) -> Record:
         """The record of a tensor. Raises ContainerError for a name that is not there."""
@@ -268,10 +288,7 @@ class Container:
         """What all tensors share now, a stream when it is asked for."""
         ends = list(accumulate((coded.shared, *coded.streams), initial=0))
 
-        def fetch(start: int, stop: int) -> bytes:
-            return bytes(self._entries.read(CODED, start, stop))
-
-        return Streams(fetch(0, ends[1]), _Fetched(ends[1:], fetch))
+        return Streams(self.coded(0, ends[1]), _Fetched(ends[1:], self.coded))
 
 
 class _Fetched(Sequence[bytes]):

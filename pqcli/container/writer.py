@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pqcli.atomic import atomic_writer, output_errors
+from pqcli.atomic import atomic_writer, output_errors, run_check
 from pqcli.codecs.base import Piece, Streams
 from pqcli.codecs.kept import bundle
-from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES, Checksum
-from pqcli.container.header import MANIFEST
-from pqcli.container.layout import CODED, KEPT, SHORT_HASH_BYTES, Layout, lay_out
+from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES, PART_BYTES, SHARDS, Checksum
+from pqcli.container.files import FILES, Packed
+from pqcli.container.header import MANIFEST, SUFFIX
+from pqcli.container.layout import CODED, KEPT, SHORT_HASH_BYTES, Layout
 from pqcli.container.manifest import KEPT_CODED, CodedStreams, Manifest, make_manifest, manifest_bytes
 from pqcli.container.naming import Naming
+from pqcli.container.shards import Cut, cut, digest, is_piece
 from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.records import Coded, Record, StoredError
 
@@ -29,12 +33,20 @@ _COPY_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class About:
-    """What a file says beside its tensors: their order, the source, the recipe, and what is known of its base."""
+    """What a file says, and holds, beside its tensors: their order, the source, the recipe, its base, small files."""
 
     order: tuple[str, ...]
     source: Mapping[str, Any]
     recipe: Mapping[str, Any]
     naming: Naming | None = None
+    files: Packed | None = None
+
+    def manifest(
+        self, records: Sequence[Record], coded: CodedStreams | None = None, features: Iterable[str] = ()
+    ) -> Manifest:
+        """The manifest of a file with these records; see `make_manifest`."""
+        files = self.files.about if self.files else None
+        return make_manifest(self.source, self.recipe, records, coded, features, self.naming, files)
 
 
 @dataclass
@@ -43,13 +55,16 @@ class Writer:
 
     Payloads are spooled to a nameless temporary file beside the target, because the header, which comes first, is known
     only when all are there. Nothing appears at `target` before `finish`. A `compact` file codes kept tensors without
-    loss and has shorter hashes. Raises OutputError where the disk does not take what is written.
+    loss and has shorter hashes. One of more than `shard_bytes` is cut into several (`pqcli.container.shards`), which
+    do not appear together: write them where it does not matter, as into a folder that is put in its place as a whole.
+    Raises OutputError where the disk does not take what is written.
     """
 
     target: Path
     about: About
     force: bool = False
     compact: bool = False
+    shard_bytes: int | None = None
     _pieces: dict[str, Piece] = field(default_factory=dict)
     _spooled: dict[str, tuple[int, int]] = field(default_factory=dict)
     _bundle: tuple[int, bytes] = (-1, b"")
@@ -93,45 +108,84 @@ class Writer:
             self._bundle = len(bundled), bundle(bundled, is_compact=self.compact)
         return self._bundle[1]
 
-    def layout(self, codec: str = "", streams: Streams | None = None, coded: Sequence[Record] = ()) -> Layout:
+    def layout(self, codec: str = "", streams: Streams | None = None, coded: Sequence[Record] = ()) -> Cut:
         """The layout of the file if it were finished with these streams; `coded` are records not added yet."""
-        return lay_out(self._manifest(codec, streams, coded), len(self.bundle))
+        stem = self.target.name.removesuffix(SUFFIX)
+        return cut(self._manifest(codec, streams, coded), len(self.bundle), self.shard_bytes, stem)
 
     def finish(
         self, codec: str = "", streams: Streams | None = None, check: Callable[[Path], None] | None = None
-    ) -> int:
-        """Write the file; returns its size in bytes. `codec` names what made the streams.
+    ) -> tuple[Path, int]:
+        """Write the file; returns what to open (it, or the index of several) and its size in bytes.
 
-        With a `check`, the file is read again, and must pass it, before it is put in place (`pqcli.atomic`). Raises
-        OutputError where it cannot be written.
+        `codec` names what made the streams. With a `check`, the file is read again, and must pass it, before it is put
+        in place (`pqcli.atomic`). Raises OutputError where it cannot be written.
         """
         if streams is not None:
             self._put(CODED, [streams.shared, *streams.streams])
-        manifest = self._manifest(codec, streams)
-        layout = lay_out(manifest, len(self.bundle))
+        found = self.layout(codec, streams)
         pieces = self.pieces
         hash_bytes = SHORT_HASH_BYTES if self.compact else HASH_BYTES
         self._put(KEPT, [self.bundle])
         self._put(HASHES, [self._pieces[piece.record.held_by].digest[:hash_bytes] for piece in pieces])
         self._put(ERRORS, [_error_rows(pieces)])
-        self._put(MANIFEST, [manifest_bytes(manifest)])
-        if any(entry.key == ENTROPIES for entry in layout.entries):
+        self._put(MANIFEST, [manifest_bytes(found.manifest)])
+        if self.about.files is not None:
+            self._put(FILES, [self.about.files.data])
+        if any(entry.key == ENTROPIES for entry in found.layouts[0].entries):
             self._put(ENTROPIES, [_entropy_densities(pieces)])
+        if len(found.layouts) > 1:
+            return self._write_shards(found, check), found.n_bytes
         with atomic_writer(self.target, force=self.force, check=check) as out:
-            out.write(layout.header)
-            checksum = Checksum(layout.header)
-            for entry in layout.entries:
-                if entry.key == CHECKSUM:  # the last one
-                    out.write(checksum.digest())
-                    continue
-                start, length = self._spooled[entry.key]
-                if length != entry.n_bytes:
-                    raise ValueError(f"entry {entry.key!r} has {length} bytes where its records say {entry.n_bytes}")
-                self._spool.seek(start)
-                for piece in _pieces_of(self._spool, length):
-                    checksum.add(entry.key, piece)
-                    out.write(piece)
-        return layout.n_bytes
+            self._write(out, found.layouts[0])
+        return self.target, found.n_bytes
+
+    def _write_shards(self, found: Cut, check: Callable[[Path], None] | None) -> Path:
+        """Write all files and their index: the first one last but for the index, as it tells of the others."""
+        self._cut_coded(found)
+        paths = [self.target.with_name(name) for name in found.names]
+        read_again = None if check is None else _nothing
+        told = []
+        for path, layout in zip(paths[1:], found.layouts[1:], strict=True):
+            with atomic_writer(path, force=self.force, check=read_again) as out:
+                rest = self._write(out, layout)
+            told.append(digest([layout.header]) + rest)
+        self._put(SHARDS, told)
+        with atomic_writer(paths[0], force=self.force, check=read_again) as out:
+            self._write(out, found.layouts[0])
+        index = self.target.with_name(self.target.name + ".index.json")
+        with atomic_writer(index, force=self.force) as out:
+            out.write(found.index_text())
+        if check is not None:
+            run_check(check, index, index)
+        return index
+
+    def _cut_coded(self, found: Cut) -> None:
+        """Let the parts of `pqcli.coded` begin where they lie in what was spooled."""
+        if CODED not in self._spooled:
+            return
+        start, _ = self._spooled[CODED]
+        for entry in (entry for layout in found.layouts for entry in layout.entries if is_piece(entry.key)):
+            self._spooled[entry.key] = (start, entry.n_bytes)
+            start += entry.n_bytes
+
+    def _write(self, out: BinaryIO, layout: Layout) -> bytes:
+        """Write a file; the hash of its data."""
+        out.write(layout.header)
+        checksum, rest = Checksum(layout.header), hashlib.blake2b(digest_size=PART_BYTES)
+        for entry in layout.entries:
+            if entry.key == CHECKSUM:  # the last one
+                out.write(checksum.digest())
+                continue
+            start, length = self._spooled[entry.key]
+            if length != entry.n_bytes:
+                raise ValueError(f"entry {entry.key!r} has {length} bytes where its records say {entry.n_bytes}")
+            self._spool.seek(start)
+            for piece in _pieces_of(self._spool, length):
+                checksum.add(entry.key, piece)
+                rest.update(piece)
+                out.write(piece)
+        return rest.digest()
 
     def _manifest(self, codec: str, streams: Streams | None, coded: Sequence[Record] = ()) -> Manifest:
         known = {name: piece.record for name, piece in self._pieces.items()} | {record.name: record for record in coded}
@@ -141,11 +195,11 @@ class Writer:
         if streams is not None:
             about = CodedStreams(codec, len(streams.shared), tuple(len(data) for data in streams.streams))
             features += streams.features
-        return make_manifest(self.about.source, self.about.recipe, records, about, features, self.about.naming)
+        return self.about.manifest(records, about, features)
 
     def _put(self, key: str, pieces: Iterable[bytes | NDArray[np.uint8]]) -> None:
         with output_errors(self.target):
-            start = self._spool.tell()
+            start = self._spool.seek(0, os.SEEK_END)
             for piece in pieces:
                 self._spool.write(piece if isinstance(piece, bytes) else piece.data)
             self._spooled[key] = (start, self._spool.tell() - start)
@@ -165,6 +219,10 @@ def _entropy_densities(pieces: Sequence[Piece]) -> bytes:
         if piece.use and isinstance(piece.record.coding, Coded)
     ]
     return np.array([bits / max(numel, 1) for bits, numel in coded], "<f2").tobytes()
+
+
+def _nothing(_path: Path) -> None:
+    """There is nothing to check of one of several files but its bytes."""
 
 
 def _pieces_of(file: IO[bytes], n_bytes: int) -> Iterator[bytes]:

@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors
 import torch
 
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import check_output, check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
+from pqcli.checkpoint.hub import located
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
 from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
@@ -33,8 +33,8 @@ from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
 from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.container.bases import Base, Search
-from pqcli.container.layout import CODED, lay_out
-from pqcli.container.manifest import make_manifest
+from pqcli.container.files import pack
+from pqcli.container.layout import lay_out
 from pqcli.container.naming import BaseName, Naming
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
@@ -45,6 +45,8 @@ from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
 from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
+from pqcli.jobs.folders.embedding import check_embedding, small_files
+from pqcli.jobs.folders.outputs import goes_to_folder
 from pqcli.jobs.report import base_report, paper_bytes_of, tensor_report
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
@@ -52,12 +54,18 @@ from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
+from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Coded, Copy, Record, Same, StoredError, with_bundle_shares
 
 COPIES = 2
 """What the disk holds of a file while it is written: the spool, and the file itself."""
 SAMPLED = 1 / 16
 """The fraction of the dense bytes that a finished file is decoded for, to check it."""
+SHARD_BYTES = 5 * 10**9
+"""A container in a folder that is larger is cut into files of this size."""
+Files = Mapping[str, bytes]
+NO_FILES: Files = {}
+"""Small files that go into the container, by their paths."""
 NOT_CODED = frozenset({"keep", "alias", "base"})
 """Actions of a plan that no codec takes part in."""
 BASE_MEMORY_BYTES = 400 << 20
@@ -70,6 +78,9 @@ def compress(
     recipe: Recipe | None = None,
     *,
     device: str = "auto",
+    with_copies: bool = False,
+    embed_files: bool = False,
+    shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     verify: bool = True,
     base: str | Path | Sequence[str | Path] = (),
@@ -77,6 +88,11 @@ def compress(
     limits: Limits | None = None,
 ) -> Report:
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
+
+    A folder becomes a folder, by default `FOLDER.pq`: containers in the places of its weights (in several files each
+    where they are larger than `shard_bytes`), all else copied, the same model in other formats only `with_copies`. So
+    does `org/name`, a model of the Hugging Face Hub. Where `output` ends in `.safetensors` a folder becomes one
+    container, of the weights at its top, and with `embed_files` of the small files beside them.
 
     Tensors are read one at a time. With plain PQ each is written as soon as it is encoded, and peak memory is about the
     largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
@@ -89,12 +105,34 @@ def compress(
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
     recipe = recipe or Recipe()
+    place = located(source)
+    source, output = place.path, output or place.output()
+    if embed_files:
+        check_embedding(source, output)
+    if goes_to_folder(source, output):
+        from pqcli.jobs.folders import compressing as folders  # which needs this module
+
+        return folders.compress_folder(
+            source,
+            Path(output) if output else None,
+            recipe,
+            resolve_device(device),
+            with_copies=with_copies,
+            shard_bytes=shard_bytes,
+            base=base,
+            force=force,
+            verify=verify,
+            hook=progress,
+            limits=limits,
+        )
+    files = small_files(source, limits) if embed_files else NO_FILES
     with opened(source, recipe, limits) as checkpoint:
         return compress_opened(
             checkpoint,
             output,
             recipe,
             resolve_device(device),
+            files=files,
             force=force,
             verify=verify,
             bases=bases_of(base),
@@ -136,7 +174,11 @@ def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
 
 def opened(source: str | Path, recipe: Recipe, limits: Limits | None = None) -> Checkpoint:
     """The checkpoint, or as much of it as the recipe asks for."""
-    checkpoint = checkpoints.open(source, limits=limits, from_module=recipe.from_module)
+    return of_model(checkpoints.open(source, limits=limits, from_module=recipe.from_module), recipe)
+
+
+def of_model(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint, without training state where the recipe asks for that."""
     if not recipe.model_only:
         return checkpoint
     try:
@@ -167,30 +209,36 @@ def check_place(output: Path, source: Path, *, force: bool) -> None:
         raise OutputError(f"'{output}' is a part of the input; use -o to write elsewhere")
 
 
-def about(checkpoint: Checkpoint, recipe: Recipe, naming: Naming | None = None) -> About:
-    """What the file of this checkpoint says beside its tensors."""
+def about(checkpoint: Checkpoint, recipe: Recipe, naming: Naming | None = None, files: Files = NO_FILES) -> About:
+    """What the file of this checkpoint says, and holds, beside its tensors."""
     source = {
         "format": checkpoint.format,
         "n_bytes": checkpoint.n_bytes,
         "skeleton": checkpoint.skeleton,
-        "dropped": _left_out(checkpoint),
-        "side_bytes": checkpoint.side_bytes,
+        "dropped": _left_out(checkpoint, files),
+        "side_bytes": sum(_beside(checkpoint, files).values()),
     }
-    return About(tuple(info.name for info in checkpoint.tensors), source, documents.to_json(recipe), naming)
+    names = tuple(info.name for info in checkpoint.tensors)
+    return About(names, source, documents.to_json(recipe), naming, pack(files) if files else None)
 
 
-def dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
+def dropped(checkpoint: Checkpoint, files: Files = NO_FILES) -> tuple[str, ...]:
     """What the source holds and the file does not, each with the reason."""
-    return tuple(f"{path} ({reason})" for path, reason in _left_out(checkpoint))
+    return tuple(f"{path} ({reason})" for path, reason in _left_out(checkpoint, files))
 
 
-def _left_out(checkpoint: Checkpoint) -> list[list[str]]:
+def _left_out(checkpoint: Checkpoint, files: Files) -> list[list[str]]:
     """What the container does not hold: entries that JSON cannot carry, and files of a folder that are no weights."""
     entries = [[item.path, item.reason] for item in checkpoint.dropped]
     return entries + [
         [name, f"a file beside the weights, {n_bytes:,} B; copy it yourself"]
-        for name, n_bytes in checkpoint.side_sizes.items()
+        for name, n_bytes in _beside(checkpoint, files).items()
     ]
+
+
+def _beside(checkpoint: Checkpoint, files: Files) -> dict[str, int]:
+    """The files beside the weights that the container does not hold, with their sizes."""
+    return {name: n_bytes for name, n_bytes in checkpoint.side_sizes.items() if name not in files}
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -202,39 +250,56 @@ def compress_opened(
     recipe: Recipe,
     device: torch.device,
     *,
+    others: Sequence[TensorInfo] = (),
+    files: Files = NO_FILES,
+    shard_bytes: int | None = None,
     force: bool = False,
     verify: bool = True,
     bases: Sequence[Path] = (),
     hook: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
-    """Compress an open checkpoint."""
+    """Compress an open checkpoint, and put `files` into the container.
+
+    The recipe's patterns may mean `others`, tensors that are compressed elsewhere. More than `shard_bytes` become
+    several files with an index, which do not appear together.
+    """
     started = time.perf_counter()
     target = Path(output) if output else default_output(checkpoint.path)
-    plan = plans.make(recipe, checkpoint.tensors)
+    plan = plans.make(recipe, checkpoint.tensors, others)
     check_place(target, checkpoint.path, force=force)
     with (
         claimed(target),
         compression(
-            checkpoint, plan, recipe, device, target, force=force, bases=bases, hook=hook, limits=limits
+            checkpoint,
+            plan,
+            recipe,
+            device,
+            target,
+            files=files,
+            shard_bytes=shard_bytes,
+            force=force,
+            bases=bases,
+            hook=hook,
+            limits=limits,
         ) as work,
     ):
         check_space(target, COPIES * work.expected_bytes())
-        size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
+        written, size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
         records, tensors, warnings = work.writer.records, work.tensor_reports(), work.all_warnings()
         base = base_report(work.base_name(), work.records)
     return Report(
         source=str(checkpoint.path),
-        output=str(target),
+        output=str(written),
         original_bytes=checkpoint.n_bytes,
         compressed_bytes=size,
         seconds=time.perf_counter() - started,
         tensors=tensors,
-        dropped=dropped(checkpoint),
+        dropped=dropped(checkpoint, files),
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
         warnings=warnings,
-        side_bytes=checkpoint.side_bytes,
+        side_bytes=sum(_beside(checkpoint, files).values()),
         base=base,
     )
 
@@ -247,6 +312,8 @@ def compression(
     device: torch.device,
     target: Path,
     *,
+    files: Files = NO_FILES,
+    shard_bytes: int | None = None,
     force: bool = False,
     bases: Sequence[Path] = (),
     hook: Hook | None = None,
@@ -260,8 +327,8 @@ def compression(
         if bases:
             beside = stack.enter_context(compared(checkpoint, plan, bases, target, hook, limits))
             codec, plan, weights = codec.compacted(), beside.plan, beside.weights
-        said = about(checkpoint, recipe, beside.naming if beside else None)
-        writer = stack.enter_context(Writer(target, said, force, compact=codec.is_compact))
+        said = about(checkpoint, recipe, beside.naming if beside else None, files)
+        writer = stack.enter_context(Writer(target, said, force, compact=codec.is_compact, shard_bytes=shard_bytes))
         run = _runner(device, recipe)
         yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook, beside)
 
@@ -341,14 +408,14 @@ class Compression:
         if self.codec.is_compact:
             return 0
         records = [record_of(entry) for entry in self.plan.entries]
-        return lay_out(make_manifest(self.writer.about.source, self.writer.about.recipe, records)).n_bytes
+        return lay_out(self.writer.about.manifest(records)).n_bytes
 
     def file_bytes(self, streams: Streams | None) -> int:
         """The size of the file if it were finished with these streams."""
         return self.writer.layout(self.codec_name, streams).n_bytes
 
-    def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> int:
-        """Write the file; its size in bytes. With `verify`, read it again first."""
+    def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> tuple[Path, int]:
+        """Write the file; what to open, and its size in bytes. With `verify`, read it again first."""
         base = replace(self.beside.base, close=lambda: None) if self.beside else None
         check = partial(check_written, streams, base=base, limits=limits) if verify else None
         return self.writer.finish(self.codec_name, streams, check)
@@ -457,13 +524,9 @@ def check_written(
             if left < 0 and i:
                 break
             container.decode(record.name)
-    if streams is None:
-        return
-    with safetensors.safe_open(path, "numpy") as file:
-        data = file.get_slice(CODED)
         start = 0
-        for meant in (streams.shared, *streams.streams):
-            if data[start : start + len(meant)].tobytes() != meant:
+        for meant in () if streams is None else (streams.shared, *streams.streams):
+            if container.coded(start, start + len(meant)) != meant:
                 raise ContainerError(f"{path}: the streams on the disk are not those that were coded")
             start += len(meant)
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli.atomic import check_output, output_errors
+from pqcli.atomic import atomic_folder, check_output, output_errors
 from pqcli.checkpoint import formats
+from pqcli.checkpoint.folder import is_weights_name
+from pqcli.checkpoint.writing import write_into
 from pqcli.claim import check_space, claimed
+from pqcli.container.folder import compressed_folder, full_name, stem_of
+from pqcli.container.header import INDEX_SUFFIX
 from pqcli.container.manifest import Source
 from pqcli.container.peek import SUFFIX
-from pqcli.container.reader import open_container
+from pqcli.container.reader import Container, open_container
 from pqcli.errors import ContainerError, OutputError, UsageError
 from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.folders.embedding import write_files
 from pqcli.jobs.report import n_weights
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
@@ -40,10 +45,21 @@ def decode(
     `output` says the format by its suffix (.safetensors, .pt and its kin, none for a folder); by default it is
     `STEM.decoded` with the source's suffix. `dtype` converts all floating tensors. With `verify`, what was
     written is read again before it is put in place. `base` says where to find the base of a file that holds
-    differences, and that one's own (`pqcli.container.bases`). Returns the path written.
+    differences, and that one's own (`pqcli.container.bases`). Returns the path written. A compressed folder becomes the
+    folder that it was made from, by default `NAME.decoded`; one with a single container may become a file as well.
     """
     if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
         raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
+    if Path(file).is_dir():
+        from pqcli.jobs.folders import decoding as folders  # which needs this module
+
+        where = Path(output) if output else None
+        lone = folders.lone_container(Path(file), where)
+        if lone is None:
+            return folders.decode_folder(
+                Path(file), where, dtype=dtype, force=force, verify=verify, base=base, hook=progress, limits=limits
+            )
+        file = lone
     with open_container(file, limits=limits, base=base) as container:
         if container.needs_base:
             container.base()
@@ -51,28 +67,35 @@ def decode(
         target = Path(output) if output else _default_output(Path(file), source)
         _check_place(target, Path(file), force=force)
         format_ = formats.by_suffix(target) if output else source.format
-        infos = [_converted(info, dtype) for info in container.infos]
-        done = Stage(progress or ignore, "decoding", n_weights(container))
-
-        def read(name: str) -> torch.Tensor:
-            tensor = container.decode(name)
-            if dtype and tensor.is_floating_point():
-                tensor = tensor.to(getattr(torch, dtype))
-            done(tensor.numel(), name)
-            return tensor
-
+        infos = [converted(info, dtype) for info in container.infos]
+        read = dense_reader(container, dtype, Stage(progress or ignore, "decoding", n_weights(container)))
         with claimed(target):
             check_space(target, sum(info.n_bytes for info in infos if info.alias_of is None))
-            checkpoints.write(
-                target, infos, read, source.skeleton, format=format_, force=force, verify=verify, limits=limits
-            )
+            if format_ == formats.FOLDER and container.manifest.files:
+                with atomic_folder(target, force=force, may_go=is_weights_name) as new:
+                    write_into(new, "", infos, read, source.skeleton, format=format_, verify=verify, limits=limits)
+                    write_files(new, container.files())
+            else:
+                checkpoints.write(
+                    target, infos, read, source.skeleton, format=format_, force=force, verify=verify, limits=limits
+                )
         return target
 
 
 def load(
     file: str | Path, *, base: str | Path | Sequence[str | Path] = (), limits: Limits | None = None
 ) -> dict[str, torch.Tensor]:
-    """The dense tensors of a container by name; tied tensors share their memory. `base` as for `decode`."""
+    """The dense tensors of a container by name; tied tensors share their memory. `base` as for `decode`.
+
+    Of a compressed folder with several, those of all; their names begin with the sub-folder.
+    """
+    if Path(file).is_dir():
+        folder = compressed_folder(file)
+        return {
+            full_name(label, name): tensor
+            for label, path in folder.containers.items()
+            for name, tensor in load(folder.path / path, base=base, limits=limits).items()
+        }
     with open_container(file, limits=limits, base=base) as container:
         tensors: dict[str, torch.Tensor] = {}
         for record in container.records:
@@ -94,16 +117,35 @@ def _check_place(target: Path, file: Path, *, force: bool) -> None:
         raise OutputError(f"'{target}' holds the input, '{file.name}'; use -o to write elsewhere")
 
 
-def _default_output(file: Path, source: Source) -> Path:
+def dense_reader(container: Container, dtype: str | None, done: Stage) -> Callable[[str], torch.Tensor]:
+    """What gives the dense tensors of a container, floating ones as `dtype` where that is given, and tells `done`."""
+
+    def read(name: str) -> torch.Tensor:
+        tensor = container.decode(name)
+        if dtype and tensor.is_floating_point():
+            tensor = tensor.to(getattr(torch, dtype))
+        done(tensor.numel(), name)
+        return tensor
+
+    return read
+
+
+def converted(info: TensorInfo, dtype: str | None) -> TensorInfo:
+    """The tensor as it is written: as `dtype` where that is given and it is a floating one."""
+    floating = "float" in info.dtype
+    return replace(info, dtype=dtype) if dtype and floating else info
+
+
+def default_file_suffix(file: Path, source: Source) -> str:
+    """The suffix that a file has that is decoded to the format of its source; "" for a folder."""
     if source.format != formats.FOLDER and source.format not in formats.FORMATS:
         raise ContainerError(
             f"{file}: made of a checkpoint in the format {source.format!r:.40}, which this pqcli does not write; "
             "say where to with -o, as in -o model.pt"
         )
-    name = file.name.removesuffix(SUFFIX) if file.name.endswith(SUFFIX) else file.stem
-    return file.with_name(f"{name}.decoded{checkpoints.default_suffix(source.format, source.skeleton)}")
+    return checkpoints.default_suffix(source.format, source.skeleton)
 
 
-def _converted(info: TensorInfo, dtype: str | None) -> TensorInfo:
-    floating = "float" in info.dtype
-    return replace(info, dtype=dtype) if dtype and floating else info
+def _default_output(file: Path, source: Source) -> Path:
+    name = stem_of(file.name) if file.name.endswith((SUFFIX, INDEX_SUFFIX)) else file.stem
+    return file.with_name(f"{name}.decoded{default_file_suffix(file, source)}")

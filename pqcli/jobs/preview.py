@@ -10,20 +10,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pqcli.checkpoint.hub import located
 from pqcli.codecs.base import record_of
-from pqcli.container.layout import lay_out
-from pqcli.container.manifest import make_manifest
 from pqcli.container.peek import SUFFIX
+from pqcli.container.shards import cut
 from pqcli.jobs import compress as compressing
+from pqcli.jobs.compress import NO_FILES, SHARD_BYTES, Files
 from pqcli.jobs.devices import resolve_device
+from pqcli.jobs.folders.embedding import check_embedding, small_files
+from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
 from pqcli.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pqcli.checkpoint import Checkpoint
     from pqcli.codecs.auto.choosing import Choice
+    from pqcli.tensors.info import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Preview:
 
     With plain PQ the size is exact unless the weights hold a surprise that headers do not show (NaN, fewer distinct
     blocks than centroids, weights that float16 cannot hold, zeros, tensors with the same bytes); with the other codecs
-    it is exact.
+    it is exact. That of a folder counts the `n_carried` that lie beside its weights, which have `carried_bytes`.
     """
 
     source: Path
@@ -41,6 +47,8 @@ class Preview:
     predicted_bytes: int
     plan: Plan
     dropped: tuple[str, ...]
+    carried_bytes: int = 0
+    n_carried: int = 0
 
 
 def preview(
@@ -48,6 +56,9 @@ def preview(
     output: str | Path | None = None,
     recipe: Recipe | None = None,
     *,
+    with_copies: bool = False,
+    embed_files: bool = False,
+    shard_bytes: int = SHARD_BYTES,
     base: str | Path | Sequence[str | Path] = (),
     limits: Limits | None = None,
 ) -> Preview:
@@ -57,18 +68,46 @@ def preview(
     they are rehearsed, which takes as long as compressing.
     """
     recipe = recipe or Recipe()
+    place = located(source)
+    source, output = place.path, output or place.output()
+    if embed_files:
+        check_embedding(source, output)
+    if goes_to_folder(source, output):
+        from pqcli.jobs.folders.compressing import preview_folder  # which needs this module
+
+        where = Path(output) if output else None
+        return preview_folder(
+            source, where, recipe, with_copies=with_copies, shard_bytes=shard_bytes, base=base, limits=limits
+        )
+    files = small_files(source, limits) if embed_files else {}
     with compressing.opened(source, recipe, limits) as checkpoint:
-        seen = _from_headers(checkpoint, output, recipe)
-        coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
-        bases = compressing.bases_of(base)
-        is_known = all(entry.scheme for entry in coded) and not bases
-        return seen if is_known else _rehearsed(checkpoint, seen, recipe, bases)
+        return preview_opened(checkpoint, output, recipe, bases=compressing.bases_of(base), files=files)
+
+
+def preview_opened(
+    checkpoint: Checkpoint,
+    output: str | Path | None,
+    recipe: Recipe,
+    *,
+    bases: Sequence[Path] = (),
+    others: Sequence[TensorInfo] = (),
+    files: Files = NO_FILES,
+    shard_bytes: int | None = None,
+) -> Preview:
+    """What compressing an open checkpoint would do; the arguments are those of `compress_opened`."""
+    seen = _from_headers(checkpoint, output, recipe, others, files, shard_bytes)
+    coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
+    is_known = all(entry.scheme for entry in coded) and not bases
+    return seen if is_known else _rehearsed(checkpoint, seen, recipe, bases, files, shard_bytes)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     """Raise what `compress` would raise before it does any work: no such device, or an output that may not be."""
     resolve_device(device)
-    compressing.check_place(seen.output, seen.source, force=force)
+    if goes_to_folder(seen.source, seen.output):
+        check_folder_output(seen.output, seen.source, force=force)
+    else:
+        compressing.check_place(seen.output, seen.source, force=force)
 
 
 def explain(
@@ -82,7 +121,7 @@ def explain(
     from pqcli.codecs.auto.choosing import choose
 
     recipe = replace(recipe or Recipe(), codec="auto")
-    with compressing.opened(source, recipe, limits) as checkpoint:
+    with compressing.opened(located(source).path, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
         bases, device = compressing.bases_of(base), torch.device("cpu")
         with compressing.compression(checkpoint, plan, recipe, device, _nowhere(), bases=bases) as work:
@@ -90,23 +129,41 @@ def explain(
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
 
-def _from_headers(checkpoint: Checkpoint, output: str | Path | None, recipe: Recipe) -> Preview:
-    plan = plans.make(recipe, checkpoint.tensors)
-    about = compressing.about(checkpoint, recipe)
-    manifest = make_manifest(about.source, about.recipe, [record_of(entry) for entry in plan.entries])
+def _from_headers(
+    checkpoint: Checkpoint,
+    output: str | Path | None,
+    recipe: Recipe,
+    others: Sequence[TensorInfo],
+    files: Files,
+    shard_bytes: int | None,
+) -> Preview:
+    plan = plans.make(recipe, checkpoint.tensors, others)
+    about = compressing.about(checkpoint, recipe, files=files)
+    manifest = about.manifest([record_of(entry) for entry in plan.entries])
+    target = Path(output) if output else compressing.default_output(checkpoint.path)
     return Preview(
         source=checkpoint.path,
-        output=Path(output) if output else compressing.default_output(checkpoint.path),
+        output=target,
         original_bytes=checkpoint.n_bytes,
-        predicted_bytes=lay_out(manifest).n_bytes,
+        predicted_bytes=cut(manifest, None, shard_bytes, target.name.removesuffix(SUFFIX)).n_bytes,
         plan=plan,
-        dropped=compressing.dropped(checkpoint),
+        dropped=compressing.dropped(checkpoint, files),
     )
 
 
-def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, bases: Sequence[Path]) -> Preview:
+def _rehearsed(
+    checkpoint: Checkpoint,
+    seen: Preview,
+    recipe: Recipe,
+    bases: Sequence[Path],
+    files: Files,
+    shard_bytes: int | None,
+) -> Preview:
     device = torch.device("cpu")
-    with compressing.compression(checkpoint, seen.plan, recipe, device, _nowhere(), bases=bases) as work:
+    target = _nowhere(seen.output.name)
+    with compressing.compression(
+        checkpoint, seen.plan, recipe, device, target, files=files, shard_bytes=shard_bytes, bases=bases
+    ) as work:
         n_bytes = work.file_bytes(work.coded(work.prepared()))
         tensors = work.tensor_reports()
     entries = tuple(
@@ -116,6 +173,6 @@ def _rehearsed(checkpoint: Checkpoint, seen: Preview, recipe: Recipe, bases: Seq
     return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=n_bytes)
 
 
-def _nowhere() -> Path:
+def _nowhere(name: str = f"rehearsal{SUFFIX}") -> Path:
     """A target that is never written. Beside it lies what is coded meanwhile, in a file without a name."""
-    return Path(tempfile.gettempdir()) / f"rehearsal{SUFFIX}"
+    return Path(tempfile.gettempdir()) / name

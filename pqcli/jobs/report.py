@@ -38,6 +38,7 @@ def report(
     file: str | Path,
     against: str | Path | None = None,
     *,
+    weights: tuple[str, ...] | None = None,
     base: str | Path | Sequence[str | Path] = (),
     stats: str | Path | None = None,
     progress: Hook | None = None,
@@ -46,11 +47,17 @@ def report(
     """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
 
     With `against`, the original checkpoint, every error is measured again from the two files, and that of int4. Only
-    for that a `base` is needed, which is found as `decode` finds it. With `stats`, statistics of the layers' inputs,
-    what these errors do to the output of each layer, and to the network's, is predicted too.
+    for that a `base` is needed, which is found as `decode` finds it. Where the original is a folder, `weights` may name
+    the files of it that are meant. With `stats`, statistics of the layers' inputs, what these errors do to the output
+    of each layer, and to the network's, is predicted too. Of a compressed folder, what its containers add up to.
     """
     if stats is not None and against is None:
         raise UsageError("what errors do is predicted from the errors themselves: give the original with --against")
+    if Path(file).is_dir():
+        from pqcli.jobs.folders.reading import report_folder  # which needs this module
+
+        where = Path(against) if against else None
+        return report_folder(Path(file), where, base=base, stats=stats, progress=progress, limits=limits)
     known = None if stats is None else statistics.open(stats)
     with open_container(file, limits=limits, base=base) as container:
         container.check_figures()
@@ -59,14 +66,14 @@ def report(
             tensors = tuple(_stored_report(container, record) for record in records)
         else:
             stage = Stage(progress or ignore, "measuring", n_weights(container))
-            with original_of(container, against, limits) as original:
+            with original_of(container, against, limits, weights) as original:
                 tensors = tuple(_measured_reports(container, records, original, stage, known))
         source = container.manifest.source
         return Report(
             source=str(against or ""),
             output=str(file),
             original_bytes=source.n_bytes,
-            compressed_bytes=Path(file).stat().st_size,
+            compressed_bytes=container.n_bytes,
             tensors=tensors,
             dropped=tuple(f"{path} ({reason})" for path, reason in source.dropped),
             recipe=container.manifest.recipe,
@@ -89,13 +96,17 @@ def _warnings(recipe: Mapping[str, Any], tensors: Sequence[TensorReport]) -> tup
 
 def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Limits | None = None) -> dict[str, Any]:
     """What a container says of itself: version, features, source, recipe, and the records of `names` or of all."""
+    if Path(file).is_dir():
+        from pqcli.jobs.folders.reading import inspect_folder  # which needs this module
+
+        return inspect_folder(Path(file), names, limits=limits)
     with open_container(file, limits=limits) as container:
         records = [container.record(name) for name in names] if names else container.records
         source = container.manifest.source
         base = base_report(container.manifest.base, container.records)
         return {
             "file": str(file),
-            "file_bytes": Path(file).stat().st_size,
+            "file_bytes": container.n_bytes,
             "version": container.manifest.version,
             "features": list(container.manifest.features),
             "source": {
@@ -106,9 +117,16 @@ def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Lim
             },
             "warnings": list(_warnings(container.manifest.recipe, [_told(container, r) for r in container.records])),
             "recipe": container.manifest.recipe,
+            "files": dict(container.manifest.files.files) if container.manifest.files else {},
             **({"base": asdict(base)} if base else {}),
             "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
         }
+
+
+def dropped_of(file: Path, limits: Limits | None = None) -> list[tuple[str, str]]:
+    """What was not taken into a container: places, each with the reason."""
+    with open_container(file, limits=limits) as container:
+        return container.manifest.source.dropped
 
 
 def write_text(path: Path, text: str, *, force: bool = False) -> None:
@@ -117,10 +135,12 @@ def write_text(path: Path, text: str, *, force: bool = False) -> None:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
-def original_of(container: Container, against: str | Path, limits: Limits | None) -> Checkpoint:
+def original_of(
+    container: Container, against: str | Path, limits: Limits | None, weights: tuple[str, ...] | None = None
+) -> Checkpoint:
     """The checkpoint that a container is compared with, read as it was read when it was compressed."""
     from_module = container.manifest.recipe.get("from_module") is True
-    return checkpoints.open(against, limits=limits, from_module=from_module)
+    return checkpoints.open(against, limits=limits, from_module=from_module, weights=weights)
 
 
 def n_weights(container: Container) -> int:

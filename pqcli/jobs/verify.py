@@ -39,6 +39,7 @@ def verify(
     file: str | Path,
     against: str | Path | None = None,
     *,
+    weights: tuple[str, ...] | None = None,
     base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
     limits: Limits | None = None,
@@ -47,9 +48,16 @@ def verify(
 
     Checks its structure, the checksum over every byte, and the hash of every decoded tensor. With `against`, also that
     kept tensors are identical to the original's and that errors are as reported; training state that was left out on
-    request is not missed (see `left_out`). `base` as for `decode`. Raises ContainerError where the file is no
-    container, or a newer pqcli's, and BaseError where its base is missing or another one.
+    request is not missed (see `left_out`). `base` as for `decode`. Where the original is a folder, `weights` may name
+    the files of it that are meant. Of a compressed folder all containers are checked, and against the original the
+    files beside them. Raises ContainerError where the file is no container, or a newer pqcli's, and BaseError where its
+    base is missing or another one.
     """
+    if Path(file).is_dir():
+        from pqcli.jobs.folders.reading import verify_folder  # which needs this module
+
+        where = Path(against) if against else None
+        return verify_folder(Path(file), where, base=base, progress=progress, limits=limits)
     try:
         container = open_container(file, limits=limits, base=base)
     except DamagedError as error:
@@ -61,8 +69,9 @@ def verify(
         if against is None:
             found = [finding for record in container.records for finding in _checked(container, record, None, stage)]
         else:
-            with original_of(container, against, limits) as original:
+            with original_of(container, against, limits, weights) as original:
                 found = list(_differences(container, original, stage))
+        found += _files(container)
         if not container.is_whole():
             found.append(Finding(None, "its payloads are not those that were written (checksum)"))
         return found
@@ -70,6 +79,10 @@ def verify(
 
 def left_out(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ...]:
     """The training state that compression was asked to leave out, entry by entry."""
+    if Path(file).is_dir():
+        from pqcli.jobs.folders.reading import left_out_of_folder  # which needs this module
+
+        return left_out_of_folder(Path(file), limits=limits)
     try:
         opened = open_container(file, limits=limits)
     except DamagedError:
@@ -79,6 +92,14 @@ def left_out(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ..
             return ()
         dropped = container.manifest.source.dropped
         return tuple(f"{path} ({reason})" for path, reason in dropped if reason.startswith(checkpoints.LEFT_OUT))
+
+
+def _files(container: Container) -> Iterator[Finding]:
+    """What is wrong with the small files inside."""
+    try:
+        container.files()
+    except ContainerError as error:
+        yield Finding(None, str(error))
 
 
 def _differences(container: Container, original: Checkpoint, done: Stage) -> Iterator[Finding]:

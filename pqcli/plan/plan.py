@@ -75,15 +75,15 @@ class Plan:
         return sum(entry.predicted_bytes for entry in self.entries)
 
 
-def make(recipe: Recipe, tensors: Sequence[TensorInfo]) -> Plan:
+def make(recipe: Recipe, tensors: Sequence[TensorInfo], others: Sequence[TensorInfo] = ()) -> Plan:
     """The plan of a recipe for these tensors; it may well keep everything.
 
-    Raises `RecipeError` where a pattern, or a rule that is not optional, applies to no tensor.
+    Raises `RecipeError` where a pattern, or a rule that is not optional, applies to no tensor, of these or of `others`.
     """
     names = [info.name for info in tensors]
     rules = tuple((number, rule) for number, rule in enumerate(recipe.rules, start=1) if holds(rule, names))
-    refuse_idle_patterns(recipe, names)
-    refuse_idle_rules(recipe, rules, tensors)
+    refuse_idle_patterns(recipe, [*names, *(info.name for info in others)])
+    refuse_idle_rules(recipe, rules, [*tensors, *others])
     tied: dict[str, list[str]] = {}
     for info in tensors:
         tied.setdefault(info.alias_of or info.name, []).append(info.name)

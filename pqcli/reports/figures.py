@@ -124,6 +124,9 @@ class Report:
     anything but plain PQ was at work. `warnings` say what a budget gave up; of single rows only `compress` knows.
     `side_bytes` is the size of the files beside the weights that are not in the output, and in neither of the sizes.
     `base` tells of the base, where the file has one.
+
+    Of a folder, `parts` are the reports of its containers, and `n_carried` files with `carried_bytes` lie beside them,
+    before as after, and are in both sizes; a file has none of these.
     """
 
     source: str
@@ -136,6 +139,9 @@ class Report:
     recipe: Mapping[str, object] = field(default_factory=dict)
     paper_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    parts: tuple[Report, ...] = ()
+    n_carried: int = 0
+    carried_bytes: int = 0
     side_bytes: int = 0
     base: BaseReport | None = None
 
@@ -172,8 +178,8 @@ class Report:
 
     @property
     def overhead_bytes(self) -> int:
-        """What the file holds beside tensors: header, manifest, alignment."""
-        return self.compressed_bytes - self.tensor_bytes
+        """What the containers hold beside tensors: header, manifest, alignment."""
+        return self.compressed_bytes - self.tensor_bytes - self.carried_bytes
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -276,9 +282,24 @@ class Report:
             "base": None if self.base is None else asdict(self.base),
             "dropped": self.dropped,
             "warnings": self.warnings,
+            "parts": [part.headline() for part in self.parts],
+            "n_carried": self.n_carried,
+            "carried_bytes": self.carried_bytes,
             "tensors": [tensor.to_json() for tensor in self.tensors],
         }
         return {key: _jsonable(value) for key, value in document.items()}
+
+    def headline(self) -> dict[str, object]:
+        """The figures of the whole, without its tensors."""
+        return {
+            "output": self.output,
+            "original_bytes": self.original_bytes,
+            "compressed_bytes": self.compressed_bytes,
+            "ratio": self.ratio,
+            "relative_mse": self.relative_mse,
+            "bits_per_weight": self.bits_per_weight,
+            "n_tensors": len(self.tensors),
+        }
 
     def to_csv(self) -> str:
         """A header line, then a line a tensor; columns and names as in the JSON.

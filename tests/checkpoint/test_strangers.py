@@ -67,7 +67,6 @@ FOLDERS = {
     ),
     "deepspeed step": ({"zero_pp_rank_0_mp_rank_00_optim_states.pt": b""}, r"python -m deepspeed.utils.zero_to_fp32 /"),
     "fsdp": ({"model_world_size_2_rank_0.pt": b""}, r"an FSDP checkpoint.*FULL_STATE_DICT"),
-    "llama": ({"a.00.pth": WEIGHTS, "a.01.pth": WEIGHTS}, r"holds 2 checkpoints and no index.*name one of the files"),
     "nothing": ({}, "a folder without weights"),
 }
 
@@ -98,6 +97,17 @@ def test_a_folder_without_weights_for_us_is_told_in_one_line(tmp_path, name):
         else:
             torch.save(content, folder / file)
     matched(message, told(folder))
+
+
+def test_files_of_a_model_in_parts_are_each_a_checkpoint_and_no_lone_file(tmp_path):
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    for name in ("a.00.pth", "a.01.pth"):
+        torch.save(WEIGHTS, folder / name)
+    with pytest.raises(pqcli.PQError, match=r"holds 2 checkpoints and no index.*name one of the files"):
+        pqcli.compress(folder, tmp_path / "x.pq.safetensors")
+    pqcli.compress(folder)
+    assert sorted(path.name for path in pqcli.decode(tmp_path / "llama.pq").iterdir()) == ["a.00.pth", "a.01.pth"]
 
 
 def matched(pattern, text):

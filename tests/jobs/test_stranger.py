@@ -68,6 +68,9 @@ def test_a_hugging_face_folder_comes_back_and_what_is_not_weights_is_named(tmp_p
         (folder / name).write_text("{}")
     done = pqcli_command("compress", "hf/")
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf.pq" / "config.json").read_text() == "{}"
+    done = pqcli_command("compress", "hf/", "-o", "hf.pq.safetensors")
+    assert done.returncode == 0, done.stderr
     assert "config.json" in done.stderr
     assert "tokenizer.json" in done.stderr
     assert pqcli_command("decode", "hf.pq.safetensors").returncode == 0
