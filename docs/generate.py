@@ -16,6 +16,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from typer.main import get_command
 
@@ -30,16 +31,28 @@ PACKAGE = REPOSITORY / "pqcli"
 COMMAND_LINE = get_command(app)
 
 
+def flat(group: Any, before: str = "") -> dict[str, Any]:
+    """The commands by what is typed: those of a group have its name before their own."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        typed = f"{before}{name}"
+        found |= flat(command, f"{typed} ") if hasattr(command, "commands") else {typed: command}
+    return found
+
+
+COMMANDS = flat(COMMAND_LINE)
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
 def commands() -> str:
     """A section for every command: what it does, examples, its arguments and options."""
-    return "\n\n".join(_command(name) for name in COMMAND_LINE.commands)
+    return "\n\n".join(_command(name) for name in COMMANDS)
 
 
 def _command(name: str) -> str:
-    command = COMMAND_LINE.commands[name]
+    command = COMMANDS[name]
     with command.make_context(name, [], resilient_parsing=True) as context:
         panels: dict[str, list[str]] = {}
         for parameter in command.params:

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from pqcli.container.reader import Container
     from pqcli.container.reader import open_container as open  # noqa: A004 - `pqcli.open(file)` reads best
     from pqcli.core.pq.pq import PQ
+    from pqcli.jobs.calibrate import calibrate
+    from pqcli.jobs.compare import compare
     from pqcli.jobs.compress import compress, save
     from pqcli.jobs.decode import decode, load
     from pqcli.jobs.preview import preview
     from pqcli.jobs.report import report
     from pqcli.jobs.verify import verify
+    from pqcli.limits import Limits
     from pqcli.recipe.recipe import Recipe, Rule
     from pqcli.reports.figures import Report
     from pqcli.stats.collecting import collect
@@ -35,11 +38,14 @@ if TYPE_CHECKING:
 _LAZY = {
     "PQ": ("pqcli.core.pq.pq", "PQ"),
     "Container": ("pqcli.container.reader", "Container"),
+    "Limits": ("pqcli.limits", "Limits"),
     "Recipe": ("pqcli.recipe.recipe", "Recipe"),
     "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
     "Statistics": ("pqcli.stats.moments", "Statistics"),
+    "calibrate": ("pqcli.jobs.calibrate", "calibrate"),
     "collect": ("pqcli.stats.collecting", "collect"),
+    "compare": ("pqcli.jobs.compare", "compare"),
     "compress": ("pqcli.jobs.compress", "compress"),
     "decode": ("pqcli.jobs.decode", "decode"),
     "load": ("pqcli.jobs.decode", "load"),
@@ -51,8 +57,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "PQ", "Container", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__", "collect", "compress",
-    "decode", "load", "open", "preview", "report", "save", "verify",
+    "PQ", "Container", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__", "calibrate",
+    "collect", "compare", "compress", "decode", "load", "open", "preview", "report", "save", "verify",
 ]  # fmt: skip
 
 

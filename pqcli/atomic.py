@@ -100,6 +100,14 @@ def check_target(target: Path, *, force: bool) -> None:
         raise OutputError(f"'{target}' exists already; use --force to replace it, or -o to write elsewhere")
 
 
+def check_output(target: Path, *inputs: Path, force: bool) -> None:
+    """Raise `OutputError` where `target` is one of the inputs, or as `check_target` does."""
+    with output_errors(target):
+        if any(_is_same(target, source) for source in inputs):
+            raise OutputError(f"'{target}' is the input itself; use -o to write elsewhere")
+    check_target(target, force=force)
+
+
 def final_path(target: Path) -> Path:
     """Where `target` really lies, symbolic links followed."""
     with output_errors(target):
@@ -152,6 +160,13 @@ def output_errors(target: Path) -> Iterator[None]:
         raise OutputError("cannot write a file whose name contains a null byte") from error
 
 
+def _is_same(target: Path, source: Path) -> bool:
+    try:
+        return os.path.samestat(target.stat(), source.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def _take_over_mode(real: Path, descriptor: int) -> None:
     """Give a file the permissions, and as root the owner, of the one that it will replace."""
     with contextlib.suppress(OSError):  # there is none, or the file system knows neither
@@ -199,15 +214,17 @@ class _Remembering(io.BufferedRandom):
 def _last_written(written: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """The writes that no later one reaches into, by place: what is written over, such as a zip's headers, is left."""
     kept: list[tuple[int, int, int]] = []
-    for piece in reversed(written):
-        start, n_bytes, _ = piece
+    starts: list[int] = []
+    ends: list[int] = []  # what later writes cover, in pieces that do not touch
+    for start, n_bytes, expected in reversed(written):
         if not n_bytes:
             continue
-        place = bisect.bisect(kept, piece)
-        before_ends = place == 0 or kept[place - 1][0] + kept[place - 1][1] <= start
-        if before_ends and (place == len(kept) or start + n_bytes <= kept[place][0]):
-            kept.insert(place, piece)
-    return kept
+        stop = start + n_bytes
+        near = slice(bisect.bisect_left(ends, start), bisect.bisect_right(starts, stop))
+        if all(ends[i] == start or starts[i] == stop for i in range(near.start, near.stop)):
+            kept.append((start, n_bytes, expected))
+        starts[near], ends[near] = [min([start, *starts[near]])], [max([stop, *ends[near]])]
+    return sorted(kept)
 
 
 # -- temporary files ---------------------------------------------------------------------------------------------------
@@ -220,13 +237,13 @@ _CHANGING = threading.Lock()
 
 
 @contextlib.contextmanager
-def temporary_beside(real: Path, *, is_folder: bool = False) -> Iterator[tuple[Path, int]]:
+def temporary_beside(real: Path, *, is_folder: bool = False, suffix: str = "") -> Iterator[tuple[Path, int]]:
     """A new file (or folder) beside `real`, locked, and its descriptor; gone after the block unless `move` took it.
 
-    What dead processes left of the same target is removed first.
+    What dead processes left of the same target is removed first. The name ends in `suffix`, a dot and letters.
     """
     _remove_stale(real)
-    path, descriptor = _made_beside(real, is_folder=is_folder)
+    path, descriptor = _made_beside(real, is_folder=is_folder, suffix=suffix)
     try:
         yield path, descriptor
     finally:
@@ -280,9 +297,9 @@ def lock(descriptor: int) -> bool | None:
     return True
 
 
-def _made_beside(real: Path, *, is_folder: bool) -> tuple[Path, int]:
+def _made_beside(real: Path, *, is_folder: bool, suffix: str) -> tuple[Path, int]:
     while True:
-        path = real.with_name(f"{_prefix(real)}{secrets.token_hex(8)}.pqcli")
+        path = real.with_name(f"{_prefix(real)}{secrets.token_hex(8)}.pqcli{suffix}")
         with _CHANGING:
             _LIVE.add(path)
             try:
@@ -311,7 +328,7 @@ def _prefix(real: Path) -> str:
 
 def _remove_stale(real: Path) -> None:
     """Remove the temporary files of this target whose processes are dead."""
-    is_ours = re.compile(re.escape(_prefix(real)) + r"[0-9a-f]{16}\.pqcli").fullmatch
+    is_ours = re.compile(re.escape(_prefix(real)) + r"[0-9a-f]{16}\.pqcli(\.[a-z]+)?").fullmatch
     with contextlib.suppress(OSError):
         for name in filter(is_ours, os.listdir(real.parent)):  # noqa: PTH208 - names alone, of any number of files
             with contextlib.suppress(OSError):

@@ -41,6 +41,10 @@ class DamagedError(ContainerError):
     """A `.pq.safetensors` file that cannot be what pqcli wrote: damaged, or made by someone else."""
 
 
+class BaseError(ContainerError):
+    """A `.pq.safetensors` file whose base, to which it holds differences, is missing or another one."""
+
+
 class StatsError(PQError):
     """Statistics that are damaged, that do not fit the model, or that cannot be collected."""
 

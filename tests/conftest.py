@@ -1,10 +1,13 @@
 """Real checkpoints, a command line to call, and small things that many tests need."""
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +44,19 @@ def resnet20() -> Path:
     if not path.is_file():
         pytest.skip(f"{path} is not there; set PQCLI_KIT to a folder that holds models/resnet20.th")
     return path
+
+
+@contextlib.contextmanager
+def file_size_limit(n_bytes: int) -> Iterator[None]:
+    """Within the block this process may write no file of more bytes: a disk that is full, as far as it can tell."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 class CommandLine:

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from pqcli.checkpoint.limits import Budget, Limits
+from pqcli.checkpoint.asked import Asked
+from pqcli.checkpoint.limits import Budget
 from pqcli.checkpoint.stamps import Stamp
 from pqcli.errors import CheckpointError
+from pqcli.limits import Limits, hint
 from pqcli.tensors.info import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 8 << 20
 _MAX_RANK = 64  # what torch itself can hold
-_MAX_GROWTH = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Strided:
         return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
 
 
-def check_fits(view: Strided, file_bytes: int) -> None:
+def check_fits(view: Strided, file_bytes: int, limits: Limits) -> None:
     """Raise `CheckpointError` unless torch can hold the tensor and its bytes are in its region.
 
     The bare fact only; the caller adds the tensor's name. Guards the allocation too: an expanded tensor (stride 0)
@@ -100,19 +101,23 @@ def check_fits(view: Strided, file_bytes: int) -> None:
             f"shape {_shape(view)} of {view.dtype} needs {needed:,} bytes, its storage has {view.region.n_bytes:,}; "
             "the file is damaged"
         )
-    if view.numel * item > max(file_bytes, _MAX_GROWTH):
+    if view.numel * item > max(file_bytes, limits.view_bytes):
         raise CheckpointError(
             f"shape {_shape(view)} of {view.dtype} expands to {view.numel * item:,} bytes, "
-            f"more than the whole file ({file_bytes:,}); refused as a decompression bomb"
+            f"more than the whole file ({file_bytes:,}), as a decompression bomb would; {hint('view_bytes')}"
         )
 
 
 class ByteSource:
-    """One open file, read by position. `path` is what messages name; `budget` is what understanding it may cost."""
+    """One open file, read by position.
 
-    def __init__(self, path: Path, limits: Limits | None = None) -> None:
+    `path` is what messages name, `asked` how it is to be understood, `budget` what that may still cost.
+    """
+
+    def __init__(self, path: Path, asked: Asked | None = None) -> None:
         self.path = path
-        self.budget = Budget(limits or Limits())
+        self.asked = asked or Asked()
+        self.budget = Budget(self.asked.limits)
         self._descriptor: int | None = None
         with reading(path):
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -252,6 +257,7 @@ class Window:
                 f"'{source.path}' has {source.n_bytes:,} bytes where {start + n_bytes:,} are needed; it is truncated"
             )
         self.path = source.path
+        self.asked = source.asked
         self.budget = source.budget
         self.n_bytes = n_bytes
         self._source = source

@@ -34,14 +34,13 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pqcli.checkpoint.limits import Limits
+    from pqcli.checkpoint.asked import Asked
     from pqcli.checkpoint.opened import Layout
     from pqcli.checkpoint.stamps import Stamp
 
 METADATA = ".metadata"
 ENDING = ".distcp"
 _TORCH = "torch.distributed.checkpoint."
-_MAX_METADATA = 256 << 20
 _COMPARED = 512
 """Chunks of one tensor that are compared pair by pair; more must lie in one row."""
 
@@ -114,11 +113,11 @@ def is_distributed(names: Sequence[str]) -> bool:
     return any(name.endswith(ENDING) for name in names)
 
 
-def open_distributed(folder: Path, names: Sequence[str], side_files: Mapping[str, int], limits: Limits) -> Checkpoint:
+def open_distributed(folder: Path, names: Sequence[str], side_files: Mapping[str, int], asked: Asked) -> Checkpoint:
     """The checkpoint of a folder; where it is not understood `CheckpointError` says how torch converts it."""
     with ExitStack() as stack:
         try:
-            pieces, layout = _read(folder, names, limits, stack)
+            pieces, layout = _read(folder, names, asked, stack)
         except CheckpointError as error:
             raise CheckpointError(
                 f"'{folder}' is a torch distributed checkpoint that pqcli cannot read: {error}. torch converts it: "
@@ -127,21 +126,20 @@ def open_distributed(folder: Path, names: Sequence[str], side_files: Mapping[str
         stack.pop_all()
     note = Dropped("(the folder)", "a torch distributed checkpoint: comes back as one .pt")
     layout = replace(layout, dropped=(*layout.dropped, note))
-    return Checkpoint(folder, "pt", ((pieces, layout),), {"source": "pt", **layout.skeleton}, side_files)
+    return Checkpoint(folder, "pt", ((pieces, layout),), {"source": "pt", **layout.skeleton}, side_files, asked=asked)
 
 
-def _read(folder: Path, names: Sequence[str], limits: Limits, stack: ExitStack) -> tuple[Pieces, Layout]:
+def _read(folder: Path, names: Sequence[str], asked: Asked, stack: ExitStack) -> tuple[Pieces, Layout]:
     if not (folder / METADATA).is_file():
         raise CheckpointError("it has no .metadata; it was not saved to its end, or only a part of it is here")
-    metadata = ByteSource(folder / METADATA, limits)
+    metadata = ByteSource(folder / METADATA, asked)
     stack.callback(metadata.close)
-    if metadata.n_bytes > _MAX_METADATA:
-        raise CheckpointError(f"its .metadata has {metadata.n_bytes:,} bytes")
+    metadata.budget.length(metadata.n_bytes, "its .metadata")
     text = io.BytesIO(metadata.bytes_at(0, metadata.n_bytes))
     with _damage():
         told = _fields(load_value(PickleReader(metadata.budget), text), f"{_TORCH}metadata.Metadata")
         storage = _stored(told["storage_data"])
-        files = _open_files(folder, names, storage, limits, stack)
+        files = _open_files(folder, names, storage, asked, stack)
         value, views = _assemble(told, storage, files)
     regions = {name: Region(number, _n_bytes(view)) for number, (name, view) in enumerate(views.items())}
     layout = layout_of(value, lambda storage_ref: regions[storage_ref.key], metadata.budget)
@@ -209,7 +207,7 @@ def _stored(table: Any) -> _Storage:
 
 
 def _open_files(
-    folder: Path, names: Sequence[str], storage: _Storage, limits: Limits, stack: ExitStack
+    folder: Path, names: Sequence[str], storage: _Storage, asked: Asked, stack: ExitStack
 ) -> dict[str, ByteSource]:
     mentioned = sorted({place.file for place in storage.values()})
     for file in mentioned:
@@ -220,7 +218,7 @@ def _open_files(
             raise CheckpointError(f"its file {name} is mentioned nowhere in .metadata")
     files = {}
     for file in mentioned:
-        files[file] = ByteSource(folder / file, limits)
+        files[file] = ByteSource(folder / file, asked)
         stack.callback(files[file].close)
     return files
 
@@ -269,7 +267,7 @@ def _tensor(
             raise CheckpointError(f"a chunk of '{name}' is not the tensor of shape {list(size)} that it should be")
         (view,) = cast("Mapping[str, Strided]", layout.views).values()
         shifted = replace(view, region=replace(view.region, start=view.region.start + place.start))
-        check_fits(shifted, files[place.file].n_bytes)
+        check_fits(shifted, files[place.file].n_bytes, files[place.file].budget.limits)
         pieces.append(Piece(offsets, place.file, shifted))
     if len({piece.view.dtype for piece in pieces}) != 1 or any(view.conj or view.neg for view in _views(pieces)):
         raise CheckpointError(f"the {len(pieces)} chunks of '{name}' are not of one dtype")

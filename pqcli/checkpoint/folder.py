@@ -16,7 +16,7 @@ from typing import Any
 from pqcli.checkpoint import formats
 from pqcli.checkpoint.bytesource import reading
 from pqcli.checkpoint.limits import Budget, Limits
-from pqcli.checkpoint.sniff import HEAD_BYTES
+from pqcli.checkpoint.sniff import HEAD_BYTES, sniff
 from pqcli.errors import CheckpointError
 
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -35,25 +35,27 @@ _TRAINING_FILE = re.compile(
 )
 """What a trainer leaves beside the weights in the format of weights."""
 
-_OTHER_WEIGHTS = (
-    ".gguf",
-    ".ggml",
-    ".h5",
-    ".hdf5",
-    ".keras",
-    ".msgpack",
-    ".onnx",
-    ".npz",
-    ".nemo",
-    ".tflite",
-    ".distcp",
-)
-"""Endings of weights that pqcli does not read: where one of them is, a lone other file may not be all that is meant."""
+_EXPORT = "export the weights with its own library first (for instance with transformers' save_pretrained)"
+_OTHER_WEIGHTS = {
+    ".gguf": f"a GGUF model; {_EXPORT}",
+    ".ggml": f"a GGML model; {_EXPORT}",
+    ".h5": "Keras weights; load them with from_tf=True in transformers and save them as .safetensors",
+    ".hdf5": "Keras weights; load them with Keras and save them as .safetensors",
+    ".keras": "a Keras model; load it with Keras and save its weights as .safetensors",
+    ".msgpack": "Flax weights; load them with from_flax=True in transformers and save them as .safetensors",
+    ".onnx": f"an ONNX model; {_EXPORT}",
+    ".npz": "a numpy archive; save its arrays as a dict of tensors with torch.save or safetensors first",
+    ".nemo": "a NeMo archive, which is a tar; unpack it first",
+    ".tflite": f"a TensorFlow Lite model; {_EXPORT}",
+    ".distcp": "a part of a torch distributed checkpoint",
+    "saved_model.pb": "a TensorFlow SavedModel; load it with TensorFlow and save its weights as .safetensors",
+}
+"""Endings of weights that pqcli does not read, and what to do. Where one is, a lone other file may not be meant."""
 
 _KNOWN_FOLDERS = (
     (
         re.compile(r"zero_to_fp32\.py|(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt"),
-        "a DeepSpeed checkpoint, whose weights are in parts; python {folder}/zero_to_fp32.py {folder} out joins them",
+        "a DeepSpeed checkpoint, whose weights are in parts; {script} out joins them",
     ),
     (
         re.compile(r"mp_rank_\d+_model_states\.pt|layer_\d+-model_\d+-model_states\.pt"),
@@ -66,7 +68,6 @@ _KNOWN_FOLDERS = (
 )
 """Folders of training frameworks, told by a file in them."""
 _INDEX_ENDINGS = (".safetensors.index.json", ".bin.index.json")
-_MAX_INDEX = 256 << 20
 _SHOWN = 5
 _MAX_SUBFOLDERS = 200
 _MAX_FILES = 20_000
@@ -177,13 +178,17 @@ def _single(folder: Path, names: list[str]) -> str:
         if name in names:
             return name
     explain_folder(folder, names)
-    found = [name for name in names if not _TRAINING_FILE.fullmatch(name) and _is_checkpoint(folder / name)]
+    others = [name for name in names if name.lower().endswith(tuple(_OTHER_WEIGHTS))]
+    found = [
+        name
+        for name in names
+        if name not in others and not _TRAINING_FILE.fullmatch(name) and _is_checkpoint(folder / name)
+    ]
     if len(found) > 1:
         shown = ", ".join(found[:_SHOWN]) + (" ..." if len(found) > _SHOWN else "")
         raise CheckpointError(
             f"'{folder}' holds {len(found)} checkpoints and no index ({shown}); name one of the files"
         )
-    others = [name for name in names if name.lower().endswith(_OTHER_WEIGHTS)]
     if found and others:
         raise CheckpointError(
             f"'{folder}' holds {found[0]} and {others[0]}, which pqcli does not read; name {found[0]} itself if that "
@@ -192,6 +197,12 @@ def _single(folder: Path, names: list[str]) -> str:
     if found:
         return found[0]
     _explain_subfolders(folder)
+    if others:
+        what = next(what for ending, what in _OTHER_WEIGHTS.items() if others[0].lower().endswith(ending))
+        raise CheckpointError(f"'{folder}' holds no weights that pqcli reads; its {others[0]} is {what}")
+    for name in names:
+        if name.endswith(formats.all_suffixes()):
+            sniff(folder / name)  # which says what it is instead: a pointer to the weights, a web page
     raise CheckpointError(
         f"'{folder}' is a folder without weights: no model.safetensors, no pytorch_model.bin, no index, "
         "and no other checkpoint file in it"
@@ -203,7 +214,15 @@ def explain_folder(folder: Path, names: list[str]) -> None:
     for pattern, message in _KNOWN_FOLDERS:
         found = next((name for name in names if pattern.fullmatch(name)), None)
         if found is not None:
-            raise CheckpointError(f"'{folder}' is {message.format(folder=folder)} (it holds {found})")
+            raise CheckpointError(f"'{folder}' is {message.format(script=_joining(folder))} (it holds {found})")
+
+
+def _joining(folder: Path) -> str:
+    """How the parts of a DeepSpeed checkpoint are joined: by the script that it left, there or in the folder above."""
+    for place in (folder, folder.absolute().parent):
+        if (place / "zero_to_fp32.py").is_file():
+            return f"python {place}/zero_to_fp32.py {place}"
+    return f"python -m deepspeed.utils.zero_to_fp32 {folder.absolute().parent}"
 
 
 def _explain_subfolders(folder: Path) -> None:
@@ -236,11 +255,13 @@ def _is_checkpoint(path: Path) -> bool:
 def _read_index(folder: Path, name: str, limits: Limits) -> Index:
     path = folder / name
     with reading(path):
-        if path.stat().st_size > _MAX_INDEX:
-            raise CheckpointError(f"'{path}' has {path.stat().st_size:,} bytes; that is no shard index")
-        text = path.read_bytes()
+        n_bytes = path.stat().st_size
+    budget = Budget(limits)
     try:
-        index = Budget(limits).json(text)
+        budget.length(n_bytes, "it")
+        with reading(path):
+            text = path.read_bytes()
+        index = budget.json(text)
         weight_map = index["weight_map"]
         places = list(weight_map.items())
         metadata = index.get("metadata")

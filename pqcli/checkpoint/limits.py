@@ -1,8 +1,7 @@
-"""How much a stranger's header may cost: budgets that are checked before each step, not after it.
+"""`Budget`: what reading the structure of one checkpoint may still cost, checked before each step and not after it.
 
-A small file can describe a very large structure: a pickle that doubles what it remembers, nested JSON, a text that
-a million entries refer to. Every reader spends from a `Budget` as it goes on; what hits a limit is refused with the
-limit's number and name, so that who trusts the file can raise it: `checkpoint.open(path, limits=Limits(...))`.
+Every reader spends from a `Budget` as it goes on; what hits a limit is refused with the limit's number and name
+(`pqcli.limits`).
 """
 
 from __future__ import annotations
@@ -10,29 +9,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from pqcli.errors import CheckpointError
+from pqcli.limits import Limits, hint
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What the header of one file may cost.
-
-    `n_operations` of a pickle (20 million: about a million tensors); `n_entries` of the structure after everything
-    that occurs several times is written out, and of them `expansion` for every operation of the pickle (a few hundred
-    thousand are free); `depth` of its nesting; `n_bytes` of text and binary data outside tensors, written out
-    likewise; `seconds` for understanding the header.
-    """
-
-    n_operations: int = 20_000_000
-    n_entries: int = 2_000_000
-    expansion: int = 20
-    depth: int = 100
-    n_bytes: int = 256 << 20
-    seconds: float = 60.0
-
+__all__ = ["Budget", "Limits"]
 
 _FREE_ENTRIES = 200_000
 _TICKS = 1 << 12
@@ -83,6 +65,11 @@ class Budget:
                 "n_bytes",
             )
 
+    def length(self, n_bytes: int, what: str) -> None:
+        """A part of the header that is read whole, and that many bytes long; `what` it is."""
+        if n_bytes > self.limits.n_bytes:
+            raise _exceeded(f"{what} has {n_bytes:,} bytes, more than {self.limits.n_bytes:,}", "n_bytes")
+
     def level(self, depth: int) -> None:
         """An entry at this depth."""
         if depth > self.limits.depth:
@@ -105,4 +92,4 @@ class Budget:
 
 
 def _exceeded(fact: str, name: str) -> CheckpointError:
-    return CheckpointError(f"{fact}; refused (where you trust the file, raise {name} of checkpoint.Limits)")
+    return CheckpointError(f"{fact}; {hint(name)}")

@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pqcli.checkpoint.asked import Asked
 from pqcli.checkpoint.bytesource import ByteSource, Strided, check_fits
 from pqcli.checkpoint.overlaps import overlapping
 from pqcli.checkpoint.pt.rebuilding import without
@@ -97,6 +98,7 @@ class Checkpoint:
         skeleton: Json,
         side_sizes: Mapping[str, int] | None = None,
         more_stamps: tuple[Stamp, ...] = (),
+        asked: Asked | None = None,
     ) -> None:
         self.path = path
         self.format = format
@@ -110,7 +112,7 @@ class Checkpoint:
             *more_stamps,
         )
         self._parts = parts
-        self._is_model_only = False
+        self._asked = asked or Asked()
         self._owns_files = True
         self._closed = False
         self._sources = [source for source, _ in parts]
@@ -178,9 +180,9 @@ class Checkpoint:
             ]
         else:
             skeleton |= parts[0][1].skeleton
-        model = Checkpoint(self.path, self.format, parts, skeleton, self.side_sizes)
+        asked = replace(self._asked, model_only=True)
+        model = Checkpoint(self.path, self.format, parts, skeleton, self.side_sizes, asked=asked)
         model.stamps = self.stamps
-        model._is_model_only = True
         model._owns_files = self._owns_files
         if not model.tensors:
             raise CheckpointError(f"'{self.path}' holds training state only, no tensor of a model")
@@ -195,8 +197,8 @@ class Checkpoint:
         vars(twin).update(vars(self), _owns_files=False)
         return twin
 
-    def __reduce__(self) -> tuple[Callable[..., Checkpoint], tuple[str, tuple[Stamp, ...], bool]]:
-        return reopened, (str(self.path.absolute()), self.stamps, self._is_model_only)
+    def __reduce__(self) -> tuple[Callable[..., Checkpoint], tuple[str, tuple[Stamp, ...], Asked]]:
+        return reopened, (str(self.path.absolute()), self.stamps, self._asked)
 
     def close(self) -> None:
         """Close the files; may be called twice."""
@@ -259,6 +261,6 @@ def check_layout(layout: Layout, source: ByteSource) -> None:
     for name, view in layout.views.items():
         try:
             if isinstance(view, Strided):
-                check_fits(view, source.n_bytes)
+                check_fits(view, source.n_bytes, source.budget.limits)
         except CheckpointError as error:
             raise CheckpointError(f"tensor '{name}' of '{source.path}': {error}") from error

@@ -16,6 +16,7 @@ from pqcli.checkpoint.stamps import Stamp
 from pqcli.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from pqcli.checkpoint.asked import Asked
     from pqcli.checkpoint.opened import Checkpoint
 
 _KEPT_OPEN = 8
@@ -28,25 +29,25 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp(str(path.absolute()), status.st_size, status.st_mtime_ns)
 
 
-def reopened(path: str, stamps: tuple[Stamp, ...], model_only: bool) -> Checkpoint:
+def reopened(path: str, stamps: tuple[Stamp, ...], asked: Asked) -> Checkpoint:
     """The checkpoint at `path`; closing it leaves it to the other jobs of this process.
 
     Raises `CheckpointError`, naming the file, where one has changed since `stamps` were taken.
     """
     for stamp in stamps:
         _check(stamp, stamp_of(Path(stamp.path)))
-    return _opened_once(path, stamps, model_only).shared()
+    return _opened_once(path, stamps, asked).shared()
 
 
 @functools.lru_cache(maxsize=_KEPT_OPEN)
-def _opened_once(path: str, stamps: tuple[Stamp, ...], model_only: bool) -> Checkpoint:
+def _opened_once(path: str, stamps: tuple[Stamp, ...], asked: Asked) -> Checkpoint:
     from pqcli.checkpoint.opening import open_checkpoint  # which needs `opened`, which needs this module
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, limits=asked.limits, from_module=asked.from_module)
     found = {stamp.path: stamp for stamp in checkpoint.stamps}
     for stamp in stamps:
         _check(stamp, found.get(stamp.path))
-    return checkpoint.model_only() if model_only else checkpoint
+    return checkpoint.model_only() if asked.model_only else checkpoint
 
 
 def _check(then: Stamp, now: Stamp | None) -> None:

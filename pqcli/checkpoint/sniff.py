@@ -38,6 +38,10 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
 )
 
 
+_ONNX = re.compile(rb"\x08[\x01-\x20]\x12[\x01-\x40]")
+"""The version of its format and the length of its producer's name: how a model in ONNX's protocol buffers begins."""
+
+
 def sniff(path: Path) -> str:
     """The name of the format of the file at `path`, "folder" for a folder.
 
@@ -77,7 +81,7 @@ def _foreign(head: bytes, n_bytes: int) -> str:
         return text
     if head.startswith(b"PK"):
         return "a damaged zip archive; fetch it again"
-    if b"onnx" in head[:64] or b"pytorch" in head[:64]:
+    if b"onnx" in head[:64] or b"pytorch" in head[:64] or _ONNX.match(head):
         return f"an ONNX model; {_EXPORT}"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return (

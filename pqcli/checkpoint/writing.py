@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from pqcli.atomic import Check
     from pqcli.checkpoint.pt.tree import Json
+    from pqcli.limits import Limits
     from pqcli.tensors.info import TensorInfo
 
     Read = Callable[[str], torch.Tensor]
@@ -51,6 +52,7 @@ def write(
     format: str,  # noqa: A002 - the word of the interface
     force: bool = False,
     verify: bool = False,
+    limits: Limits | None = None,
 ) -> int:
     """Write the checkpoint and return its size in bytes.
 
@@ -62,15 +64,15 @@ def write(
     folder, else writes `model.safetensors`.
 
     With `verify`, each file is read again before it is put in place: its bytes must be those that were written, and it
-    must open as a checkpoint of these shapes and dtypes.
+    must open, within `limits`, as a checkpoint of these shapes and dtypes.
 
     Raises `OutputError` where the target or the format will not take it, `ContainerError` where the skeleton does not
     fit the tensors.
     """
     if format == formats.FOLDER:
-        return _write_folder(target, _folder_jobs(tensors, read, skeleton), force=force, verify=verify)
+        return _write_folder(target, _folder_jobs(tensors, read, skeleton, limits), limits, force=force, verify=verify)
     check_target(target, force=force)
-    job = _file_job(target.name, format, tensors, read, _own_skeleton(skeleton, format))
+    job = _file_job(target.name, format, tensors, read, _own_skeleton(skeleton, format), limits)
     return _write_job(target, job, force=force, verify=verify)
 
 
@@ -89,18 +91,25 @@ def _own_skeleton(skeleton: Json, format_: str) -> dict[str, Json]:
         return dict(skeleton) if skeleton and skeleton["source"] == format_ else {}
 
 
-def _file_job(name: str, format_: str, tensors: Sequence[TensorInfo], read: Read, skeleton: dict[str, Json]) -> _Job:
+def _file_job(
+    name: str,
+    format_: str,
+    tensors: Sequence[TensorInfo],
+    read: Read,
+    skeleton: dict[str, Json],
+    limits: Limits | None,
+) -> _Job:
     _check_aliases(tensors)
     row = formats.named(format_)
     with _trusting_nothing():
-        return _Job(name, row.prepare(tensors, read, skeleton), lambda path: _check_tensors(path, tensors))
+        return _Job(name, row.prepare(tensors, read, skeleton), lambda path: _check_tensors(path, tensors, limits))
 
 
-def _check_tensors(path: Path, tensors: Sequence[TensorInfo]) -> None:
+def _check_tensors(path: Path, tensors: Sequence[TensorInfo], limits: Limits | None) -> None:
     """Raise an error unless the file at `path` opens and has tensors of these shapes and dtypes."""
     if not tensors:
         return  # nothing to open
-    with open_checkpoint(path) as written:
+    with open_checkpoint(path, limits=limits) as written:
         found = Counter((info.shape, info.dtype) for info in written.tensors)
     expected = Counter((info.shape, info.dtype) for info in tensors)
     if found != expected:
@@ -132,11 +141,11 @@ def _trusting_nothing() -> Any:
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-def _folder_jobs(tensors: Sequence[TensorInfo], read: Read, skeleton: Json) -> list[_Job]:
+def _folder_jobs(tensors: Sequence[TensorInfo], read: Read, skeleton: Json, limits: Limits | None) -> list[_Job]:
     """The files of the folder, the index last."""
     own = _own_skeleton(skeleton, formats.FOLDER)
     if not own:
-        return [_file_job("model.safetensors", "safetensors", tensors, read, {})]
+        return [_file_job("model.safetensors", "safetensors", tensors, read, {}, limits)]
     jobs: list[_Job] = []
     weight_map: dict[str, str] = {}
     with _trusting_nothing():
@@ -146,7 +155,7 @@ def _folder_jobs(tensors: Sequence[TensorInfo], read: Read, skeleton: Json) -> l
                 raise ValueError(f"shard name {ascii(shard['file'])[:80]}")
             part, waiting = waiting[: int(shard["n"])], waiting[int(shard["n"]) :]
             weight_map.update((info.name, shard["file"]) for info in part)
-            jobs.append(_file_job(shard["file"], shard["format"], part, read, shard))
+            jobs.append(_file_job(shard["file"], shard["format"], part, read, shard, limits))
         if waiting:
             raise ValueError(f"{len(waiting)} tensors belong to no shard")
         if "index" in own:
@@ -166,14 +175,14 @@ def _index_job(index: Json, weight_map: dict[str, str], tensors: Sequence[Tensor
     return _Job(index["file"], lambda file: file.write(text), lambda _path: None)
 
 
-def _write_folder(target: Path, jobs: list[_Job], *, force: bool, verify: bool) -> int:
+def _write_folder(target: Path, jobs: list[_Job], limits: Limits | None, *, force: bool, verify: bool) -> int:
     with output_errors(target):
         exists = target.exists() or target.is_symlink()
         if exists and not target.is_dir():
             raise OutputError(f"cannot write the folder '{target}': a file of that name exists")
         present = {entry.name for entry in target.iterdir()} if exists else set()
     if not present:
-        return _write_new_folder(target, jobs, verify=verify)
+        return _write_new_folder(target, jobs, limits, verify=verify)
     if not force:
         raise OutputError(f"'{target}' exists already and is not empty; use --force to write into it, or -o elsewhere")
     stale = sorted(name for name in present if is_weights_name(name) and name not in {job.name for job in jobs})
@@ -185,22 +194,17 @@ def _write_folder(target: Path, jobs: list[_Job], *, force: bool, verify: bool) 
     return sum(_write_job(target / job.name, job, force=True, verify=verify) for job in jobs)
 
 
-def _write_new_folder(target: Path, jobs: list[_Job], *, verify: bool) -> int:
+def _write_new_folder(target: Path, jobs: list[_Job], limits: Limits | None, *, verify: bool) -> int:
     """Fill a folder beside the target, then move it into place."""
     real = final_path(target)
     with output_errors(target):
         with temporary_beside(real, is_folder=True) as (temporary, _):
             n_bytes = sum(_write_job(temporary / job.name, job, force=False, verify=verify) for job in jobs)
             if verify and len(jobs) > 1:
-                run_check(_check_folder, temporary, target)
+                run_check(lambda folder: open_checkpoint(folder, limits=limits).close(), temporary, target)
             move(temporary, real)  # an empty folder in its place is replaced too
         sync_folder(target, real.parent)
     return n_bytes
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise an error unless the shards and their index fit each other."""
-    open_checkpoint(folder).close()
 
 
 def _write_job(path: Path, job: _Job, *, force: bool, verify: bool) -> int:

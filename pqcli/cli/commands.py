@@ -6,15 +6,19 @@ errors in arguments, inputs and outputs come at once. Every failure leaves throu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pqcli.atomic import check_target
+from pqcli.atomic import check_output
+from pqcli.cli import statistics
 from pqcli.cli.options import (
+    NETWORK,
     Against,
+    Base,
     Command,
     Config,
     Device,
@@ -24,16 +28,25 @@ from pqcli.cli.options import (
     Force,
     Format,
     Json,
+    Length,
+    Limit,
+    MoreTexts,
     NoVerify,
+    OfBase,
     Output,
     Quiet,
     Source,
+    Split,
+    Split_,
+    Texts,
+    examples,
     flag,
     takes_recipe,
 )
 from pqcli.cli.running import run
-from pqcli.container.peek import check_container
-from pqcli.errors import CheckFailedError
+from pqcli.container.peek import check_container, is_container
+from pqcli.errors import CheckFailedError, UsageError
+from pqcli.limits import limits_of
 from pqcli.version import __version__
 
 if TYPE_CHECKING:
@@ -49,11 +62,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def examples(*lines: str) -> str:
-    """The end of a command's help: calls for its common jobs, a line each."""
-    return "\n".join(f"Example: {line}" for line in lines)
 
 
 @app.callback(invoke_without_command=False)
@@ -72,6 +80,7 @@ def _root(
         "pqcli compress model.pt --target-size 6MB --codec trellis",
         "pqcli compress model.pt --config transformer --dry-run",
         "pqcli compress model.pt --quality balanced --exclude 'lm_head*'",
+        "pqcli compress tuned.pt --base model.pt --codec trellis",
     ),
 )
 @takes_recipe
@@ -80,10 +89,12 @@ def compress(
     output: Output = None,
     *,
     config: Config = None,
+    base: Base = None,
     dry_run: DryRun = False,
     device: Device = "auto",
     force: Force = False,
     no_verify: NoVerify = False,
+    limit: Limit = None,
     json: Json = False,
     quiet: Quiet = False,
     **settings: Any,
@@ -92,12 +103,15 @@ def compress(
 
     def work(console: Console) -> None:
         recipe = _recipe(console, config, settings, device)
+        limits = limits_of(limit or ())
         _check_source(src)
-        _check_output(output, src, force=force)
+        _check_bases(base)
+        if output:
+            check_output(output, src, *(base or ()), force=force)
         if dry_run:
             from pqcli.jobs import preview
 
-            found = preview.preview(src, output, recipe)
+            found = preview.preview(src, output, recipe, base=base or (), limits=limits)
             preview.check_possible(found, device, force=force)
             console.plan(found)
             return
@@ -105,9 +119,19 @@ def compress(
 
         with console.progress(src.name) as hook:
             report = compress.compress(
-                src, output, recipe, device=device, force=force, verify=not no_verify, progress=hook
+                src,
+                output,
+                recipe,
+                device=device,
+                force=force,
+                verify=not no_verify,
+                base=base or (),
+                progress=hook,
+                limits=limits,
             )
         console.summary(report)
+        if recipe.whole_codec and not recipe.stats:
+            console.note(_what_statistics_are_for(src))
 
     run(work, json=json, quiet=quiet)
 
@@ -125,29 +149,38 @@ def plan(
     src: Source,
     *,
     config: Config = None,
+    base: Base = None,
     explain: Annotated[
         bool,
         flag("--explain", help="Show how --codec auto decides: candidates, bits, error, cost (reads the weights)."),
     ] = False,
+    limit: Limit = None,
     json: Json = False,
     **settings: Any,
 ) -> None:
     """Show what compress would do to each tensor, why, and the size it would give; write nothing."""
 
     def work(console: Console) -> None:
-        recipe = _recipe(console, config, settings)
+        recipe, limits = _recipe(console, config, settings), limits_of(limit or ())
         _check_source(src)
+        _check_bases(base)
         from pqcli.jobs import preview
 
         if explain:
-            console.choices(preview.explain(src, recipe))
+            console.choices(preview.explain(src, recipe, base=base or (), limits=limits))
         else:
-            console.plan(preview.preview(src, None, recipe))
+            console.plan(preview.preview(src, None, recipe, base=base or (), limits=limits))
 
     run(work, json=json)
 
 
-@app.command(cls=Command, epilog=examples("pqcli decode model.pq.safetensors -o model.safetensors"))
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "pqcli decode model.pq.safetensors -o model.safetensors",
+        "pqcli decode tuned.pq.safetensors --base model.pt",
+    ),
+)
 def decode(
     file: File,
     output: Annotated[
@@ -162,20 +195,31 @@ def decode(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Convert floating tensors; without it, they are as in the source.")
     ] = None,
+    base: OfBase = None,
     force: Force = False,
     no_verify: NoVerify = False,
+    limit: Limit = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
+        _check_bases(base)
         from pqcli.jobs import decode
 
         with console.progress(file.name) as hook:
             target = decode.decode(
-                file, output, dtype=dtype.value if dtype else None, force=force, verify=not no_verify, progress=hook
+                file,
+                output,
+                dtype=dtype.value if dtype else None,
+                force=force,
+                verify=not no_verify,
+                base=base or (),
+                progress=hook,
+                limits=limits,
             )
         if json:
             console.json({"input": str(file), "output": str(target), "output_bytes": _size(target)})
@@ -185,10 +229,25 @@ def decode(
     run(work, json=json, quiet=quiet)
 
 
-@app.command(cls=Command, epilog=examples("pqcli report model.pq.safetensors --sort relative_mse"))
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "pqcli report model.pq.safetensors --sort relative_mse",
+        "pqcli report model.pq.safetensors --model ./my-model --text held-out.txt --by-layer",
+    ),
+)
 def report(
     file: File,
+    more: MoreTexts = None,
+    *,
     against: Against = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --against: what errors do to outputs, predicted from these statistics."
+        ),
+    ] = None,
+    base: OfBase = None,
     format_: Annotated[Format, typer.Option("--format", help="Form of the report.")] = Format.table,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="PATH", help="Write to this file; without it, to stdout.")
@@ -202,36 +261,71 @@ def report(
             help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.", metavar="KEY=X"
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            rich_help_panel=NETWORK,
+            help="The original's Hugging Face folder: run both networks, and say how far the outputs are.",
+        ),
+    ] = None,
+    text: Texts = None,
+    by_layer: Annotated[
+        bool, flag("--by-layer", help="Compare the outputs of every layer, too.", panel=NETWORK)
+    ] = False,
+    split: Split_ = Split.auto,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", rich_help_panel=NETWORK, help="Examples, drawn at random; without it, 32 windows or 512 lines."
+        ),
+    ] = None,
+    length: Length = None,
     force: Force = False,
+    limit: Limit = None,
     json: Annotated[bool, flag("--json", help="Same as --format json.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show the reconstruction error and the size, layer by layer."""
+    """Show the reconstruction error and the size, layer by layer; with --model, how far the whole network is."""
     chosen = Format.json if json else format_
+    texts = [*(text or []), *(more or [])]
 
     def work(console: Console) -> None:
         from pqcli.reports import checks
 
+        _check_comparison(model, texts, chosen, by_layer=by_layer)
         if sort:
             checks.check_sortable(sort)
         for text in fail_above or []:
             checks.check_condition(text)
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         if against:
             _check_source(against)
-        _check_output(output, file, force=force)
+        _check_bases(base)
+        if output:
+            check_output(output, file, *filter(None, [against]), *(base or ()), force=force)
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
-            found = report.report(file, against, progress=hook)
+            found = report.report(file, against, base=base or (), stats=stats, progress=hook, limits=limits)
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
+        network = None
+        if model:
+            from pqcli.jobs import calibrate, compare
+
+            with console.progress(file.name) as hook:
+                network = compare.compare_folder(
+                    model, file, texts, calibrate.Sampling(split.value, samples, length),
+                    by_layer=by_layer, base=base or (), progress=hook,
+                )  # fmt: skip
         if output:
-            report.write_text(output, console.rendered(found, chosen.value), force=force)
+            report.write_text(output, console.rendered(found, chosen.value, network), force=force)
             console.note(f"wrote {output}")
         else:
-            console.report(found, chosen.value)
+            console.report(found, chosen.value, network)
         if failures:
             raise CheckFailedError("\n".join(failures))
 
@@ -242,15 +336,17 @@ def report(
 def inspect(
     file: File,
     tensor: Annotated[list[str] | None, typer.Option(help="Only this tensor; repeatable.", metavar="NAME")] = None,
+    limit: Limit = None,
     json: Json = False,
 ) -> None:
     """Show what a container holds: format version, features, source, recipe, and each tensor's record."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         from pqcli.jobs import report
 
-        found = report.inspect(file, tensor)
+        found = report.inspect(file, tensor, limits=limits)
         if json:
             console.json(found)
         else:
@@ -260,18 +356,28 @@ def inspect(
 
 
 @app.command(cls=Command, epilog=examples("pqcli verify model.pq.safetensors --against model.pt"))
-def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet = False) -> None:
+def verify(
+    file: File,
+    against: Against = None,
+    *,
+    base: OfBase = None,
+    limit: Limit = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Check structure and hashes; with the original, that kept tensors are identical and errors as reported."""
 
     def work(console: Console) -> None:
-        check_container(file)
+        limits = limits_of(limit or ())
+        check_container(file, limits)
         if against:
             _check_source(against)
+        _check_bases(base)
         from pqcli.jobs import verify
 
         with console.progress(file.name) as hook:
-            findings = verify.verify(file, against, progress=hook)
-        left_out = verify.left_out(file) if against else ()
+            findings = verify.verify(file, against, base=base or (), progress=hook, limits=limits)
+        left_out = verify.left_out(file, limits=limits) if against else ()
         if left_out:
             console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
         if json:
@@ -286,6 +392,10 @@ def verify(file: File, against: Against = None, json: Json = False, quiet: Quiet
             console.note(f"{file}: every tensor decodes to the bytes that were compressed")
 
     run(work, json=json, quiet=quiet)
+
+
+app.command(cls=Command, epilog=statistics.CALIBRATE_EXAMPLES)(statistics.calibrate)
+app.add_typer(statistics.group)
 
 
 @app.command(cls=Command, epilog=examples("pqcli presets"))
@@ -304,6 +414,23 @@ def presets(json: Json = False) -> None:
     run(work, json=json)
 
 
+def _what_statistics_are_for(src: Path) -> str:
+    """A line for those who compressed without statistics, with a codec that can use them."""
+    can_run = src.is_dir() and (src / "config.json").is_file()
+    how = f"`pqcli calibrate {shlex.quote(str(src))} --text FILE`" if can_run else "`pqcli.collect(model)` in Python"
+    return f"the same bytes can harm the network's output less: give --stats the statistics that {how} makes"
+
+
+def _check_comparison(model: Path | None, texts: Sequence[Path], form: Format, *, by_layer: bool) -> None:
+    """Raise UsageError for options of a comparison that cannot be meant."""
+    if model is None and (texts or by_layer):
+        raise UsageError("--text and --by-layer go with --model FOLDER, the network that is run")
+    if model is not None and not texts:
+        raise UsageError("--model wants text to run; name some with --text FILE")
+    if model is not None and form not in {Format.table, Format.json}:
+        raise UsageError(f"--model goes with --format table or json, not {form.value}")
+
+
 def _check_source(path: Path) -> None:
     """Raise what opening this checkpoint would raise, as far as its first bytes tell: torch takes seconds to import."""
     from pqcli import checkpoint
@@ -311,10 +438,11 @@ def _check_source(path: Path) -> None:
     checkpoint.sniff(path)
 
 
-def _check_output(output: Path | None, source: Path, *, force: bool) -> None:
-    """Likewise for a file that will be written; of the source itself the job says more."""
-    if output and not (output.exists() and output.samefile(source)):
-        check_target(output, force=force)
+def _check_bases(bases: Sequence[Path] | None) -> None:
+    """Likewise for bases, which may be containers."""
+    for path in bases or ():
+        if not is_container(path):
+            _check_source(path)
 
 
 def _recipe(console: Console, config: str | None, settings: Mapping[str, Any], device: str = "auto") -> Recipe:

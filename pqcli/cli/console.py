@@ -26,15 +26,25 @@ from rich.text import Text
 
 from pqcli.cli import readable
 from pqcli.cli.readable import elide, visible
-from pqcli.cli.tables import N_DROPPED, field_lines, plan_document, plan_table, record_table, report_table
+from pqcli.cli.tables import (
+    N_DROPPED,
+    comparison_lines,
+    field_lines,
+    plan_document,
+    plan_table,
+    record_table,
+    report_table,
+    statistics_table,
+)
 from pqcli.jobs.events import Hook, ignore
 from pqcli.reports.figures import Report
 
 if TYPE_CHECKING:
-    from pqcli.jobs.preview import Preview
-
-if TYPE_CHECKING:
     from pqcli.codecs.auto.choosing import Choice
+    from pqcli.jobs.calibrate import Calibrated
+    from pqcli.jobs.compare import Comparison
+    from pqcli.jobs.preview import Preview
+    from pqcli.jobs.statistics import Seen
 
 Format = Literal["table", "json", "csv", "html"]
 
@@ -73,24 +83,28 @@ class Console:
 
     # --- results, on stdout ---------------------------------------------------------------------------------------
 
-    def report(self, report: Report, format: Format = "table") -> None:  # noqa: A002 - named like the flag
-        """Print a report: a line a tensor, then the totals."""
+    def report(self, report: Report, format: Format = "table", network: Comparison | None = None) -> None:  # noqa: A002 - named like the flag
+        """Print a report: a line a tensor, then the totals; and how far the network is, where that was found out."""
         if format == "table" and not self._json:
-            self._lines(report_table(report, self._width, ascii_only=self._out.options.ascii_only))
+            ascii_only = self._out.options.ascii_only
+            self._lines(report_table(report, self._width, ascii_only=ascii_only))
+            if network is not None:
+                self._lines(comparison_lines(network, self._width, ascii_only=ascii_only))
         else:
-            self._raw(self.rendered(report, "json" if self._json else format))
+            self._raw(self.rendered(report, "json" if self._json else format, network))
 
-    def rendered(self, report: Report, format: Format) -> str:  # noqa: A002 - named like the flag
+    def rendered(self, report: Report, format: Format, network: Comparison | None = None) -> str:  # noqa: A002 - named like the flag
         """A report as the text of a file: any format, all columns, no colour."""
         if format == "json":
-            return _document(report.to_json())
+            return _document(report.to_json() | ({} if network is None else {"network": asdict(network)}))
         if format == "csv":
             return report.to_csv()
         if format == "html":
             from pqcli.cli import html
 
             return html.render(report)
-        return "".join(line.plain + "\n" for line in report_table(report, None))
+        lines = report_table(report, None) + ([] if network is None else comparison_lines(network, None))
+        return "".join(line.plain + "\n" for line in lines)
 
     def plan(self, preview: Preview) -> None:
         """Print what would be done to each tensor, why, and the size that gives."""
@@ -114,14 +128,52 @@ class Console:
             self.note(f"kept bit-exact: {len(kept)} of {readable.plural(len(report.tensors), 'tensor')}")
             for line in readable.kept_reasons(report, N_REASONS):
                 self.note(f"  {line}")
+        base = readable.base_line(report)
+        if base is not None:
+            self.note(f"base {base}")
         self._dropped(report.dropped)
+        if report.side_bytes:
+            self.note(readable.side_line(report))
         for warning in report.warnings:
             self.warn(warning)
-        if not report.quantized:
+        if not report.quantized and report.base is None:
             self.warn("nothing was quantized; `pqcli plan` tells why for each tensor")
         else:
             file = shlex.quote(visible(report.output))
             self.note(f"layer by layer: pqcli report {file}    back to dense: pqcli decode {file}")
+
+    def calibrated(self, done: Calibrated) -> None:
+        """Print what `calibrate` wrote, and say of which weights it knows nothing."""
+        if self._json:
+            self.json(asdict(done))
+        elif not self._quiet:
+            self._lines([
+                Text(
+                    f"{visible(done.output)} {readable.size(done.output_bytes)}: {done.n_weights} weights of "
+                    f"{done.model}, {done.n_examples:,} {done.split}, {done.n_tokens:,} tokens  in "
+                    f"{readable.duration(done.seconds)}",
+                    style="bold",
+                )
+            ])  # fmt: skip
+        if done.unseen:
+            self.warn(
+                f"nothing is known of {readable.plural(len(done.unseen), 'weight')} of the checkpoint (not in the "
+                f"model, used by no layer that can be watched, or without effect on its output): "
+                f"{readable.joined(done.unseen, N_DROPPED)}"
+            )
+        if done.random:
+            self.warn(
+                f"{readable.plural(len(done.random), 'parameter')} of {done.model} not in the checkpoint, and random: "
+                f"{readable.joined(done.random, N_DROPPED)}"
+            )
+        self.note(f"use it: pqcli compress FOLDER --codec trellis --stats {shlex.quote(visible(done.output))}")
+
+    def statistics(self, rows: Sequence[Seen]) -> None:
+        """Print what a file of statistics knows, a line a weight."""
+        if self._json:
+            self.json([asdict(row) for row in rows])
+        else:
+            self._lines(statistics_table(rows, self._width, ascii_only=self._out.options.ascii_only))
 
     def json(self, document: object) -> None:
         """Print one JSON document on stdout, in ASCII whatever the names are."""
@@ -188,9 +240,13 @@ class Console:
     # --- how ------------------------------------------------------------------------------------------------------
 
     def _dropped(self, dropped: Sequence[str]) -> None:
-        if dropped:
-            what = readable.joined(dropped, N_DROPPED)
+        plainer = [item for item in dropped if readable.COMES_BACK in item]
+        lost = [item for item in dropped if readable.COMES_BACK not in item]
+        if lost:
+            what = readable.joined(lost, N_DROPPED)
             self.warn(f"not in the compressed file, and lost when you delete the original: {what}")
+        if plainer:
+            self.note(f"in the compressed file, but as something plainer: {readable.joined(plainer, N_DROPPED)}")
 
     def _say(self, prefix: str, text: str, style: str) -> None:
         """Print on stderr; a line break in a name cannot forge a line."""

@@ -104,7 +104,11 @@ def render(report: Report) -> str:
         size_plot=size_plot(report),
         rate_plot=rate_plot(report),
         kept=readable.kept_reasons(report, most=20),
-        compared=[line for line in (readable.entropy_line(report), readable.int4_line(report)) if line is not None],
+        compared=[
+            line
+            for line in (readable.base_line(report), readable.entropy_line(report), readable.int4_line(report))
+            if line is not None
+        ],
         recipe=json.dumps(report.to_json()["recipe"], indent=2),
         version=__version__,
         elide=lambda name: elide(visible(name), 56),

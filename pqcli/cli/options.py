@@ -9,30 +9,44 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from pqcli.limits import Limits
 from pqcli.recipe.recipe import Recipe
 from pqcli.recipe.settings import MAIN, PLAIN, Setting, options_of
 
 RUNNING = "Files and messages"
 """The panel of options that every command has some of."""
+NETWORK = "Running the network"
+"""The panel of options about a model and the text that it runs on."""
+LIMITS = "For experts: what a file may cost to understand"
+"""The panel of the budgets that keep a stranger's file from filling memory."""
 
 
-class Command(TyperCommand):
-    """A command whose help shows no type for `--help` and other options that take no value."""
+class _PlainHelp:
+    """Whose help shows no type for `--help`."""
 
     def get_help_option(self, ctx: Any) -> TyperOption | None:
         """The option `--help`."""
-        option = super().get_help_option(ctx)
+        option: TyperOption | None = super().get_help_option(ctx)  # type: ignore[misc]
         if option is not None:
             option.metavar = ""
             option.rich_help_panel = RUNNING
         return option
+
+
+class Command(_PlainHelp, TyperCommand):
+    """A command whose help shows no type for `--help` and other options that take no value."""
+
+
+class Group(_PlainHelp, TyperGroup):
+    """Likewise for a command that has commands."""
 
 
 class Dtype(StrEnum):
@@ -44,6 +58,22 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class ComputeDtype(StrEnum):
+    """Dtypes that a model can run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Split(StrEnum):
+    """What an example of a text is."""
+
+    auto = "auto"
+    lines = "lines"
+    windows = "windows"
+
+
 class Format(StrEnum):
     """Forms a report can take."""
 
@@ -51,6 +81,11 @@ class Format(StrEnum):
     json = "json"
     csv = "csv"
     html = "html"
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: calls for its common jobs, a line each."""
+    return "\n".join(f"Example: {line}" for line in lines)
 
 
 def flag(*names: str, help: str, panel: str = RUNNING) -> Any:  # noqa: A002 - named like Typer's
@@ -83,6 +118,22 @@ Config = Annotated[
         help="A recipe: a YAML file, or a preset's name (see `pqcli presets`).",
     ),
 ]  # fmt: skip
+Base = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--base", metavar="BASE", rich_help_panel=MAIN,
+        help="What SRC was made from, a checkpoint or a .pq.safetensors file: differences to it are coded. Repeated: "
+        "that one's own base.",
+    ),
+]  # fmt: skip
+OfBase = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--base", metavar="BASE",
+        help="Base of a FILE that holds differences to it, or that one's own; repeatable. Without it, what lies beside "
+        "FILE under its name.",
+    ),
+]  # fmt: skip
 DryRun = Annotated[bool, flag("--dry-run", help="Show what would be done, and write nothing.", panel=MAIN)]
 Device = Annotated[
     str,
@@ -95,6 +146,34 @@ Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output."
 NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, flag("--quiet", "-q", help="Print nothing but errors and the asked-for result.")]
+MoreTexts = Annotated[
+    list[Path] | None, typer.Argument(metavar="[TEXT]...", help="More texts: `--text *.txt` may name several.")
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option("--text", metavar="FILE...", rich_help_panel=NETWORK, help="Plain text to run; repeatable."),
+]
+Split_ = Annotated[
+    Split,
+    typer.Option(
+        "--split", rich_help_panel=NETWORK,
+        help="Examples are lines, or windows of running text; auto: lines for encoders.",
+    ),
+]  # fmt: skip
+Length = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", rich_help_panel=NETWORK,
+        help="Most tokens of an example; without it, 512 for windows and 256 for lines.",
+    ),
+]  # fmt: skip
+Limit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=N", rich_help_panel=LIMITS, autocompletion=lambda: [f"{field.name}=" for field in fields(Limits)],
+        help="Raise a limit that a message names, for a file that you trust; repeatable.",
+    ),
+]  # fmt: skip
 Against = Annotated[
     Path | None,
     typer.Option(help="The original checkpoint: measure everything again from the two files.", metavar="ORIGINAL"),

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 LEAST_NAME = 12
 """Cells below which a bar does not show the tensor's name."""
-LONGEST_STAGE = len("searching")
+LONGEST_STAGE = len("calibrating")
+_UNITS = {"searching": "", "loading": "", "calibrating": "tokens", "comparing": "batches"}
+"""What is counted, where it is not weights."""
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def bar(console: Console, label: str, clock: Callable[[], float]) -> Iterator[Ho
         now = clock()
         if event.stage != stage or not event.done:
             stage = event.stage
-            unit = "" if stage == "searching" else "weights"
+            unit = _UNITS.get(stage, "weights")
             progress.update(task, stage=stage, unit=unit, started=now, total=max(event.total, 1), completed=0)
         current = elide(visible(event.name), room) if room >= LEAST_NAME else ""
         progress.update(task, completed=event.done, total=max(event.total, 1), latest=now, current=current)

@@ -128,6 +128,18 @@ def headline(report: Report) -> str:
     return "  ".join(parts)
 
 
+COMES_BACK = "comes back as"
+"""What the reason says of an entry that is carried, but not as the class that it was of."""
+
+
+def side_line(report: Report) -> str:
+    """What the files that stay beside the output do to the ratio."""
+    return (
+        f"files beside the weights: {size(report.side_bytes)}, in neither size; with them the ratio is "
+        f"{times(report.ratio_with_side)}"
+    )
+
+
 def entropy_line(report: Report) -> str | None:
     """What the assignments take against their entropy; None where that is unknown."""
     taken, ideal = report.assignment_bytes, report.entropy_bytes
@@ -138,6 +150,21 @@ def entropy_line(report: Report) -> str | None:
     word = "more" if taken >= ideal else "less"
     percent = f"{100 * abs(taken - ideal) / ideal:.1f} % {word}"
     return f"assignments take {size(taken)}: {percent} than their order-0 entropy, tensor by tensor ({size(ideal)})"
+
+
+def base_line(report: Report) -> str | None:
+    """What the base spares; None for a file without one."""
+    base = report.base
+    if base is None:
+        return None
+    parts = []
+    if base.n_same:
+        parts.append(f"{plural(base.n_same, 'tensor')} of {size(base.same_original_bytes)} as in it, for nothing")
+    if base.n_differences:
+        taken, dense = size(base.differences_bytes), size(base.differences_original_bytes)
+        parts.append(f"{plural(base.n_differences, 'tensor')} of {dense} as differences, in {taken}")
+    name = f"{base.path} " if base.path else ""
+    return f"{visible(elide(name, 60))}({base.hash}): {'; '.join(parts)}"
 
 
 def int4_line(report: Report) -> str | None:

@@ -19,7 +19,9 @@ from pqcli.cli.readable import elide, visible
 from pqcli.reports.figures import Report
 
 if TYPE_CHECKING:
+    from pqcli.jobs.compare import Comparison
     from pqcli.jobs.preview import Preview
+    from pqcli.jobs.statistics import Seen
     from pqcli.plan.plan import PlanEntry
 
 N_NOTES = 4
@@ -120,18 +122,15 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
     """A report: its result in a line, a row a tensor, what they add up to, and what else there is to know."""
     tensors = report.tensors
     kept = [tensor for tensor in tensors if tensor.action == "keep"]
-    titles = [
-        f"{readable.plural(len(report.quantized), 'tensor')} quantized",
-        f"{readable.plural(len(kept), 'tensor')} kept",
-        "header and manifest",
-        "file",
+    n_same = report.base.n_same if report.base else 0
+    totals = [
+        (f"{readable.plural(len(report.quantized), 'tensor')} quantized", sum(one.bytes for one in report.quantized)),
+        (f"{readable.plural(len(kept), 'tensor')} kept", sum(one.bytes for one in kept)),
+        *([(f"{readable.plural(n_same, 'tensor')} as in the base", 0)] if n_same else []),
+        ("header and manifest", report.overhead_bytes),
+        ("file", report.compressed_bytes),
     ]
-    sizes = [
-        sum(tensor.bytes for tensor in report.quantized),
-        sum(tensor.bytes for tensor in kept),
-        report.overhead_bytes,
-        report.compressed_bytes,
-    ]
+    titles, sizes = [title for title, _ in totals], [n_bytes for _, n_bytes in totals]
     blank = [""] * len(titles)
 
     def texts(text: Callable[[Any], str]) -> list[str]:
@@ -151,6 +150,7 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
         Column("shape", texts(lambda one: readable.shape(one.shape)), blank, rank=4, left=True),
         Column("scheme", texts(_scheme), blank, rank=2, left=True),
         Column("rel.MSE", *figures("relative_mse", readable.error)),
+        *_predicted(report, figures),
         Column("SQNR dB", *figures("sqnr_db", two), rank=3),
         Column("cosine", *figures("cosine", lambda value: readable.fixed(value, 4)), rank=6),
         Column("max error", *figures("max_abs_error", readable.error), rank=7),
@@ -170,8 +170,17 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
     ]
 
 
+def _predicted(report: Report, figures: Callable[..., tuple[list[str], list[str]]]) -> list[Column]:
+    """What statistics predict of the errors, where they were given."""
+    return [
+        Column(title, *figures(attribute, readable.error))
+        for title, attribute in (("output MSE", "output_mse"), ("damage", "damage"))
+        if any(getattr(tensor, attribute) is not None for tensor in report.tensors)
+    ]
+
+
 def _scheme(tensor: Any) -> str:
-    return "alias" if tensor.action == "alias" else visible(tensor.scheme)
+    return tensor.action if tensor.action in ("alias", "copy") else visible(tensor.scheme)
 
 
 def _used(tensor: Any) -> str:
@@ -181,15 +190,25 @@ def _used(tensor: Any) -> str:
 def _notes(report: Report) -> list[Text]:
     aliases = [f"{tensor.name} is {tensor.alias_of}" for tensor in report.tensors if tensor.action == "alias"]
     notes = [f"kept      {line}" for line in readable.kept_reasons(report, N_NOTES)]
+    copies = [f"{tensor.name} is {tensor.copy_of}" for tensor in report.tensors if tensor.action == "copy"]
     if aliases:
         notes.append(f"tied      {readable.joined(aliases, N_NOTES)}")
+    if copies:
+        notes.append(f"equal     {readable.joined(copies, N_NOTES)}")
     if report.dropped:
         notes.append(f"dropped   {readable.joined(report.dropped, N_DROPPED)}")
+    if report.side_bytes:
+        notes.append(f"beside    {readable.side_line(report)}")
+    notes += [f"warning   {warning}" for warning in report.warnings]
     if report.paper_mib is not None:
         notes.append(f"papers    {report.paper_mib:.3f} MiB by the accounting of the papers on PQ")
     notes += [
         f"{word:<10}{line}"
-        for word, line in (("entropy", readable.entropy_line(report)), ("int4", readable.int4_line(report)))
+        for word, line in (
+            ("base", readable.base_line(report)),
+            ("entropy", readable.entropy_line(report)),
+            ("int4", readable.int4_line(report)),
+        )
         if line is not None
     ]
     return [Text(), *(Text(note, style="dim") for note in notes)] if notes else []
@@ -218,14 +237,15 @@ def plan_table(preview: Preview, width: int | None, *, ascii_only: bool = False)
     why = [
         (action, line)
         for action in dict.fromkeys(entry.action for entry in entries)
-        if action != "alias"
+        if action not in ("alias", "copy")
         for line in readable.reasons(
             [(entry.info.name, entry.reason, entry.predicted_bytes) for entry in entries if entry.action == action],
             N_NOTES,
         )
     ]
-    styles = ["" if entry.action not in ("keep", "alias") else "dim" for entry in entries]
-    quantized = sum(entry.action not in ("keep", "alias") for entry in entries)
+    is_coded = [entry.action not in ("keep", "alias", "copy", "base") for entry in entries]
+    styles = ["" if coded else "dim" for coded in is_coded]
+    quantized = sum(is_coded)
     ratio = preview.original_bytes / preview.predicted_bytes if preview.predicted_bytes else 0.0
     before, after = readable.size(preview.original_bytes), readable.size(preview.predicted_bytes)
     return [
@@ -306,3 +326,60 @@ def _value(value: Any, field: str) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_value(item, "") for item in value) or readable.UNKNOWN
     return visible(f"{value:.6g}" if isinstance(value, float) else str(value))
+
+
+def statistics_table(rows: Sequence[Seen], width: int | None, *, ascii_only: bool = False) -> list[Text]:
+    """What a file of statistics knows: a row a weight, and what they add up to."""
+
+    def forms(row: Seen) -> str:
+        return f"as {row.shares}" if row.shares else row.form
+
+    total = [readable.plural(len(rows), "weight")]
+    columns = [
+        Column("weight", [visible(row.name) for row in rows], total, left=True, least=FEWEST_CELLS),
+        Column("samples", [f"{row.n_samples:,.0f}" for row in rows], [""]),
+        Column("inputs", ["" if row.width is None else f"{row.width:,}" for row in rows], [""]),
+        Column("moments", [visible(forms(row)) for row in rows], [""], rank=1, left=True, least=FEWEST_CELLS),
+        Column("lookups", [f"{row.n_lookups:,.0f}" if row.n_lookups else "" for row in rows], [""], rank=3),
+        Column("gradient", [_gradient(row.gradient) for row in rows], [""], rank=2),
+        Column("size", [readable.size(row.bytes) for row in rows], [readable.size(sum(row.bytes for row in rows))]),
+    ]
+    lines = lay_out(columns, [""] * len(rows), width, ascii_only=ascii_only)
+    tied = [f"{row.name} = {', '.join(row.aliases)}" for row in rows if row.aliases]
+    if tied:
+        lines += [Text(), Text(f"tied: {readable.joined(tied, N_NOTES)}")]
+    if not any(row.gradient is not None for row in rows):
+        lines += [Text(), Text("no gradients: how much the output feels each layer is not known")]
+    return lines
+
+
+def _gradient(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def comparison_lines(found: Comparison, width: int | None, *, ascii_only: bool = False) -> list[Text]:
+    """How far a network is from what it was: a line a figure, then a row a layer where they were compared."""
+    figures = [
+        ("examples", f"{found.n_examples:,}"),
+        ("relative MSE of the output", readable.error(found.relative_mse)),
+        ("cosine of the output", f"{found.cosine:.5f}"),
+        ("KL divergence", _figure(found.kl_divergence, "{:.5f} nats")),
+        ("same most likely class", _figure(found.agreement, "{:.2%}")),
+        ("perplexity, original", _figure(found.dense_perplexity, "{:.4g}")),
+        ("perplexity, decoded", _figure(found.perplexity, "{:.4g}")),
+        ("same nearest neighbour", _figure(found.neighbours, "{:.2%}")),
+    ]
+    lines = [Text(), Text("the network, decoded weights against the original's:", style="bold")]
+    lines += [Text(f"  {title:<27} {value}") for title, value in figures if value]
+    if found.layers:
+        columns = [
+            Column("output of", [visible(layer.name) for layer in found.layers], left=True, least=FEWEST_CELLS),
+            Column("rel. MSE", [readable.error(layer.relative_mse) for layer in found.layers]),
+            Column("cosine", [f"{layer.cosine:.5f}" for layer in found.layers]),
+        ]
+        lines += [Text(), *lay_out(columns, [""] * len(found.layers), width, ascii_only=ascii_only)]
+    return lines
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

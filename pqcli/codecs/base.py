@@ -26,15 +26,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pqcli.codecs import registry
+from pqcli.core.pq import pq
 from pqcli.core.trellis.sources import Source
-from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record
+from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record, Same
 
 if TYPE_CHECKING:
-    import torch
-
     from pqcli.core.importance import Importance
     from pqcli.core.metrics import Error
     from pqcli.plan.plan import PlanEntry
@@ -61,7 +61,7 @@ class Weights:
     """What is coded, what decoded weights become, and what these are compared with.
 
     Here all three are the checkpoint's tensors. Where weights are coded as a difference to some base, `coded` gives the
-    difference and `restored` adds the base; `original` stays what the user has.
+    difference and `restored` adds the base; `original` stays what the user has (`pqcli.codecs.difference`).
     """
 
     checkpoint: Readable
@@ -69,6 +69,10 @@ class Weights:
     def original(self, name: str) -> torch.Tensor:
         """The tensor that the user has."""
         return self.checkpoint.read(name)
+
+    def original_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of it, in row-major order."""
+        return self.checkpoint.read_flat(name, start, stop)
 
     def coded(self, name: str) -> torch.Tensor:
         """The tensor that is coded in its place."""
@@ -82,13 +86,18 @@ class Weights:
         """How much the errors of its rows and columns count; None where all weights count alike, as they do here."""
         return None
 
-    def restored(
-        self,
-        name: str,  # noqa: ARG002 - a base would be asked by name
-        decoded: torch.Tensor,
-    ) -> torch.Tensor:
-        """What the user gets of what was decoded, in the original's shape and dtype."""
-        return decoded
+    def base(self, name: str) -> torch.Tensor | None:  # noqa: ARG002 - a base would be asked by name
+        """What a kept tensor may be told from: the base's tensor of that name and shape; None where there is none."""
+        return None
+
+    def restored(self, record: Record, decoded: torch.Tensor) -> torch.Tensor:
+        """What the user gets of what was decoded (float32), in the original's shape and dtype."""
+        return dense(decoded, record)
+
+
+def dense(decoded: torch.Tensor, record: Record) -> torch.Tensor:
+    """Decoded values in the tensor's own shape and dtype."""
+    return pq.saturated(decoded.reshape(record.info.shape), getattr(torch, record.info.dtype))
 
 
 def record_of(entry: PlanEntry) -> Record:
@@ -100,11 +109,13 @@ def record_of(entry: PlanEntry) -> Record:
         coding = Alias(info.alias_of)
     elif entry.action == "keep":
         coding = Kept()
+    elif entry.action == "base":
+        coding = Same()
     elif scheme is not None:
         coding = Plain(scheme.block_size, scheme.n_centroids, scheme.codebook_dtype, rows)
     else:
         coding = Coded(entry.action, rows, kernel_of(info.shape, entry.rows))
-    return Record(info, coding, entry.reason, entry.kind)
+    return Record(info, coding, entry.reason, entry.kind, difference=entry.difference)
 
 
 def source_of(record: Record) -> Source:
@@ -227,12 +238,22 @@ class TensorJob:
 
 
 @dataclass(frozen=True)
+class Original:
+    """A tensor of which the difference to a base's is coded: its own spread, and the sum of its squares."""
+
+    spread: float
+    energy: float
+
+
+@dataclass(frozen=True)
 class Survey:
     """What was found out about the tensors that are to be coded: their plan, and the `spread` of their weights.
 
     `rejected` are the records of those that their values rule out, kept now, with the reason; `exact` the jobs of
     those of few distinct values. `zeros` tells, by name, the exact zeros of those that have some
-    (`pqcli.codecs.zeros`), `weak_rows` the root mean square of a weak row.
+    (`pqcli.codecs.zeros`), `weak_rows` the root mean square of a weak row. `originals` has, of tensors that are coded
+    as differences, what must be known of the tensors themselves; `fineness` is what steps of differences are times
+    those of the tensors (`fine_for_differences`).
     """
 
     entries: tuple[PlanEntry, ...]
@@ -241,6 +262,8 @@ class Survey:
     exact: tuple[Job, ...] = ()
     zeros: Mapping[str, bytes] = field(default_factory=dict)
     weak_rows: Mapping[str, float] = field(default_factory=dict)
+    originals: Mapping[str, Original] = field(default_factory=dict)
+    fineness: float = 1.0
 
     @cached_property
     def records(self) -> tuple[Record, ...]:
@@ -254,15 +277,46 @@ class Survey:
 
         A few tensors that hold most of the energy hardly move it. 1 where all weights are zero.
         """
-        known = [(record.info.numel, self.spreads.get(record.name)) for record in self.records]
-        sizes = [(size, spread) for size, spread in known if spread]
-        n = sum(size for size, _ in sizes)
-        return math.exp(sum(size * math.log(spread) for size, spread in sizes) / n) if n else 1.0
+        return _geometric_mean([(record.info.numel, self.own_spread(record.name)) for record in self.records]) or 1.0
+
+    def own_spread(self, name: str) -> float:
+        """The spread of the tensor itself, by which errors are judged, also where its difference is coded."""
+        original = self.originals.get(name)
+        return self.spreads.get(name, 0.0) if original is None else original.spread
+
+    def own_energy(self, name: str, coded: float) -> float:
+        """The sum of squares of the tensor itself, where `coded` is that of what is coded."""
+        original = self.originals.get(name)
+        return coded if original is None else original.energy
+
+    def fineness_of(self, name: str) -> float:
+        """What the step of a tensor is times the one that it would have if it were no difference."""
+        return self.fineness if name in self.originals else 1.0
+
+    def fine_for_differences(self) -> Survey:
+        """The survey for a level that is no budget's: steps of differences shrink as much as the weights did.
+
+        By one factor for all differences, the geometric mean over their weights: within them, errors are balanced as
+        they are between the tensors.
+        """
+        shrunk = [
+            (record.info.numel, self.spreads[record.name] / original.spread)
+            for record in self.records
+            if (original := self.originals.get(record.name)) is not None and original.spread
+        ]
+        return replace(self, fineness=min(_geometric_mean(shrunk) or 1.0, 1.0))
 
     def without(self, names: frozenset[str]) -> Survey:
         """The survey of the other tensors."""
         entries = tuple(entry for entry in self.entries if entry.info.name not in names)
         return replace(self, entries=entries)
+
+
+def _geometric_mean(sizes: Sequence[tuple[int, float]]) -> float | None:
+    """Of (weights, value), weight by weight, zeros left out; None where there is nothing else."""
+    known = [(size, value) for size, value in sizes if value]
+    n = sum(size for size, _ in known)
+    return math.exp(sum(size * math.log(value) for size, value in known) / n) if n else None
 
 
 class Session(ABC):
@@ -305,6 +359,10 @@ class Codec(ABC):
 
     is_compact: bool = True
     """Whether its files code kept tensors without loss and have short hashes."""
+
+    def compacted(self) -> Codec:
+        """The same codec, for a file that is compact."""
+        return self
 
     @abstractmethod
     def survey(self, entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.codecs.base import Piece, TensorJob, Weights
+from pqcli.codecs.difference import exact_difference
 from pqcli.core.digests import HASH_BYTES, tensor_bytes, tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.tensors.info import ITEM_BYTES
@@ -34,22 +35,28 @@ class KeptJob(TensorJob):
 
     def run(self, device: torch.device) -> Piece:  # noqa: ARG002 - nothing to compute
         """The tensor's bytes."""
-        return kept_piece(self.record, self.weights.original(self.record.name), is_compact=self.is_compact)
+        name = self.record.name
+        base = self.weights.base(name) if self.is_compact else None
+        return kept_piece(self.record, self.weights.original(name), is_compact=self.is_compact, base=base)
 
 
-def kept_piece(record: Record, tensor: torch.Tensor, *, is_compact: bool) -> Piece:
-    """A tensor bit for bit."""
+def kept_piece(record: Record, tensor: torch.Tensor, *, is_compact: bool, base: torch.Tensor | None = None) -> Piece:
+    """A tensor bit for bit: its bytes, or where that takes less, what they differ by from those of the `base`."""
     data, digest = tensor_bytes(tensor), tensor_hash(tensor)
+    if base is not None and base.element_size() == tensor.element_size():
+        difference = exact_difference(data, base, record.info.dtype)
+        if len(_coded(difference, record)) < len(_coded(data, record)):
+            record, data = replace(record, difference=True), difference
     if record.is_bundled:
         return Piece(record, digest, bundled=data.copy())
     if not is_compact:
         return Piece(record, digest, ((f"keep/{record.name}", data),))
-    coded = lossless.compress([as_words(data, record.info.dtype)])
+    coded = _coded(data, record)
     return Piece(replace(record, coding=Kept(len(coded))), digest, ((f"keep/{record.name}", coded),))
 
 
-def alias_piece(record: Record) -> Piece:
-    """Another name of a tensor that is there already."""
+def reference_piece(record: Record) -> Piece:
+    """Another name, or a copy, of a tensor that is there already; it has no bytes of its own."""
     return Piece(record, bytes(HASH_BYTES))
 
 
@@ -59,6 +66,10 @@ def bundle(pieces: Iterable[Piece], *, is_compact: bool) -> bytes:
     if not is_compact:
         return b"".join(data.tobytes() for data, _ in bundled)
     return lossless.compress([as_words(data, dtype) for data, dtype in bundled])
+
+
+def _coded(data: NDArray[np.uint8], record: Record) -> bytes:
+    return lossless.compress([as_words(data, record.info.dtype)])
 
 
 def as_words(data: NDArray[np.uint8], dtype: str) -> NDArray[np.generic]:

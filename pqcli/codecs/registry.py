@@ -59,7 +59,7 @@ register(
     Row(
         "trellis",
         "pqcli.codecs.trellis",
-        features=("trellis-mixing", "trellis-rows"),
+        features=("trellis-mixing", "trellis-rows", "trellis-columns"),
         settings=("objective", "effort"),
     )
 )

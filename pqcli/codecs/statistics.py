@@ -52,11 +52,15 @@ def learned(path: str, survey: Survey, weights: Weights, steps: Steps, tell: Tel
             if reading.axis(record) == 0:
                 turned.add(record.name)
         tell(0, record.name)
-    tensors = {record.name: Plain(record.info.numel, steps.scales[record.name]) for record in survey.records}
+    tensors = {
+        record.name: Plain(record.info.numel, steps.scales[record.name] / survey.fineness_of(record.name))
+        for record in survey.records
+    }
     plan = prepare(tensors, known, energies)
     plan = replace(plan, rows={name: _turned(rows, name in turned) for name, rows in plan.rows.items()})
-    scales = {name: _bounded(scale, survey, name) for name, scale in plan.steps.items()}
-    ceilings = {name: np.inf if name in known else ceiling for name, ceiling in steps.ceilings.items()}
+    scales = {name: _bounded(scale, survey, name) * survey.fineness_of(name) for name, scale in plan.steps.items()}
+    is_free = {name: name in known and survey.fineness_of(name) == 1 for name in steps.ceilings}
+    ceilings = {name: np.inf if is_free[name] else ceiling for name, ceiling in steps.ceilings.items()}
     return plan, Steps(scales, ceilings)
 
 
@@ -131,7 +135,7 @@ class Reading:
 
     def output_energy(self, record: Record, known: Moments) -> float:
         """The mean square of an output of the layer."""
-        weight = as_matrix(self._weights.coded(record.name), record)
+        weight = as_matrix(self._weights.original(record.name), record)
         across = weight if self.axis(record) == 1 else weight.T
         return float(np.einsum("ij,ij->", across @ known.matrix, across)) / len(across)
 
@@ -175,7 +179,7 @@ class Reading:
             )
         gradient = seen.lookup_gradient
         if gradient is None:
-            matrix = as_matrix(self._weights.coded(record.name), record)
+            matrix = as_matrix(self._weights.original(record.name), record)
             gradient = 1 / max(float(frequency @ np.square(matrix, dtype=np.float64).mean(1)), 1e-30)
         return RowImportance.of(frequency * seen.n_lookups, gradient, inputs, seen.row_gradient)
 
@@ -190,7 +194,7 @@ def _turned(rows: Any, is_turned: bool) -> Any:
 
 def _bounded(scale: float, survey: Survey, name: str) -> float:
     """A step that the streams can hold, whatever the statistics ask for."""
-    relative = (survey.spreads[name] or survey.unit) / survey.unit
+    relative = (survey.own_spread(name) or survey.unit) / survey.unit
     return min(max(scale, SMALLEST_STEP * relative), COARSEST * relative)
 
 

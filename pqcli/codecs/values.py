@@ -105,14 +105,14 @@ def job_of(record: Record, weight: torch.Tensor, weights: Weights, *, is_compact
     return ExactJob(found, weights) if isinstance(found.coding, Plain) else KeptJob(found, weights, is_compact)
 
 
-def exact_or_none(record: Record, weight: torch.Tensor) -> Piece | None:
-    """The piece of a tensor that a file without lossless coding holds exactly; None as above."""
-    found = exact_record(record, weight, is_compact=False)
+def exact_or_none(record: Record, weight: torch.Tensor, *, is_compact: bool) -> Piece | None:
+    """The piece of a tensor that is better held exactly; None as above."""
+    found = exact_record(record, weight, is_compact=is_compact)
     if found is None:
         return None
-    return (
-        exact_piece(found, weight) if isinstance(found.coding, Plain) else kept_piece(found, weight, is_compact=False)
-    )
+    if isinstance(found.coding, Plain):
+        return exact_piece(found, weight)
+    return kept_piece(found, weight, is_compact=is_compact)
 
 
 def exact_record(record: Record, weight: torch.Tensor, *, is_compact: bool) -> Record | None:

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs import registry, zeros
+from pqcli.codecs import difference, registry, zeros
 from pqcli.container import checksum
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.entries import Entries
@@ -30,9 +30,10 @@ from pqcli.container.limits import DENSE_BYTES_PER_BYTE, TENSOR_BYTES, TEXT_SHAR
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, parse_manifest
 from pqcli.core.digests import HASH_BYTES
 from pqcli.core.pq import packing
-from pqcli.errors import ContainerError
+from pqcli.errors import ContainerError, DamagedError
+from pqcli.limits import OverLimitError, hint
 from pqcli.tensors.info import ITEM_BYTES
-from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, StoredError
+from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, Same, StoredError
 
 QUANTIZED_DTYPES: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 _ROLES: Final = frozenset({"model", "other"})
@@ -59,6 +60,8 @@ def admit(entries: Entries, limits: Limits) -> Admitted:
         _check_entries(entries, manifest)
         _check_structure(manifest.source.skeleton, limits.json_bytes)
         return Admitted(manifest, index, *_figures(entries, manifest))
+    except OverLimitError as error:
+        raise DamagedError(f"{entries.path}: {error}") from None
     except ValueError as error:
         raise entries.damaged(str(error)) from None
 
@@ -73,6 +76,8 @@ def _manifest(entries: Entries, limits: Limits) -> Manifest:
         text = inflate(entries.read(MANIFEST), (limits.json_bytes + extra) // TEXT_SHARE)
         plain = parse_json(text, limits.json_bytes + extra)
         features, version = _needs(plain)
+    except OverLimitError as error:
+        raise OverLimitError(f"the manifest is {error}") from None
     except ValueError as error:
         raise ValueError(f"the manifest cannot be read ({error})") from None
     unknown = sorted(set(features) - known_features())
@@ -128,12 +133,15 @@ def _check_records(manifest: Manifest, index: dict[str, int]) -> None:
     if len(set(manifest.features)) != len(manifest.features):
         raise ValueError("the manifest names a feature twice")
     for record in manifest.tensors:
-        problem = _problem(record, manifest) or _problem_of_alias(record, manifest.tensors, index)
+        problem = _problem(record, manifest) or _problem_of_reference(record, manifest.tensors, index)
         if problem:
             raise ValueError(f"the record of tensor {record.name!r} makes no sense: {problem}")
     codecs = {record.action for record in manifest.tensors if isinstance(record.coding, Coded)}
     if codecs != ({manifest.coded.codec} if manifest.coded else set()):
         raise ValueError("the manifest does not describe its coded tensors")
+    needs_base = any(record.needs_base for record in manifest.tensors)
+    if len({manifest.base is not None, needs_base, difference.FEATURE in manifest.features}) > 1:
+        raise ValueError("the manifest does not describe the base of its tensors")
 
 
 def _problem(record: Record, manifest: Manifest) -> str:
@@ -145,9 +153,15 @@ def _problem(record: Record, manifest: Manifest) -> str:
         return f"unknown role {info.role!r:.40}"
     if record.zero_bytes is not None and (not record.quantized or zeros.FEATURE not in manifest.features):
         return "zeros told of what is not quantized, or in a file without that feature"
-    if isinstance(coding, Alias):
+    if record.difference and isinstance(coding, Alias | Copy | Same):
+        return f"a difference of what is coded as {record.action!r}"
+    if isinstance(coding, Alias | Same):
         return ""
+    if isinstance(coding, Copy):
+        return "" if Copy.action in manifest.features else "a copy in a file without that feature"
     if isinstance(coding, Kept):
+        if record.difference and KEPT_CODED not in manifest.features:
+            return "a kept difference in a file that codes nothing of what it keeps"
         is_coded_apart = KEPT_CODED in manifest.features and not record.is_bundled
         return "" if coding.n_bytes is None or is_coded_apart else "coded bytes of what is not coded by itself"
     return _problem_of_quantized(record, coding) or (
@@ -173,26 +187,32 @@ def _problem_of_quantized(record: Record, coding: Plain | Coded) -> str:
     return ""
 
 
-def _problem_of_alias(record: Record, records: tuple[Record, ...], index: dict[str, int]) -> str:
-    if not isinstance(record.coding, Alias):
+def _problem_of_reference(record: Record, records: tuple[Record, ...], index: dict[str, int]) -> str:
+    if not isinstance(record.coding, Alias | Copy):
         return ""
+    is_alias = isinstance(record.coding, Alias)
+    said = "tied to" if is_alias else "a copy of"
     target = index.get(record.coding.of)
     other = None if target is None else records[target]
-    if other is None or isinstance(other.coding, Alias):
-        return f"it is tied to {record.coding.of!r:.80}, which is no tensor of its own"
+    # an alias may be one of a copy; nothing else refers to what refers
+    if other is None or isinstance(other.coding, Alias if is_alias else Alias | Copy):
+        return f"it is {said} {record.coding.of!r:.80}, which is no tensor of its own"
     is_same = (other.info.shape, other.info.dtype) == (record.info.shape, record.info.dtype)
-    return "" if is_same else f"it is tied to {record.coding.of!r:.80}, of another shape or dtype"
+    return "" if is_same else f"it is {said} {record.coding.of!r:.80}, of another shape or dtype"
 
 
 def _check_expansion(manifest: Manifest, n_bytes: int, limits: Limits) -> None:
-    """No more dense bytes than a file of this size may hold: those of one centroid take no bytes at all."""
+    """No more dense bytes than a file of this size may hold: those of one centroid take no bytes at all.
+
+    What needs a base is not counted: it is decoded only where the user's own has a tensor of that shape.
+    """
     dense, most = 0, limits.decoded_bytes + DENSE_BYTES_PER_BYTE * n_bytes
     for record in manifest.tensors:
-        dense += 0 if isinstance(record.coding, Alias) else record.info.n_bytes
+        dense += 0 if isinstance(record.coding, Alias) or record.needs_base else record.info.n_bytes
         if dense > most:
-            raise ValueError(
+            raise OverLimitError(
                 f"tensor {record.name!r} brings what it holds to {dense:,} bytes, more than the {most:,} that are "
-                f"allowed for {n_bytes:,} bytes of data (Limits.decoded_bytes)"
+                f"allowed for {n_bytes:,} bytes of data; {hint('decoded_bytes')}"
             )
 
 
@@ -203,10 +223,9 @@ def _check_entries(entries: Entries, manifest: Manifest) -> None:
     """Check that every entry is there with the dtype and shape that the manifest gives it."""
     bundle_bytes = entries.place(KEPT).shape[0] if KEPT_CODED in manifest.features else None
     hash_bytes = entries.place(HASHES).shape[1]
-    expected = entries_of(manifest, bundle_bytes, hash_bytes, has_entropies=ENTROPIES in entries)
+    manifest_bytes = entries.place(MANIFEST).n_bytes
+    expected = entries_of(manifest, manifest_bytes, bundle_bytes, hash_bytes, has_entropies=ENTROPIES in entries)
     for entry in expected:
-        if entry.key == MANIFEST:
-            continue
         place = entries.place(entry.key)
         if (place.dtype, place.shape) != (entry.dtype, entry.shape):
             raise ValueError(
@@ -259,5 +278,7 @@ def _check_structure(skeleton: dict[str, Any], most: int) -> None:
 def _packed(found: Any, most: int) -> bytes:
     try:
         return inflate(base64.b64decode(found, validate=True), most)
+    except OverLimitError as error:
+        raise OverLimitError(f"a packed part of the checkpoint's structure is {error}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"a packed part of the checkpoint's structure cannot be read ({error})") from None

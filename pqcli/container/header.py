@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Final
 
 from pqcli.container.limits import Limits, parse_json
 from pqcli.errors import ContainerError, DamagedError
+from pqcli.limits import OverLimitError
 from pqcli.tensors.info import ITEM_BYTES
 
 SUFFIX: Final = ".pq.safetensors"
@@ -91,6 +92,8 @@ def recognised(path: Path, file: BinaryIO, limits: Limits) -> tuple[bytes, dict[
     what, head = "no JSON object", None
     try:
         head = parse_json(text, limits.json_bytes) if text[:1] == b"{" else None
+    except OverLimitError as error:
+        raise ContainerError(f"{path}: its header is {error}") from None
     except ValueError as error:
         what = str(error)
     if head is None:

@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs import registry, zeros
+from pqcli.codecs import difference, registry, zeros
 from pqcli.container import checksum
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, manifest_bytes
 from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.info import ITEM_BYTES
-from pqcli.tensors.records import Coded, Kept, Plain, Record
+from pqcli.tensors.records import Coded, Copy, Kept, Plain, Record
 
 SHORT_HASH_BYTES: Final = 4
 """Bytes of a hash in files made to be small: one corrupted tensor in four billion goes unnoticed."""
@@ -31,7 +31,7 @@ _ENTRY_BYTES: Final = 80
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE}
+    return registry.features() | {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, difference.FEATURE, Copy.action}
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,18 @@ def lay_out(manifest: Manifest, bundle_bytes: int | None = None) -> Layout:
     `bundle_bytes` is the length of `pqcli.kept`; None where small kept tensors are not coded, and it is their sum.
     """
     hash_bytes = SHORT_HASH_BYTES if KEPT_CODED in manifest.features else HASH_BYTES
-    entries = entries_of(manifest, bundle_bytes, hash_bytes, has_entropies=worth_entropies(manifest))
+    entries = entries_of(
+        manifest, len(manifest_bytes(manifest)), bundle_bytes, hash_bytes, has_entropies=worth_entropies(manifest)
+    )
     # the widest first: all aligned; the checksum behind what it covers
     ordered = sorted(entries, key=lambda entry: (entry.key == CHECKSUM, -ITEM_BYTES[entry.dtype], entry.key))
     return Layout(_header(ordered, manifest.features), tuple(ordered))
 
 
-def entries_of(manifest: Manifest, bundle_bytes: int | None, hash_bytes: int, *, has_entropies: bool) -> list[Entry]:
-    """The entries of a file with hashes of this length, in no particular order."""
+def entries_of(
+    manifest: Manifest, stored_bytes: int, bundle_bytes: int | None, hash_bytes: int, *, has_entropies: bool
+) -> list[Entry]:
+    """The entries of a file, in no particular order. The manifest takes `stored_bytes`, each hash `hash_bytes`."""
     records = manifest.tensors
     if bundle_bytes is None:
         bundle_bytes = sum(record.info.n_bytes for record in records if record.is_bundled)
@@ -91,7 +95,7 @@ def entries_of(manifest: Manifest, bundle_bytes: int | None, hash_bytes: int, *,
         Entry(KEPT, "uint8", (bundle_bytes,)),
         Entry(HASHES, "uint8", (len(records), hash_bytes)),
         Entry(ERRORS, "float32", (sum(record.quantized for record in records), 4)),
-        Entry(MANIFEST, "uint8", (len(manifest_bytes(manifest)),)),
+        Entry(MANIFEST, "uint8", (stored_bytes,)),
     ]
     if checksum.FEATURE in manifest.features:
         entries.append(Entry(CHECKSUM, "uint8", (checksum.N_BYTES,)))

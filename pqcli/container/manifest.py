@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from pqcli.codecs import zeros
+from pqcli.codecs import difference, zeros
 from pqcli.container import checksum
 from pqcli.container.header import LARGEST, is_shape, is_size
+from pqcli.container.naming import BaseName, Naming
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record
+from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record, Same
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -35,7 +36,8 @@ class Source:
     """The checkpoint that was compressed.
 
     `format` is what `pqcli.checkpoint` calls its format, `n_bytes` its size, `skeleton` all that is no tensor, as JSON,
-    and `dropped` what is not in the file: places, each with the reason.
+    `dropped` what is not in the file: places, each with the reason; `side_bytes` is the size of those of its files that
+    are not in it.
     """
 
     __pydantic_config__: ClassVar = {**_STRICT, "extra": "ignore"}  # a later pqcli may tell more
@@ -44,9 +46,10 @@ class Source:
     n_bytes: int
     skeleton: dict[str, Any]
     dropped: list[tuple[str, str]] = field(default_factory=list)
+    side_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.n_bytes <= LARGEST:
+        if not (0 <= self.n_bytes <= LARGEST and 0 <= self.side_bytes <= LARGEST):
             raise ValueError(f"a source of {self.n_bytes} bytes")
 
 
@@ -72,7 +75,10 @@ class CodedStreams:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `pqcli.manifest` holds; `recipe` is the wish, `coded` is None where there is no `pqcli.coded`."""
+    """What `pqcli.manifest` holds; `recipe` is the wish, `coded` is None where there is no `pqcli.coded`.
+
+    `base` is None where no record needs one.
+    """
 
     version: int
     features: tuple[str, ...]
@@ -80,6 +86,7 @@ class Manifest:
     recipe: Mapping[str, Any]
     tensors: tuple[Record, ...]
     coded: CodedStreams | None = None
+    base: BaseName | None = None
 
     @property
     def coded_bytes(self) -> int:
@@ -101,6 +108,7 @@ class StoredRecord:
     kind: str = ""
     role: str = "model"
     alias_of: str | None = None
+    copy_of: str | None = None
     rows: int | None = None
     block_size: int | None = None
     n_centroids: int | None = None
@@ -108,6 +116,7 @@ class StoredRecord:
     kernel: int = 1
     coded_bytes: int | None = None
     zero_bytes: int | None = None
+    difference: bool = False
 
     @staticmethod
     def of(record: Record) -> StoredRecord:
@@ -123,9 +132,11 @@ class StoredRecord:
             given = {"rows": coding.rows, "kernel": coding.kernel, "coded_bytes": coding.n_bytes}
         elif isinstance(coding, Kept):
             given = {"coded_bytes": coding.n_bytes}
+        elif isinstance(coding, Copy):
+            given = {"copy_of": coding.of}
         return StoredRecord(
             info.name, info.shape, info.dtype, coding.action, record.reason, record.kind, info.role, info.alias_of,
-            zero_bytes=record.zero_bytes, **given,
+            zero_bytes=record.zero_bytes, difference=record.difference, **given,
         )  # fmt: skip
 
     def record(self) -> Record:
@@ -134,15 +145,21 @@ class StoredRecord:
         if not is_shape(self.shape) or not all(number is None or is_size(number) for number in numbers):
             raise ValueError("a size that no tensor has")
         info = TensorInfo(self.name, self.shape, self.dtype, self.alias_of, self.role)
-        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes)
+        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes, self.difference)
 
     def _coding(self) -> Coding:
         if (self.action == "alias") != (self.alias_of is not None):
             raise ValueError(f"action {self.action!r} of an alias of {self.alias_of!r}")
+        if (self.action == Copy.action) != (self.copy_of is not None):
+            raise ValueError(f"action {self.action!r} of a copy of {self.copy_of!r}")
         if self.alias_of is not None:
             return Alias(self.alias_of)
+        if self.copy_of is not None:
+            return Copy(self.copy_of)
         if self.action == Kept.action:
             return Kept(self.coded_bytes)
+        if self.action == Same.action:
+            return Same()
         if self.action != Plain.action:
             return Coded(self.action, self.rows, self.kernel, self.coded_bytes)
         if self.block_size is None or self.n_centroids is None:
@@ -162,6 +179,7 @@ class StoredManifest:
     recipe: dict[str, Any]
     tensors: tuple[StoredRecord, ...]
     coded: CodedStreams | None = None
+    base: BaseName | None = None
 
     def manifest(self) -> Manifest:
         """The manifest. Raises ValueError, naming the tensor, where a record lacks what it needs."""
@@ -171,7 +189,7 @@ class StoredManifest:
                 records.append(stored.record())
             except ValueError as error:
                 raise ValueError(f"the record of {stored.name!r} makes no sense: {error}") from None
-        return Manifest(self.version, self.features, self.source, self.recipe, tuple(records), self.coded)
+        return Manifest(self.version, self.features, self.source, self.recipe, tuple(records), self.coded, self.base)
 
 
 def make_manifest(
@@ -180,15 +198,22 @@ def make_manifest(
     records: Sequence[Record],
     coded: CodedStreams | None = None,
     features: Iterable[str] = (),
+    naming: Naming | None = None,
 ) -> Manifest:
     """The manifest of a file with these records, naming the features that they need, and `features` beside.
 
-    `source` has the fields of `Source`.
+    `source` has the fields of `Source`; `naming` knows the base that records may need.
     """
-    needed = {record.action for record in records if record.quantized} | {checksum.FEATURE, *features}
+    needed = {record.action for record in records if record.quantized or isinstance(record.coding, Copy)} | {
+        checksum.FEATURE,
+        *features,
+    }
     if any(record.zero_bytes is not None for record in records):
         needed.add(zeros.FEATURE)
-    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded)
+    base = naming.name_for(records) if naming else None
+    if base is not None:
+        needed.add(difference.FEATURE)
+    return Manifest(VERSION, tuple(sorted(needed)), Source(**source), recipe, tuple(records), coded, base)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -196,12 +221,14 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     plain: dict[str, Any] = {
         "version": manifest.version,
         "features": manifest.features,
-        "source": vars(manifest.source),
+        "source": {key: value for key, value in vars(manifest.source).items() if key != "side_bytes" or value},
         "recipe": manifest.recipe,
         "tensors": [_without_defaults(StoredRecord.of(record)) for record in manifest.tensors],
     }
     if manifest.coded is not None:
         plain["coded"] = vars(manifest.coded)
+    if manifest.base is not None:
+        plain["base"] = vars(manifest.base)
     return zlib.compress(json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode(), 9)
 
 

@@ -12,27 +12,30 @@ import torch
 
 from pqcli.codecs import zeros
 from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
-from pqcli.codecs.rate.measuring import dense
+from pqcli.codecs.difference import as_base, exact_sum, restored
 from pqcli.container import checksum
+from pqcli.container.bases import Base, Given, Search, content_hash, find_base, message
 from pqcli.container.checksum import CHECKSUM
 from pqcli.container.door import admit
 from pqcli.container.entries import open_entries
 from pqcli.container.layout import CODED, KEPT
 from pqcli.container.limits import Limits
 from pqcli.container.manifest import KEPT_CODED, CodedStreams
-from pqcli.core.digests import tensor_hash
+from pqcli.core.digests import tensor_bytes, tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.core.pq import packing, pq
-from pqcli.errors import ContainerError
+from pqcli.errors import BaseError, ContainerError
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
-from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record, StoredError
+from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record, Same, StoredError
 
 
 class Container:
     """An open container: its manifest, and one decoded tensor at a time. Use as a context manager."""
 
-    def __init__(self, path: Path, limits: Limits | None = None) -> None:
+    def __init__(self, path: Path, limits: Limits | None = None, search: Search | None = None) -> None:
         self.path = path
+        self._search = search or Search()
+        self._base: Base | None = None
         self._entries = open_entries(path, limits or Limits())
         try:
             self._said = admit(self._entries, limits or Limits())
@@ -49,7 +52,13 @@ class Container:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._decoder = None  # ends its threads now: a collector that waited for them might hold a lock that they want
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, and its base; may be called twice."""
+        self._decoder = None  # what it has begun ahead is not needed any more
+        if self._base is not None:
+            self._base.close()
         self._entries.close()
 
     @property
@@ -77,7 +86,7 @@ class Container:
 
     def error(self, name: str) -> StoredError | None:
         """The error that compression measured; None for a tensor that is not quantized."""
-        return self._said.errors.get(self.record(name).name)
+        return self._said.errors.get(self.record(name).held_by)
 
     def pq_tensor(self, name: str) -> pq.PQTensor:
         """Codebook and assignments of a tensor that plain PQ quantized, unpacked."""
@@ -111,17 +120,48 @@ class Container:
     def decode(self, name: str, *, check: bool = True) -> torch.Tensor:
         """The dense tensor, in its original dtype and in its own memory.
 
-        Raises ContainerError if its bytes are not those that compression saw (`check=False` skips this).
+        Raises ContainerError if its bytes are not those that compression saw (`check=False` skips this), and BaseError
+        if it needs a base that is missing or another one.
         """
         record = self.record(name)
-        if isinstance(record.coding, Alias):
+        if isinstance(record.coding, Alias | Copy):
             return self.decode(record.coding.of, check=check)
-        tensor = _DECODERS[type(record.coding)](self, record)
-        if record.zero_bytes is not None:
-            tensor = self._with_zeros(tensor, record)
+        base = self.base() if record.needs_base else None
+        tensor = self.decode_with(record, base)
         if check and not self.is_intact(name, tensor):
+            self.check_base(record)
             raise self._entries.damaged(f"tensor {name!r} decodes to other bytes than were compressed")
         return tensor
+
+    def decode_with(self, record: Record, base: Base | None) -> torch.Tensor:
+        """The dense tensor of a record that is no alias, given a base that fits (`bases.misfit`), unchecked."""
+        of_base = base.read(record.name) if base is not None and record.needs_base else None
+        tensor = _DECODERS[type(record.coding)](self, record, of_base)
+        return tensor if record.zero_bytes is None else self._with_zeros(tensor, record)
+
+    def base(self) -> Base:
+        """What its differences are to. Raises BaseError where that is missing or another one, or none is needed."""
+        if self._base is None:
+            self._base = find_base(self, self._search)
+        return self._base
+
+    def check_base(self, record: Record) -> None:
+        """Raise BaseError if the base is what is wrong with a tensor that needs it."""
+        wanted = self.manifest.base
+        if wanted is None or not record.needs_base:
+            return
+        found = content_hash(self.records, self.base())
+        if found != wanted.hash:
+            raise BaseError(message(self.path, wanted, [f"'{self.base().path}' has the hash {found}"]))
+
+    def bind(self, base: Base) -> None:
+        """Take `base` for its base from now on."""
+        self._base = base
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether some tensor cannot be decoded without a base."""
+        return self.manifest.base is not None
 
     def is_intact(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether `tensor` has the bytes that `name` had when it was compressed."""
@@ -151,8 +191,14 @@ class Container:
 
     # --- tensors ------------------------------------------------------------------------------------------------------
 
-    def _plain(self, record: Record) -> torch.Tensor:
-        return pq.decode(self.pq_tensor(record.name))
+    def _plain(self, record: Record, base: torch.Tensor | None) -> torch.Tensor:
+        tensor = self.pq_tensor(record.name)
+        return pq.decode(tensor) if base is None else restored(record, pq.decode(tensor, torch.float32), base)
+
+    def _same(self, record: Record, base: torch.Tensor | None) -> torch.Tensor:
+        if base is None:
+            raise TypeError(f"tensor {record.name!r} without its base")
+        return as_base(record, base)
 
     def _with_zeros(self, tensor: torch.Tensor, record: Record) -> torch.Tensor:
         try:
@@ -160,7 +206,15 @@ class Container:
         except ValueError as error:
             raise self._entries.damaged(f"zeros of {record.name!r}: {error}") from None
 
-    def _kept(self, record: Record) -> torch.Tensor:
+    def _kept(self, record: Record, base: torch.Tensor | None) -> torch.Tensor:
+        stored = self._kept_bytes(record)
+        if base is None:
+            return stored
+        data = torch.from_numpy(exact_sum(tensor_bytes(stored), base, record.info.dtype))
+        return data.view(stored.dtype).reshape(record.info.shape)
+
+    def _kept_bytes(self, record: Record) -> torch.Tensor:
+        """What is kept, as a tensor: the tensor itself, or its difference."""
         if record.is_bundled:
             if self._bundle is None:
                 self._bundle = self._unbundled()
@@ -192,12 +246,12 @@ class Container:
         except ValueError as error:
             raise self._entries.damaged(f"kept tensor {records[0].name!r}: {error}") from None
 
-    def _coded(self, record: Record) -> torch.Tensor:
+    def _coded(self, record: Record, base: torch.Tensor | None) -> torch.Tensor:
         try:
             matrix = self._opened_decoder().matrix(record.name)
         except (ValueError, OverflowError) as error:
             raise self._entries.damaged(f"tensor {record.name!r}: {error}") from None
-        return dense(matrix, record)
+        return restored(record, torch.from_numpy(matrix), base)
 
     def _opened_decoder(self) -> Decoder:
         """The decoder of all streams. Raises ValueError where their shared part is damaged."""
@@ -241,17 +295,20 @@ class _Fetched(Sequence[bytes]):
         return self._fetch(self._ends[index], self._ends[index + 1])
 
 
-_DECODERS: dict[type[Coding], Callable[[Container, Record], torch.Tensor]] = {
+_DECODERS: dict[type[Coding], Callable[[Container, Record, torch.Tensor | None], torch.Tensor]] = {
     Plain: Container._plain,  # noqa: SLF001 - the table of this module
     Kept: Container._kept,  # noqa: SLF001
     Coded: Container._coded,  # noqa: SLF001
+    Same: Container._same,  # noqa: SLF001
 }
-"""How each kind of tensor is decoded; an alias is decoded as what it is another name of."""
+"""How each kind of tensor is decoded, given the base's where it needs that; an alias and a copy are decoded as the
+tensor that they name."""
 
 
-def open_container(path: str | Path, *, limits: Limits | None = None) -> Container:
+def open_container(path: str | Path, *, limits: Limits | None = None, base: str | Path | Given = ()) -> Container:
     """The container at `path`. Raises ContainerError if it is missing, damaged, or from a newer pqcli.
 
-    A file that claims to hold more than `limits` allow is refused.
+    A file that claims to hold more than `limits` allow is refused. `base` says where the base may be found, and the
+    base's own, of a file that holds differences (`pqcli.container.bases`); it is looked for when a tensor needs it.
     """
-    return Container(Path(path), limits)
+    return Container(Path(path), limits, Search.among(base, limits))

@@ -20,6 +20,7 @@ from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES, Checks
 from pqcli.container.header import MANIFEST
 from pqcli.container.layout import CODED, KEPT, SHORT_HASH_BYTES, Layout, lay_out
 from pqcli.container.manifest import KEPT_CODED, CodedStreams, Manifest, make_manifest, manifest_bytes
+from pqcli.container.naming import Naming
 from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.records import Coded, Record, StoredError
 
@@ -28,11 +29,12 @@ _COPY_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class About:
-    """What a file says beside its tensors: their order, the source, the recipe."""
+    """What a file says beside its tensors: their order, the source, the recipe, and what is known of its base."""
 
     order: tuple[str, ...]
     source: Mapping[str, Any]
     recipe: Mapping[str, Any]
+    naming: Naming | None = None
 
 
 @dataclass
@@ -110,7 +112,7 @@ class Writer:
         pieces = self.pieces
         hash_bytes = SHORT_HASH_BYTES if self.compact else HASH_BYTES
         self._put(KEPT, [self.bundle])
-        self._put(HASHES, [piece.digest[:hash_bytes] for piece in pieces])
+        self._put(HASHES, [self._pieces[piece.record.held_by].digest[:hash_bytes] for piece in pieces])
         self._put(ERRORS, [_error_rows(pieces)])
         self._put(MANIFEST, [manifest_bytes(manifest)])
         if any(entry.key == ENTROPIES for entry in layout.entries):
@@ -139,7 +141,7 @@ class Writer:
         if streams is not None:
             about = CodedStreams(codec, len(streams.shared), tuple(len(data) for data in streams.streams))
             features += streams.features
-        return make_manifest(self.about.source, self.about.recipe, records, about, features)
+        return make_manifest(self.about.source, self.about.recipe, records, about, features, self.about.naming)
 
     def _put(self, key: str, pieces: Iterable[bytes | NDArray[np.uint8]]) -> None:
         with output_errors(self.target):

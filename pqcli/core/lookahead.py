@@ -32,8 +32,9 @@ def in_order(
     before it that are not done with cost no more than `budget` together, or when it would be alone; an item that the
     caller has been given is done with when the next is asked for.
 
-    The first exception, of `work` or of `items`, ends the iteration, as does closing it. What has not started then
-    never does; what has is waited for, unless `join` is False.
+    The first exception, of `work` or of `items`, ends the iteration. What has not started then never does; what has is
+    waited for, unless `join` is False. Closing ends it likewise, and never waits: it may be the garbage collector that
+    closes, at any moment, in a thread that holds a lock which the work begun is waiting for.
     """
     waiting: deque[tuple[Future[Result], int]] = deque()
     held = 0
@@ -54,5 +55,8 @@ def in_order(
                 held -= freed
         while waiting:
             yield waiting.popleft()[0].result()
+    except GeneratorExit:
+        join = False
+        raise
     finally:
         pool.shutdown(wait=join, cancel_futures=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,12 @@ DEFAULT_SHRINKAGE = 0.05
 """The share where there are no two halves to find out."""
 FEWEST_LOOKUPS = (0.05, 0.5)
 """An embedding's row that was never seen counts as seen so many times, as the number of those seen once suggests."""
+FEWEST_DRAWS = (0.01, 0.5)
+"""Likewise a row of an output layer that was never drawn as a label."""
+_LEAST_FELT = 1e-6
+"""No row of an output layer is felt less than so, against the mean."""
+_MET = 0.1
+"""Counts of no more than this are of rows that were not met: squared probabilities of labels that were not drawn."""
 MOST_ROW_STEP, LEAST_ROW_STEP = 2.0, 0.125
 """Bounds of a row's step relative to the typical row: frequencies of rare words are guesses."""
 _ROW_GRAIN = 2
@@ -66,9 +72,15 @@ class Moments:
 
 @dataclass(frozen=True)
 class RowImportance:
-    """What is known of an embedding: the damage that a squared error of 1 in a weight does, by row."""
+    """What is known of an embedding: the damage that a squared error of 1 in a weight does, by row.
+
+    Where the embedding is the output layer too, columns do not count alike either: errors e of a row do damage in
+    proportion to e `columns` e', about; `shrinkage` is the share of what is off its diagonal that is not believed.
+    """
 
     rows: NDArray[np.float64]
+    columns: Matrix | None = None
+    shrinkage: float = 0.0
 
     @classmethod
     def of(
@@ -84,18 +96,27 @@ class RowImportance:
         `row_gradient` (rows,) the mean squared gradients at its outputs.
         """
         # a lookup of a rare row is felt more than one of a common row: by the inverse root of the frequency
-        expected = lookups + _unseen_lookups(lookups)
+        expected = lookups + _unseen(lookups, FEWEST_LOOKUPS)
         rows = np.sqrt(expected) * (expected.sum() / np.sqrt(expected).sum()) * lookup_gradient
-        if head is not None and row_gradient is not None:
-            rows = rows + head.n_samples * row_gradient * float(np.mean(np.diag(head.matrix)))
-        return cls(rows)
+        if head is None or row_gradient is None or not np.any(head.matrix):
+            return cls(rows)
+        felt = head.n_samples * row_gradient
+        if felt.max() >= 1 and felt.min() <= _MET:
+            # labels were drawn from predictions: a row that was not drawn shows nothing of what it will be felt
+            felt = felt + _unseen(felt, FEWEST_DRAWS)
+        felt = np.maximum(felt, _LEAST_FELT * felt.mean())
+        mean_square = float(np.mean(np.diag(head.matrix)))
+        # a row's errors e do damage rows |e|^2 + felt e H e'; the typical ratio of the two makes it one matrix for all
+        ratio = float(np.exp(np.mean(np.log(rows / felt))))
+        columns = head.matrix + np.float32(ratio) * np.eye(len(head.matrix), dtype=np.float32)
+        return cls(rows + felt * mean_square, columns, head.shrinkage())
 
 
-def _unseen_lookups(lookups: NDArray[np.float64]) -> float:
-    """How often a row that was never looked up would be in as many lookups again (Good and Turing), within bounds."""
-    once = int(np.count_nonzero((lookups > 0) & (lookups <= 1)))
-    never = int(np.count_nonzero(lookups == 0))
-    return min(max(once / max(never, 1), FEWEST_LOOKUPS[0]), FEWEST_LOOKUPS[1])
+def _unseen(counts: NDArray[np.float64], bounds: tuple[float, float]) -> float:
+    """How often a row that was never met would be in as many samples again (Good and Turing), within bounds."""
+    once = int(np.count_nonzero((counts > _MET) & (counts <= 1)))
+    never = int(np.count_nonzero(counts <= _MET))
+    return min(max(once / max(never, 1), bounds[0]), bounds[1])
 
 
 @dataclass(frozen=True)
@@ -140,15 +161,15 @@ def prepare(
     rows: dict[str, RowSteps] = {}
     exact: dict[str, float] = {}
     shrinkage: dict[str, float] = {}
-    judged: dict[int, float] = {}  # layers share moments
+    judged: dict[int, tuple[Feedback, float]] = {}  # layers share moments
     for key, about in known.items():
         if isinstance(about, RowImportance):
-            rows[key], exact[key] = _of_rows(about)
+            rows[key], exact[key] = _of_rows(about) if about.columns is None else _of_both(about, about.columns)
             continue
         if id(about.matrix) not in judged:
-            judged[id(about.matrix)] = about.shrinkage()
-        shrinkage[key] = judged[id(about.matrix)]
-        rows[key], typical = _of_inputs(about.matrix, shrinkage[key])
+            judged[id(about.matrix)] = _of_inputs(about.matrix, about.shrinkage())
+        fed, typical = judged[id(about.matrix)]
+        rows[key], shrinkage[key] = fed, fed.shrinkage
         felt = about.gradient if about.gradient is not None else 1 / max((output_energy or {}).get(key, 1.0), 1e-30)
         exact[key] = typical / math.sqrt(max(felt * about.n_samples, 1e-30))
     unit = _typical({key: exact[key] / tensors[key].plain_step for key in exact}, tensors)
@@ -177,6 +198,13 @@ def _of_rows(about: RowImportance) -> tuple[RowSteps, float]:
     steps = np.maximum(about.rows, 1e-30) ** -0.5
     typical = float(np.exp(np.mean(np.log(steps))))
     return RowSteps(np.clip(steps / typical, LEAST_ROW_STEP, MOST_ROW_STEP), _ROW_GRAIN), typical
+
+
+def _of_both(about: RowImportance, columns: Matrix) -> tuple[Feedback, float]:
+    """Feedback for an embedding that is an output layer: its columns are inputs, its rows have steps as well."""
+    fed, typical = _of_inputs(columns, about.shrinkage)
+    of_rows, typical_row = _of_rows(replace(about, rows=about.rows / float(np.mean(np.diag(columns)))))
+    return replace(fed, column_steps=of_rows.steps), typical * typical_row
 
 
 def _typical(ratios: Mapping[str, float], tensors: Mapping[str, Weights]) -> float:

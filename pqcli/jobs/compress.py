@@ -8,51 +8,58 @@ jobs) comes to nothing, but nowhere does the loop ask which codec it drives.
 
 from __future__ import annotations
 
-import tempfile
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli.atomic import check_target
+from pqcli.atomic import check_output, check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
 from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
-from pqcli.codecs.kept import KeptJob, alias_piece
+from pqcli.codecs.kept import KeptJob, reference_piece
 from pqcli.codecs.rate.budget import Goal, error_bound
 from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
 from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import NOT_FINITE
+from pqcli.container.bases import Base, Search
 from pqcli.container.layout import CODED, lay_out
 from pqcli.container.manifest import make_manifest
+from pqcli.container.naming import BaseName, Naming
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
 from pqcli.errors import CheckpointError, ContainerError, OutputError
 from pqcli.jobs import executors
+from pqcli.jobs.base import Compared, compared
+from pqcli.jobs.copies import copies_of
 from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
-from pqcli.jobs.report import paper_bytes_of, tensor_report
+from pqcli.jobs.report import base_report, paper_bytes_of, tensor_report
+from pqcli.limits import Limits
 from pqcli.plan import plan as plans
-from pqcli.plan.plan import Plan
+from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
-from pqcli.tensors.records import Alias, Coded, Record, StoredError, with_bundle_shares
+from pqcli.tensors.records import Alias, Coded, Copy, Record, Same, StoredError, with_bundle_shares
 
 COPIES = 2
 """What the disk holds of a file while it is written: the spool, and the file itself."""
 SAMPLED = 1 / 16
 """The fraction of the dense bytes that a finished file is decoded for, to check it."""
+NOT_CODED = frozenset({"keep", "alias", "base"})
+"""Actions of a plan that no codec takes part in."""
 BASE_MEMORY_BYTES = 400 << 20
 """Memory of a process that has torch loaded and kernels compiled."""
 
@@ -65,22 +72,34 @@ def compress(
     device: str = "auto",
     force: bool = False,
     verify: bool = True,
+    base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
 
     Tensors are read one at a time. With plain PQ each is written as soon as it is encoded, and peak memory is about the
     largest tensor; codecs with streams hold what they have coded in memory until the file is written. The file appears
     whole or not at all. With `verify`, what was written is read again before it is put in place: its bytes must be
-    those that were meant, and a sample must decode to its hashes. `progress` is told of every stage
-    (`pqcli.jobs.events.Event`).
+    those that were meant, and a sample must decode to its hashes. With a `base`, a checkpoint or a container, what the
+    file holds are differences to it where these take less (`pqcli.jobs.base`); several are the base, its own base, and
+    so on. `progress` is told of every stage (`pqcli.jobs.events.Event`). `limits` bound what the structure of the
+    checkpoint may cost to understand.
 
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
     recipe = recipe or Recipe()
-    with opened(source, recipe) as checkpoint:
+    with opened(source, recipe, limits) as checkpoint:
         return compress_opened(
-            checkpoint, output, recipe, resolve_device(device), force=force, verify=verify, hook=progress
+            checkpoint,
+            output,
+            recipe,
+            resolve_device(device),
+            force=force,
+            verify=verify,
+            bases=bases_of(base),
+            hook=progress,
+            limits=limits,
         )
 
 
@@ -91,21 +110,33 @@ def save(
     *,
     device: str = "auto",
     force: bool = False,
+    base: str | Path | Sequence[str | Path] = (),
 ) -> Report:
     """Compress a state dict (or a whole nested checkpoint dict) that is in memory, as from inside a training script.
 
-    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give.
+    Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give. Where
+    the process is killed meanwhile, the next one that writes `file` removes what is left of it.
     """
-    check_target(Path(file), force=force)
-    with tempfile.NamedTemporaryFile(dir=Path(file).parent, suffix=".pt") as dense:
-        torch.save(state_dict, dense)
-        dense.flush()
-        return replace(compress(dense.name, file, recipe, device=device, force=force), source="")
+    target = Path(file)
+    check_target(target, force=force)
+    with temporary_beside(final_path(target), suffix=".pt") as (dense, descriptor):
+        with output_errors(target), os.fdopen(os.dup(descriptor), "wb") as saved:
+            _torch_save(state_dict, saved)
+        return replace(compress(dense, file, recipe, device=device, force=force, base=base), source="")
 
 
-def opened(source: str | Path, recipe: Recipe) -> Checkpoint:
+def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(state_dict, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # the disk's error, after which torch fails at ending its archive
+            raise error.__context__ from None
+        raise
+
+
+def opened(source: str | Path, recipe: Recipe, limits: Limits | None = None) -> Checkpoint:
     """The checkpoint, or as much of it as the recipe asks for."""
-    checkpoint = checkpoints.open(source)
+    checkpoint = checkpoints.open(source, limits=limits, from_module=recipe.from_module)
     if not recipe.model_only:
         return checkpoint
     try:
@@ -115,6 +146,11 @@ def opened(source: str | Path, recipe: Recipe) -> Checkpoint:
         raise
 
 
+def bases_of(base: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """One base, or several, as paths."""
+    return Search.among(base).given
+
+
 def default_output(source: Path) -> Path:
     """`STEM.pq.safetensors` beside a checkpoint file or folder."""
     source = source.resolve() if source.name in {"", ".", ".."} else source
@@ -122,22 +158,25 @@ def default_output(source: Path) -> Path:
     return source.with_name(stem + SUFFIX)
 
 
-def check_output(output: Path, source: Path, *, force: bool) -> None:
+def check_place(output: Path, source: Path, *, force: bool) -> None:
     """Refuse what cannot be written before any work is done."""
-    if output.exists() and source.exists() and output.samefile(source):
-        raise OutputError(f"'{output}' is the input itself; use -o to write elsewhere")
-    check_target(output, force=force)
+    check_output(output, source, force=force)
+    with output_errors(output):
+        is_inside = output.exists() and source.is_dir() and output.resolve().parent == source.resolve()
+    if is_inside and not output.name.endswith(SUFFIX):
+        raise OutputError(f"'{output}' is a part of the input; use -o to write elsewhere")
 
 
-def about(checkpoint: Checkpoint, recipe: Recipe) -> About:
+def about(checkpoint: Checkpoint, recipe: Recipe, naming: Naming | None = None) -> About:
     """What the file of this checkpoint says beside its tensors."""
     source = {
         "format": checkpoint.format,
         "n_bytes": checkpoint.n_bytes,
         "skeleton": checkpoint.skeleton,
         "dropped": _left_out(checkpoint),
+        "side_bytes": checkpoint.side_bytes,
     }
-    return About(tuple(info.name for info in checkpoint.tensors), source, documents.to_json(recipe))
+    return About(tuple(info.name for info in checkpoint.tensors), source, documents.to_json(recipe), naming)
 
 
 def dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -148,7 +187,10 @@ def dropped(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _left_out(checkpoint: Checkpoint) -> list[list[str]]:
     """What the container does not hold: entries that JSON cannot carry, and files of a folder that are no weights."""
     entries = [[item.path, item.reason] for item in checkpoint.dropped]
-    return entries + [[name, "a file beside the weights; copy it yourself"] for name in checkpoint.side_files]
+    return entries + [
+        [name, f"a file beside the weights, {n_bytes:,} B; copy it yourself"]
+        for name, n_bytes in checkpoint.side_sizes.items()
+    ]
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -162,20 +204,25 @@ def compress_opened(
     *,
     force: bool = False,
     verify: bool = True,
+    bases: Sequence[Path] = (),
     hook: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Compress an open checkpoint."""
     started = time.perf_counter()
     target = Path(output) if output else default_output(checkpoint.path)
     plan = plans.make(recipe, checkpoint.tensors)
-    check_output(target, checkpoint.path, force=force)
+    check_place(target, checkpoint.path, force=force)
     with (
         claimed(target),
-        compression(checkpoint, plan, recipe, device, target, force=force, hook=hook) as work,
+        compression(
+            checkpoint, plan, recipe, device, target, force=force, bases=bases, hook=hook, limits=limits
+        ) as work,
     ):
         check_space(target, COPIES * work.expected_bytes())
-        size = work.finish(work.coded(work.prepared()), verify=verify)
-        records, tensors = work.writer.records, work.tensor_reports()
+        size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
+        records, tensors, warnings = work.writer.records, work.tensor_reports(), work.all_warnings()
+        base = base_report(work.base_name(), work.records)
     return Report(
         source=str(checkpoint.path),
         output=str(target),
@@ -186,7 +233,9 @@ def compress_opened(
         dropped=dropped(checkpoint),
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
-        warnings=work.warnings,
+        warnings=warnings,
+        side_bytes=checkpoint.side_bytes,
+        base=base,
     )
 
 
@@ -199,15 +248,22 @@ def compression(
     target: Path,
     *,
     force: bool = False,
+    bases: Sequence[Path] = (),
     hook: Hook | None = None,
+    limits: Limits | None = None,
 ) -> Iterator[Compression]:
     """The work of compressing `checkpoint` into `target`; what is not finished leaves nothing behind."""
     row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
-    codec = load(row.name)
-    with Writer(target, about(checkpoint, recipe), force, compact=codec.is_compact) as writer:
-        weights = Weights(checkpoint)
+    codec, hook = load(row.name), hook or ignore
+    weights, beside = Weights(checkpoint), None
+    with ExitStack() as stack:
+        if bases:
+            beside = stack.enter_context(compared(checkpoint, plan, bases, target, hook, limits))
+            codec, plan, weights = codec.compacted(), beside.plan, beside.weights
+        said = about(checkpoint, recipe, beside.naming if beside else None)
+        writer = stack.enter_context(Writer(target, said, force, compact=codec.is_compact))
         run = _runner(device, recipe)
-        yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook or ignore)
+        yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook, beside)
 
 
 Result = Piece | StreamPiece | list[StreamPiece]
@@ -227,22 +283,30 @@ class Compression:
     writer: Writer
     run: Run
     hook: Hook
+    beside: Compared | None = None
     warnings: tuple[str, ...] = ()
 
     def prepared(self) -> Survey:
         """Read what the codec wants to know, write what is kept; the survey of what is to be coded."""
-        entries = [entry for entry in self.plan.entries if entry.action not in {"keep", "alias"}]
-        records = [record_of(entry) for entry in self.plan.entries if entry.action in {"keep", "alias"}]
+        copies = copies_of(self.plan.entries, self.weights)
+        own = [entry for entry in self.plan.entries if entry.info.name not in copies]
+        entries = [entry for entry in own if entry.action not in NOT_CODED]
+        records = [record_of(entry) for entry in own if entry.action in NOT_CODED]
+        records += [
+            _copy_of(entry, copies[entry.info.name]) for entry in self.plan.entries if entry.info.name in copies
+        ]
         for record in records:
-            if record.action == "alias":
-                self.writer.add(alias_piece(record))
+            if record.action == "base" and self.beside:
+                self.writer.add(Piece(record, self.beside.digests[record.name]))
+            elif record.action != "keep":
+                self.writer.add(reference_piece(record))
         survey = self.codec.survey(
             entries, self.weights, Stage(self.hook, "reading", sum(entry.info.numel for entry in entries))
         )
         kept = [record for record in [*records, *survey.rejected] if record.action == "keep"]
         keeping = [KeptJob(record, self.weights, self.codec.is_compact) for record in kept]
         self._write([*keeping, *survey.exact], "keeping")
-        return survey
+        return survey if Goal.of(self.recipe, self.original_bytes) else survey.fine_for_differences()
 
     def coded(self, survey: Survey) -> Streams | None:
         """Code what was surveyed: tensors set apart, then the rest at the level, or to the budget, asked for."""
@@ -279,16 +343,37 @@ class Compression:
         records = [record_of(entry) for entry in self.plan.entries]
         return lay_out(make_manifest(self.writer.about.source, self.writer.about.recipe, records)).n_bytes
 
-    def finish(self, streams: Streams | None, *, verify: bool = True) -> int:
+    def file_bytes(self, streams: Streams | None) -> int:
+        """The size of the file if it were finished with these streams."""
+        return self.writer.layout(self.codec_name, streams).n_bytes
+
+    def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> int:
         """Write the file; its size in bytes. With `verify`, read it again first."""
-        return self.writer.finish(self.codec_name, streams, partial(check_written, streams) if verify else None)
+        base = replace(self.beside.base, close=lambda: None) if self.beside else None
+        check = partial(check_written, streams, base=base, limits=limits) if verify else None
+        return self.writer.finish(self.codec_name, streams, check)
+
+    def base_name(self) -> BaseName | None:
+        """What the file says of its base; None where it needs none."""
+        return self.beside.naming.name_for(self.writer.records) if self.beside else None
+
+    def all_warnings(self) -> tuple[str, ...]:
+        """What to say, of a base that has served nothing too."""
+        if self.beside is None or self.base_name() is not None:
+            return self.warnings
+        return (*self.warnings, f"'{self.beside.base.path}' spares nothing: {_useless(self.beside)}")
+
+    @property
+    def records(self) -> list[Record]:
+        """The records of the finished file, those of small kept tensors with their shares of what they lie in."""
+        return with_bundle_shares(self.writer.records, len(self.writer.bundle))
 
     def tensor_reports(self) -> tuple[TensorReport, ...]:
         """What became of every tensor of the finished file."""
-        pieces = self.writer.pieces
-        records = with_bundle_shares([piece.record for piece in pieces], len(self.writer.bundle))
+        pieces, records = self.writer.pieces, self.records
+        errors = {piece.record.name: StoredError.of(piece.error) for piece in pieces if piece.error}
         return tuple(
-            tensor_report(record, StoredError.of(piece.error) if piece.error else None, piece.use)
+            tensor_report(record, errors.get(record.held_by), piece.use)
             for record, piece in zip(records, pieces, strict=True)
         )
 
@@ -342,14 +427,30 @@ class Compression:
         return Stage(self.hook, stage, sum(record.info.numel for record in records))
 
 
-def check_written(streams: Streams | None, path: Path) -> None:
+def _copy_of(entry: PlanEntry, name: str) -> Record:
+    """The record of a tensor that has the same bytes as the tensor `name`."""
+    return Record(entry.info, Copy(name), f"has the same bytes as {name!r}", entry.kind)
+
+
+def _useless(beside: Compared) -> str:
+    if not beside.naming.tensors:
+        return "it has no tensor of the same name and shape; the file needs no base"
+    n = len(beside.naming.tensors)
+    return f"coding the {n:,} tensors that it has too takes less than coding differences; the file needs no base"
+
+
+def check_written(
+    streams: Streams | None, path: Path, *, base: Base | None = None, limits: Limits | None = None
+) -> None:
     """Raise ContainerError unless the container at `path` opens, a sample has its hashes, and its streams are these.
 
     The sample is of tensors held by themselves, the smallest first: as many as can be for `SAMPLED` of the time, since
     what would be wrong is where entries lie. Streams were decoded from memory when their errors were measured.
     """
-    with open_container(path) as container:
-        own = [record for record in container.records if not isinstance(record.coding, Alias | Coded)]
+    with open_container(path, limits=limits) as container:
+        if base is not None:
+            container.bind(base)
+        own = [record for record in container.records if not isinstance(record.coding, Alias | Copy | Coded | Same)]
         left = SAMPLED * sum(record.info.n_bytes for record in own)
         for i, record in enumerate(sorted(own, key=lambda record: record.info.n_bytes)):
             left -= record.info.n_bytes

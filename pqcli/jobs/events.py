@@ -1,13 +1,18 @@
 """Events: what a long job tells of itself while it runs. A hook takes them; the command line makes a bar of them.
 
+loading     a model being built                              calibrate
+naming      weights found in the model                       calibrate
+calibrating tokens that have run through the model           calibrate
+matching    weights compared with those of a base            compress
 reading     weights read, to find out about them             compress
 keeping     weights kept bit for bit                         compress
 learning    weights looked at for what tensors share         compress
 searching   drafts of levels, until a budget is nearly met   compress
 encoding    weights quantized and coded                      compress; once for each level tried
 measuring   weights decoded and compared                     compress, report
-decoding    weights decoded                                  decode
+decoding    weights decoded                                  decode; compress, those of a base
 verifying   weights decoded and checked                      verify
+comparing   batches that have run through both networks      compare
 """
 
 from __future__ import annotations
@@ -19,7 +24,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """`done` of `total` units of a stage, the last of them on the tensor `name`. The unit is weights, or drafts."""
+    """`done` of `total` units of a stage, the last of them on the tensor `name`.
+
+    The unit is weights, tokens, batches, or drafts.
+    """
 
     stage: str
     done: int

@@ -3,42 +3,64 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pqcli import checkpoint as checkpoints
+from pqcli import stats as statistics
 from pqcli.atomic import atomic_writer
 from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import registry
 from pqcli.codecs.base import Use
 from pqcli.codecs.plain import use_of
+from pqcli.codecs.rate.budget import error_bound
+from pqcli.codecs.rate.protection import warnings_of_tensors
 from pqcli.container.manifest import StoredRecord
+from pqcli.container.naming import BaseName
 from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics, rtn
-from pqcli.errors import CheckpointError
+from pqcli.errors import CheckpointError, RecipeError, UsageError
 from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
-from pqcli.reports.figures import INT4_GROUP, Report, TensorReport
+from pqcli.recipe import documents
+from pqcli.reports.figures import INT4_GROUP, BaseReport, Report, TensorReport
+from pqcli.stats.damage import predicted
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Kept, Plain, Record, StoredError, with_bundle_shares
+from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, Same, StoredError, with_bundle_shares
 
 
-def report(file: str | Path, against: str | Path | None = None, *, progress: Hook | None = None) -> Report:
+def report(
+    file: str | Path,
+    against: str | Path | None = None,
+    *,
+    base: str | Path | Sequence[str | Path] = (),
+    stats: str | Path | None = None,
+    progress: Hook | None = None,
+    limits: Limits | None = None,
+) -> Report:
     """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
 
-    With `against`, the original checkpoint, every error is measured again from the two files, and that of int4.
+    With `against`, the original checkpoint, every error is measured again from the two files, and that of int4. Only
+    for that a `base` is needed, which is found as `decode` finds it. With `stats`, statistics of the layers' inputs,
+    what these errors do to the output of each layer, and to the network's, is predicted too.
     """
-    with open_container(file) as container:
+    if stats is not None and against is None:
+        raise UsageError("what errors do is predicted from the errors themselves: give the original with --against")
+    known = None if stats is None else statistics.open(stats)
+    with open_container(file, limits=limits, base=base) as container:
         container.check_figures()
         records = with_bundle_shares(list(container.records), container.bundle_bytes)
         if against is None:
             tensors = tuple(_stored_report(container, record) for record in records)
         else:
             stage = Stage(progress or ignore, "measuring", n_weights(container))
-            with checkpoints.open(against) as original:
-                tensors = tuple(_measured_reports(container, records, original, stage))
+            with original_of(container, against, limits) as original:
+                tensors = tuple(_measured_reports(container, records, original, stage, known))
         source = container.manifest.source
         return Report(
             source=str(against or ""),
@@ -49,21 +71,42 @@ def report(file: str | Path, against: str | Path | None = None, *, progress: Hoo
             dropped=tuple(f"{path} ({reason})" for path, reason in source.dropped),
             recipe=container.manifest.recipe,
             paper_bytes=paper_bytes_of(container.records),
+            base=base_report(container.manifest.base, records),
+            warnings=_warnings(container.manifest.recipe, tensors),
+            side_bytes=source.side_bytes,
         )
 
 
-def inspect(file: str | Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+def _warnings(recipe: Mapping[str, Any], tensors: Sequence[TensorReport]) -> tuple[str, ...]:
+    """What compression said of tensors that a budget of error gave up, as far as a file tells."""
+    try:
+        bound = error_bound(documents.from_json(recipe))
+    except RecipeError:  # of a stranger, or of a newer pqcli: it is not needed for anything else
+        return ()
+    errors = {tensor.name: tensor.relative_mse for tensor in tensors if tensor.quantized and tensor.relative_mse}
+    return () if bound is None else warnings_of_tensors(bound, errors)
+
+
+def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Limits | None = None) -> dict[str, Any]:
     """What a container says of itself: version, features, source, recipe, and the records of `names` or of all."""
-    with open_container(file) as container:
+    with open_container(file, limits=limits) as container:
         records = [container.record(name) for name in names] if names else container.records
         source = container.manifest.source
+        base = base_report(container.manifest.base, container.records)
         return {
             "file": str(file),
             "file_bytes": Path(file).stat().st_size,
             "version": container.manifest.version,
             "features": list(container.manifest.features),
-            "source": {"format": source.format, "n_bytes": source.n_bytes, "dropped": source.dropped},
+            "source": {
+                "format": source.format,
+                "n_bytes": source.n_bytes,
+                "dropped": source.dropped,
+                "side_bytes": source.side_bytes,
+            },
+            "warnings": list(_warnings(container.manifest.recipe, [_told(container, r) for r in container.records])),
             "recipe": container.manifest.recipe,
+            **({"base": asdict(base)} if base else {}),
             "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
         }
 
@@ -72,6 +115,12 @@ def write_text(path: Path, text: str, *, force: bool = False) -> None:
     """Write a text file whole or not at all."""
     with atomic_writer(path, force=force) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def original_of(container: Container, against: str | Path, limits: Limits | None) -> Checkpoint:
+    """The checkpoint that a container is compared with, read as it was read when it was compressed."""
+    from_module = container.manifest.recipe.get("from_module") is True
+    return checkpoints.open(against, limits=limits, from_module=from_module)
 
 
 def n_weights(container: Container) -> int:
@@ -100,20 +149,44 @@ def tensor_report(record: Record, error: StoredError | None, use: Use | None) ->
         n_weights=info.numel,
         original_bytes=0 if is_alias else info.n_bytes,
         bytes=payload,
-        bits_per_weight=8 * payload / info.numel if info.numel and not is_alias else None,
+        bits_per_weight=8 * payload / info.numel if info.numel and not isinstance(coding, Alias | Copy) else None,
         centroids_used=use.centroids if use else None,
         assignment_entropy=use.entropy if use else None,
         assignment_bytes=record.assignment_bytes if use else None,
         entropy_bytes=math.ceil(use.entropy_bits / 8) if use else None,
         alias_of=info.alias_of,
+        copy_of=coding.of if isinstance(coding, Copy) else None,
         kind=record.kind,
+        difference=record.difference,
         **(_error_fields(error, record) if error else {}),
     )
 
 
+def base_report(name: BaseName | None, records: Sequence[Record]) -> BaseReport | None:
+    """What a file's base spares; None for a file without one."""
+    if name is None:
+        return None
+    same = [record for record in records if isinstance(record.coding, Same)]
+    differences = [record for record in records if record.difference]
+    return BaseReport(
+        hash=name.hash,
+        path=name.path,
+        n_same=len(same),
+        same_original_bytes=sum(record.info.n_bytes for record in same),
+        n_differences=len(differences),
+        differences_original_bytes=sum(record.info.n_bytes for record in differences),
+        differences_bytes=sum(record.payload_bytes for record in differences),
+    )
+
+
+def _told(container: Container, record: Record) -> TensorReport:
+    """What the records alone tell of a tensor: no payload is read."""
+    return tensor_report(record, container.error(record.name), None)
+
+
 def paper_bytes_of(records: Sequence[Record]) -> int | None:
     """The papers' size; None where something is coded in a way that they do not count."""
-    if any(isinstance(record.coding, Coded) for record in records):
+    if any(isinstance(record.coding, Coded) or record.needs_base for record in records):
         return None
     return paper_bytes(
         (
@@ -124,7 +197,7 @@ def paper_bytes_of(records: Sequence[Record]) -> int | None:
             else None,
         )
         for record in records
-        if not isinstance(record.coding, Alias) and record.info.role == "model"
+        if not isinstance(record.coding, Alias | Copy) and record.info.role == "model"
     )
 
 
@@ -137,13 +210,17 @@ def _action(record: Record) -> str:
 
 def _scheme(record: Record) -> str:
     """What the tensor is coded as, as a person says it."""
-    coding = record.coding
+    coding, to_base = record.coding, " to base" if record.difference else ""
     if isinstance(coding, Plain):
-        return f"PQ {coding.block_size}x{coding.n_centroids}"
+        return f"PQ {coding.block_size}x{coding.n_centroids}" + to_base
     if isinstance(coding, Coded):
         row = registry.row(coding.codec)
-        return row.label or row.name
-    return "kept" if isinstance(coding, Kept) else f"alias of {coding.of}"
+        return (row.label or row.name) + to_base
+    if isinstance(coding, Copy):
+        return f"copy of {coding.of}"
+    if isinstance(coding, Same):
+        return "as the base"
+    return "kept" + to_base if isinstance(coding, Kept) else f"alias of {coding.of}"
 
 
 def _error_fields(error: StoredError, record: Record) -> dict[str, Any]:
@@ -165,7 +242,11 @@ def _stored_report(container: Container, record: Record) -> TensorReport:
 
 
 def _measured_reports(
-    container: Container, records: Sequence[Record], original: Checkpoint, done: Stage
+    container: Container,
+    records: Sequence[Record],
+    original: Checkpoint,
+    done: Stage,
+    stats: statistics.Statistics | None,
 ) -> Iterator[TensorReport]:
     known = {info.name: info for info in original.tensors}
     for record in records:
@@ -179,11 +260,21 @@ def _measured_reports(
             yield _stored_report(container, record)
         else:
             weight = original.read(record.name)
-            error = metrics.compare(weight, container.decode(record.name))
+            decoded = container.decode(record.name)
+            error = metrics.compare(weight, decoded)
             yield replace(
                 _stored_report(container, record),
                 int4_relative_mse=rtn.error(weight, INT4_GROUP).relative_mse,
                 **_error_fields(StoredError.of(error), record),
+                **_damage_fields(stats, record.name, weight, decoded),
             )
         if not isinstance(record.coding, Alias):
             done(record.info.numel, record.name)
+
+
+def _damage_fields(
+    stats: statistics.Statistics | None, name: str, weight: torch.Tensor, decoded: torch.Tensor
+) -> dict[str, Any]:
+    seen = None if stats is None else stats.moments(name)
+    damage = None if seen is None else predicted(seen, weight, decoded)
+    return {} if damage is None else {"output_mse": damage.output_mse, "damage": damage.damage}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from pqcli.checkpoint import Checkpoint
 from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
-from pqcli.errors import ContainerError, DamagedError
+from pqcli.errors import BaseError, ContainerError, DamagedError
 from pqcli.jobs.events import Hook, Stage, ignore
-from pqcli.jobs.report import describe, n_weights
+from pqcli.jobs.report import describe, n_weights, original_of
+from pqcli.limits import Limits
 from pqcli.tensors.records import Alias, Record, StoredError
 
 REPORTED_WITHIN = 1e-4
@@ -34,33 +35,43 @@ class Finding:
         return self.problem if self.name is None else f"tensor {self.name!r} {self.problem}"
 
 
-def verify(file: str | Path, against: str | Path | None = None, *, progress: Hook | None = None) -> list[Finding]:
+def verify(
+    file: str | Path,
+    against: str | Path | None = None,
+    *,
+    base: str | Path | Sequence[str | Path] = (),
+    progress: Hook | None = None,
+    limits: Limits | None = None,
+) -> list[Finding]:
     """What is wrong with a container; an empty list if nothing is.
 
     Checks its structure, the checksum over every byte, and the hash of every decoded tensor. With `against`, also that
     kept tensors are identical to the original's and that errors are as reported; training state that was left out on
-    request is not missed (see `left_out`). Raises ContainerError where the file is no container, or a newer pqcli's.
+    request is not missed (see `left_out`). `base` as for `decode`. Raises ContainerError where the file is no
+    container, or a newer pqcli's, and BaseError where its base is missing or another one.
     """
     try:
-        container = open_container(file)
+        container = open_container(file, limits=limits, base=base)
     except DamagedError as error:
         return [Finding(None, str(error))]
     with container:
+        if container.needs_base:
+            container.base()
         stage = Stage(progress or ignore, "verifying", n_weights(container))
         if against is None:
             found = [finding for record in container.records for finding in _checked(container, record, None, stage)]
         else:
-            with checkpoints.open(against) as original:
+            with original_of(container, against, limits) as original:
                 found = list(_differences(container, original, stage))
         if not container.is_whole():
             found.append(Finding(None, "its payloads are not those that were written (checksum)"))
         return found
 
 
-def left_out(file: str | Path) -> tuple[str, ...]:
+def left_out(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ...]:
     """The training state that compression was asked to leave out, entry by entry."""
     try:
-        opened = open_container(file)
+        opened = open_container(file, limits=limits)
     except DamagedError:
         return ()  # `verify` tells
     with opened as container:
@@ -92,10 +103,13 @@ def _checked(container: Container, record: Record, original: Checkpoint | None, 
         return
     try:
         decoded = container.decode(record.name, check=False)
+    except BaseError:
+        raise  # of the base; nothing can be said of this file
     except ContainerError as error:
         yield Finding(record.name, str(error))
         return
     if not container.is_intact(record.name, decoded):
+        container.check_base(record)
         yield Finding(record.name, "decodes to other bytes than were compressed")
     if original is not None:
         yield from _compared(container, record, original, decoded)

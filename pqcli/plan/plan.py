@@ -35,9 +35,10 @@ BOOKKEEPING_BYTES = 200
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One tensor's fate: `action` is "keep", "alias", or what files call the codec that takes it.
+    """One tensor's fate: `action` is "keep", "alias", "base", or what files call the codec that takes it.
 
-    `rows` and `columns` are its layout; `predicted_bytes` counts its payload alone.
+    `rows` and `columns` are its layout; `predicted_bytes` counts its payload alone. `difference` says that the codec
+    takes what the tensor differs by from a base's. That, and "base", only weights tell (`pqcli.jobs.base`).
     """
 
     info: TensorInfo
@@ -48,6 +49,7 @@ class PlanEntry:
     rows: int
     columns: int
     predicted_bytes: int
+    difference: bool = False
 
     @property
     def n_vectors(self) -> int:

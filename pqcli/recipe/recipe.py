@@ -126,7 +126,8 @@ class Recipe:
     `effort` is the number of states of the trellis. `sample` is the number of vectors EM trains on,
     `restarts` the number of starts that the best is taken of; `eps` is relative to the data.
     `include` and `exclude` choose tensors; with no `include` every tensor fit for it is quantized. `model_only` leaves
-    training state (optimizer moments and the like) out of the result.
+    training state (optimizer moments and the like) out of the result; `from_module` reads pickled modules as state
+    dicts.
     """
 
     block_size: int | Literal["auto"] = setting(
@@ -205,6 +206,10 @@ class Recipe:
     model_only: bool = setting(
         False, check=boolean, panel=TENSORS, metavar="true|false",
         help="Leave training state (optimizer moments and the like) out of the result.",
+    )  # fmt: skip
+    from_module: bool = setting(
+        False, check=boolean, panel=TENSORS, metavar="true|false",
+        help="Read a whole pickled model (nn.Module) as its state dict: as data, nothing is run.",
     )  # fmt: skip
     on_nonfinite: Literal["keep", "error"] = setting(
         "keep", choices=lambda: ("keep", "error"), metavar="keep|error", panel=TENSORS,

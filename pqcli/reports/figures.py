@@ -22,7 +22,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 INT4_GROUP = 128
 """Weights that share a scale in the int4 baseline; the scale takes two bytes."""
@@ -34,12 +34,15 @@ DB_PER_BIT = 20 * math.log10(2)
 class TensorReport:
     """One tensor: what was done to it, why, at what size, with what error.
 
-    `action` is "keep" (stored bit-exact), "alias" (another name of `alias_of`, stores nothing), or the codec that
-    quantized it ("pq"). `scheme` says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk.
-    `energy` is the sum of squares of the original weights. `assignment_entropy` is in bits per assignment;
-    `assignment_bytes` is what the assignments (with a codec for whole checkpoints, all that is coded for the tensor)
-    take, `entropy_bytes` what they would take at their entropy. What was not measured, or has no meaning for the
-    action, is None.
+    `action` is "keep" (stored bit-exact), "alias" (another name of `alias_of`, stores nothing), "copy" (a tensor of its
+    own with the bytes of `copy_of`, stores nothing and has its error), "base" (as the base has it, stores nothing), or
+    the codec that quantized it ("pq"). `difference` says that what is stored is the difference to the base's. `scheme`
+    says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk. `energy` is the sum of squares of
+    the original weights. `assignment_entropy` is in bits per assignment; `assignment_bytes` is what the assignments
+    (with a codec for whole checkpoints, all that is coded for the tensor) take, `entropy_bytes` what they would take at
+    their entropy. `output_mse` is the squared error of the layer's output over the output's own square, and `damage`
+    the mean squared error at the network's output that comes of it, both predicted from statistics. What was not
+    measured, or has no meaning for the action, is None.
     """
 
     name: str
@@ -65,11 +68,15 @@ class TensorReport:
     assignment_bytes: int | None = None
     entropy_bytes: int | None = None
     int4_relative_mse: float | None = None
+    copy_of: str | None = None
+    difference: bool = False
+    output_mse: float | None = None
+    damage: float | None = None
 
     @property
     def quantized(self) -> bool:
-        """Whether the stored weights may differ from the original ones."""
-        return self.action not in ("keep", "alias")
+        """Whether weights are stored for it that may differ from the original ones."""
+        return self.action not in ("keep", "alias", "copy", "base")
 
     @property
     def sqnr_db(self) -> float | None:
@@ -92,12 +99,31 @@ class TensorReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseReport:
+    """What the base of a file spares: its `hash`, and the `path` where it was then.
+
+    `n_same` tensors of `same_original_bytes` are the base's and take nothing; `n_differences` are stored as differences
+    to it, in `differences_bytes` where the tensors themselves have `differences_original_bytes`.
+    """
+
+    hash: str
+    path: str
+    n_same: int
+    same_original_bytes: int
+    n_differences: int
+    differences_original_bytes: int
+    differences_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """One compressed file: its tensors in the checkpoint's order, and what they add up to.
 
     `dropped` names what the source held and the output does not. `paper_bytes` is the size by the papers' own
     accounting (log2(k) bits a block, fp16 codebooks, fp32 for the rest, running statistics not counted), None where
-    anything but plain PQ was at work. `warnings` say what a budget gave up, known to `compress` alone.
+    anything but plain PQ was at work. `warnings` say what a budget gave up; of single rows only `compress` knows.
+    `side_bytes` is the size of the files beside the weights that are not in the output, and in neither of the sizes.
+    `base` tells of the base, where the file has one.
     """
 
     source: str
@@ -110,6 +136,8 @@ class Report:
     recipe: Mapping[str, object] = field(default_factory=dict)
     paper_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    side_bytes: int = 0
+    base: BaseReport | None = None
 
     @property
     def quantized(self) -> tuple[TensorReport, ...]:
@@ -120,6 +148,12 @@ class Report:
     def ratio(self) -> float:
         """Bytes of the original file per byte of the compressed one."""
         return self.original_bytes / self.compressed_bytes if self.compressed_bytes else math.inf
+
+    @property
+    def ratio_with_side(self) -> float:
+        """The same with the files that have to be kept beside the output counted in both."""
+        compressed = self.compressed_bytes + self.side_bytes
+        return (self.original_bytes + self.side_bytes) / compressed if compressed else math.inf
 
     @property
     def n_weights(self) -> int:
@@ -211,6 +245,8 @@ class Report:
             "original_bytes": self.original_bytes,
             "compressed_bytes": self.compressed_bytes,
             "ratio": self.ratio,
+            "side_bytes": self.side_bytes,
+            "ratio_with_side": self.ratio_with_side,
             "relative_mse": self.relative_mse,
             "sqnr_db": self.sqnr_db,
             "shannon_gap_db": self.shannon_gap_db,
@@ -223,6 +259,7 @@ class Report:
                 "n_quantized": len(self.quantized),
                 "n_kept": actions.count("keep"),
                 "n_aliases": actions.count("alias"),
+                "n_copies": actions.count("copy"),
                 "n_weights": self.n_weights,
                 "n_quantized_weights": self.n_quantized_weights,
                 "quantized_bytes": sum(tensor.bytes for tensor in self.quantized),
@@ -236,6 +273,7 @@ class Report:
                 "int4_relative_mse": self.int4_relative_mse,
             },
             "recipe": self.recipe,
+            "base": None if self.base is None else asdict(self.base),
             "dropped": self.dropped,
             "warnings": self.warnings,
             "tensors": [tensor.to_json() for tensor in self.tensors],

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from pqcli.errors import StatsError
 from pqcli.stats.patches import patches
+from pqcli.stats.renaming import stacked_name
 from pqcli.stats.sums import BLOCK_WIDTH, FULL_WIDTH, SiteSums, WeightSums
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ Samples = tuple[torch.Tensor, torch.Tensor | None]
 """Examples (examples, n, c), and which of the n are no padding (examples, n) where some are."""
 _CHUNK = 1 << 24
 """Numbers of patches that are laid out at a time."""
+_NARROWEST = 64
+"""Width of blocks, at least, however many matrices a stack has."""
 
 
 def collect(
@@ -54,14 +57,27 @@ def collect(
     full_width: int = FULL_WIDTH,
     block_width: int = BLOCK_WIDTH,
     seed: int = 0,
+    split_stacks: bool = False,
 ) -> Collector:
     """A context manager in which every run of `model` adds to the statistics of its weights.
 
     `model` is a module, or names and tensors (a state dict) where the forward pass is code of your own. With
     `gradients`, call `backward` with each output; weights take no gradients of their own meanwhile. Matrices wider than
     `full_width` are kept as blocks of `block_width`. `seed` draws projections, labels and the places of large images.
+    The matrices of a stack (experts in one parameter) are pooled; with `split_stacks` each has statistics of its own,
+    named `NAME[3]`.
+
+    Memory, until the statistics are saved: 4 c^2 bytes for each input of c columns up to `full_width`, and
+    4 c `block_width` beyond; a split stack takes no more than one matrix of `full_width`.
     """
-    return Collector(model, gradients=gradients, full_width=full_width, block_width=block_width, seed=seed)
+    return Collector(
+        model,
+        gradients=gradients,
+        full_width=full_width,
+        block_width=block_width,
+        seed=seed,
+        split_stacks=split_stacks,
+    )
 
 
 class Collector(TorchFunctionMode):
@@ -75,12 +91,14 @@ class Collector(TorchFunctionMode):
         full_width: int,
         block_width: int,
         seed: int,
+        split_stacks: bool,
     ) -> None:
         super().__init__()
         if full_width < 0 or block_width < 1:
             raise StatsError(f"widths must be positive, not {full_width} and {block_width}")
         self._model = model if isinstance(model, torch.nn.Module) else None
         self._gradients, self._full_width, self._block_width = gradients, full_width, block_width
+        self._split_stacks = split_stacks
         self._generator = torch.Generator().manual_seed(seed)
         self._names: dict[int, str] = {}
         self._weights: dict[str, torch.Tensor] = {}
@@ -91,11 +109,17 @@ class Collector(TorchFunctionMode):
                 self._weights[name] = tensor
             else:
                 self._aliases[name] = first
+        self._n_stacked: dict[str, int] = {}
         self._sites = _Sites()
         self._sums: dict[str, WeightSums] = {}
         self._mask: torch.Tensor | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         self._leaving = contextlib.ExitStack()
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether `backward` may be called."""
+        return self._gradients
 
     # --- the block ------------------------------------------------------------------------------------------------
 
@@ -367,6 +391,9 @@ class Collector(TorchFunctionMode):
         name = self._find(base)
         if base is None or name is None or weight.dim() != 2 or base.dim() not in (2, 3):
             return None
+        if base.dim() == 3 and self._split_stacks:
+            name = stacked_name(name, (weight.storage_offset() - base.storage_offset()) // base.stride(0))
+            self._n_stacked[name] = len(base)
         last, second_last = base.stride(-1), base.stride(-2)
         if weight.stride(1) == last and weight.shape[1] == base.shape[-1]:
             return name, 1 if base.dim() == 2 else -1
@@ -392,7 +419,18 @@ class Collector(TorchFunctionMode):
             new, index = self._sites.enter(name, x, how)
             sums.site = index
             if new:
-                self._sites.add(index, rows(), self._full_width, self._block_width)
+                self._sites.add(index, rows(), *self._widths(name, x.shape[-1]))
+
+    def _widths(self, name: str, columns: int) -> tuple[int, int]:
+        """Columns up to which the whole matrix is kept, and the width of blocks beyond.
+
+        All matrices of a stack together take no more than one whole matrix of the widest kind.
+        """
+        n_stacked = self._n_stacked.get(name, 1)
+        most = self._full_width**2
+        if n_stacked == 1 or n_stacked * columns**2 <= most:
+            return self._full_width, self._block_width
+        return 0, max(min(self._block_width, most // (n_stacked * columns)), _NARROWEST)
 
     def _differentiable(self) -> bool:
         return self._gradients and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

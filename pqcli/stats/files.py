@@ -16,31 +16,31 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import safetensors
 import torch
-from safetensors.torch import save as to_bytes
 
 from pqcli.atomic import atomic_writer
 from pqcli.errors import StatsError
 from pqcli.stats.moments import Statistics
-from pqcli.stats.sums import N_WATCHED, SiteSums, WeightSums
+from pqcli.stats.sums import N_WATCHED, Outline, SiteSums, WeightSums
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 FORMAT = "pqcli-stats"
 VERSION = 1
 _FORMS = ("full", "blocks", "diagonal")
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_NAMES = {torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 _MAX_COLUMNS = 1 << 24
 _MAX_FULL = 1 << 15
 """Columns of the largest whole matrix that a file may hold: 4 GiB in memory."""
 
 
 def save(statistics: Statistics, path: str | Path, *, dtype: str = "float16", force: bool = False) -> None:
-    """Write statistics; the file appears whole or not at all.
+    """Write statistics, one matrix in memory at a time; the file appears whole or not at all.
 
     `dtype` ("float16" or "float32") is that of the correlations. Raises `OutputError` where the file exists and `force`
     is off, and `StatsError` where nothing was seen.
@@ -49,34 +49,85 @@ def save(statistics: Statistics, path: str | Path, *, dtype: str = "float16", fo
         raise StatsError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
     if not statistics.weights:
         raise StatsError("nothing was seen: no layer of the model has run inside the block")
-    tensors: dict[str, torch.Tensor] = {}
     used = sorted({w.site for w in statistics.weights.values() if w.site is not None})
+    metadata = {"format": FORMAT, "manifest": json.dumps(_manifest(statistics, used))}
+    with atomic_writer(Path(path), force=force) as file:
+        _write(file, metadata, _PARTS * len(used) + 2 * len(statistics.weights), _tensors(statistics, used, dtype))
+
+
+_PARTS = 4
+"""Tensors of a site, at most."""
+_ENTRY_BYTES = 160
+"""A tensor's entry in the header, at most."""
+
+
+def _write(file: BinaryIO, metadata: dict[str, str], most: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """A safetensors file of tensors that come one at a time: its header is written last, into room that is left."""
+    room = len(json.dumps({"__metadata__": metadata}).encode()) + _ENTRY_BYTES * most
+    room += -room % 8
+    file.seek(8 + room)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key, tensor in tensors:
+        data = tensor.contiguous().numpy().tobytes()
+        header[key] = {
+            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + len(data)]
+        }  # fmt: skip
+        end += len(data)
+        file.write(data)
+    file.seek(0)
+    file.write(room.to_bytes(8, "little") + json.dumps(header).encode().ljust(room))
+
+
+def _manifest(statistics: Statistics, used: Sequence[int]) -> dict[str, Any]:
     place = {site: i for i, site in enumerate(used)}
     sites = []
-    for site, i in place.items():
-        sums = statistics.site(site)
-        sites.append({"columns": sums.columns, "form": sums.form, "width": sums.width, "counts": sums.counts})
-        tensors |= {f"site.{i}.{part}": tensor for part, tensor in _packed(sums, _DTYPES[dtype]).items()}
-    weights = []
-    for i, (name, weight) in enumerate(statistics.weights.items()):
-        weights.append(
-            {
-                "name": name,
-                "site": None if weight.site is None else place[weight.site],
-                "axis": weight.axis,
-                "n_gradient": weight.n_gradient,
-                "lookup_gradient": weight.lookup_gradient,
-                "n_lookup_gradient": weight.n_lookup_gradient,
-            }
-        )
+    for site in used:
+        about = statistics.outline(site)
+        sites.append({"columns": about.columns, "form": about.form, "width": about.width, "counts": list(about.counts)})
+    weights = [
+        {
+            "name": name,
+            "site": None if weight.site is None else place[weight.site],
+            "axis": weight.axis,
+            "n_gradient": weight.n_gradient,
+            "lookup_gradient": weight.lookup_gradient,
+            "n_lookup_gradient": weight.n_lookup_gradient,
+        }
+        for name, weight in statistics.weights.items()
+    ]
+    aliases = {alias: name for alias, name in statistics.aliases.items() if name in statistics.weights}
+    return {"version": VERSION, "sites": sites, "weights": weights, "aliases": aliases}
+
+
+def _tensors(statistics: Statistics, used: Sequence[int], dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for i, site in enumerate(used):
+        for part, tensor in _packed(statistics.site(site), _DTYPES[dtype]).items():
+            yield f"site.{i}.{part}", tensor
+    for i, weight in enumerate(statistics.weights.values()):
         for part in ("gradient", "lookups"):
             tensor = getattr(weight, part)
             if tensor is not None:
-                tensors[f"weight.{i}.{part}"] = tensor.double().cpu().contiguous()
-    aliases = {alias: name for alias, name in statistics.aliases.items() if name in statistics.weights}
-    manifest = {"version": VERSION, "sites": sites, "weights": weights, "aliases": aliases}
-    with atomic_writer(Path(path), force=force) as file:
-        file.write(to_bytes(tensors, {"format": FORMAT, "manifest": json.dumps(manifest)}))
+                yield f"weight.{i}.{part}", tensor.double().cpu()
+
+
+def n_bytes_of(statistics: Statistics, *, dtype: str = "float16") -> int:
+    """About the size of the file that `save` would write: within the length of its header."""
+    used = {weight.site for weight in statistics.weights.values() if weight.site is not None}
+    sites = sum(site_bytes(statistics.outline(site), dtype=dtype) for site in used)
+    return sites + sum(weight_bytes(weight) for weight in statistics.weights.values())
+
+
+def site_bytes(about: Outline, *, dtype: str = "float16") -> int:
+    """What a site with all its parts takes in a file."""
+    n = about.columns
+    values = {"full": n * (n - 1) // 2, "blocks": -(-n // about.width) * about.width**2, "diagonal": 0}[about.form]
+    return values * _DTYPES[dtype].itemsize + 24 * n + 8 * min(n, N_WATCHED) ** 2
+
+
+def weight_bytes(weight: WeightSums) -> int:
+    """What a weight takes in a file beside its site."""
+    return sum(8 * part.numel() for part in (weight.gradient, weight.lookups) if part is not None)
 
 
 def open_stats(path: str | Path) -> Statistics:
@@ -132,7 +183,13 @@ class _Reader:
             weights[record["name"]] = self._weight(i, record, len(sites))
         for alias, name in aliases.items():
             _demand(name in weights and alias not in weights, f"the tied name {alias!r}")
-        return Statistics(weights, aliases, len(sites), self._site)
+        return Statistics(weights, aliases, len(sites), self._site, self._outline)
+
+    def _outline(self, i: int) -> Outline:
+        site = self._sites[i]
+        return Outline(
+            site["columns"], site["form"], site["width"], (float(site["counts"][0]), float(site["counts"][1]))
+        )
 
     def _weight(self, i: int, record: Mapping[str, Any], n_sites: int) -> WeightSums:
         where = f"weight {record['name']!r}"

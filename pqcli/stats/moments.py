@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pqcli.stats.sums import SiteSums, WeightSums, watched
+from pqcli.stats.sums import Outline, SiteSums, WeightSums, watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +65,11 @@ class Moments:
 
 
 class Statistics:
-    """Statistics of a model's weights, from a file or from a collection; one matrix in memory at a time."""
+    """Statistics of a model's weights, from a file or from a collection; one matrix in memory at a time.
+
+    `weights` are by name, `aliases` their tied names; `site(i)` reads the sums of an input, `outline(i)` what is known
+    of it without reading them.
+    """
 
     def __init__(
         self,
@@ -73,8 +77,10 @@ class Statistics:
         aliases: Mapping[str, str],
         n_sites: int,
         site: Callable[[int], SiteSums],
+        outline: Callable[[int], Outline] | None = None,
     ) -> None:
         self.weights, self.aliases, self.n_sites, self.site = weights, aliases, n_sites, site
+        self.outline = outline or (lambda index: site(index).outline)
 
     def __contains__(self, name: str) -> bool:
         return self.aliases.get(name, name) in self.weights
@@ -99,6 +105,12 @@ class Statistics:
         felt = _outputs(weight)
         n_samples = seen.pop("n_samples", felt["n_lookups"])
         return Moments(axis=weight.axis, n_samples=n_samples, **seen, **felt)  # type: ignore[arg-type]
+
+
+def gradient_of(weight: WeightSums) -> float | None:
+    """The mean squared gradient at the layer's output, or at what an embedding gave; None if not collected."""
+    found = _outputs(weight).get("gradient")
+    return found if isinstance(found, float) else None
 
 
 def _site_means(sums: SiteSums) -> dict[str, object]:

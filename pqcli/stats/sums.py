@@ -28,6 +28,16 @@ def watched(columns: int) -> np.ndarray:
     return np.asarray(np.sort(chosen))
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a site without its numbers: columns, form, width of blocks, samples in each half."""
+
+    columns: int
+    form: str
+    width: int
+    counts: tuple[float, float]
+
+
 @dataclass
 class SiteSums:
     """Sums over the samples of one input.
@@ -78,6 +88,11 @@ class SiteSums:
             some = x[:, torch.from_numpy(watched(self.columns)).to(x.device)]
             self.watched[half].addmm_(some.T, some)
         self.counts[half] += len(x)
+
+    @property
+    def outline(self) -> Outline:
+        """Its columns, form, width and counts."""
+        return Outline(self.columns, self.form, self.width, (self.counts[0], self.counts[1]))
 
     def copy(self) -> SiteSums:
         """Sums of their own that start at the same values."""

@@ -4,6 +4,8 @@
     Coded   by a codec whose streams lie end to end in one entry, `pqcli.coded`
     Kept    bit for bit
     Alias   another name of an earlier tensor
+    Copy    a tensor by itself whose bytes were those of another one, which is held in its place
+    Same    the tensor that the file's base has under that name
 
 Each value knows the bytes that it takes and nothing that belongs to another. How records look in a file is the
 container's matter (`pqcli.container.manifest`).
@@ -77,7 +79,23 @@ class Alias:
     action: ClassVar = "alias"
 
 
-Coding = Plain | Coded | Kept | Alias
+@dataclass(frozen=True)
+class Copy:
+    """A tensor of its own that had the same bytes as the tensor `of`, and comes back as what that one comes back as."""
+
+    of: str
+
+    action: ClassVar = "copy"
+
+
+@dataclass(frozen=True)
+class Same:
+    """The base's tensor of the same name, in the record's dtype."""
+
+    action: ClassVar = "base"
+
+
+Coding = Plain | Coded | Kept | Alias | Copy | Same
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,7 @@ class Record:
     """One tensor: its header, what it is coded as, why (`reason`), and the kind of layer it belongs to.
 
     `zero_bytes` is the length of what tells its exact zeros (`pqcli.codecs.zeros`); None where that is nothing.
+    `difference` says that what is coded is the difference to the base's tensor (`pqcli.codecs.difference`).
     """
 
     info: TensorInfo
@@ -92,6 +111,7 @@ class Record:
     reason: str = ""
     kind: str = ""
     zero_bytes: int | None = None
+    difference: bool = False
 
     @property
     def name(self) -> str:
@@ -99,9 +119,19 @@ class Record:
         return self.info.name
 
     @property
+    def held_by(self) -> str:
+        """The tensor that holds what this one comes back as: itself, unless it is a copy."""
+        return self.coding.of if isinstance(self.coding, Copy) else self.name
+
+    @property
     def action(self) -> str:
-        """What files call it: "keep", "alias", or a codec's name."""
+        """What files call it: "keep", "alias", "copy", "base", or a codec's name."""
         return self.coding.action
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether decoding it takes the base's tensor of the same name."""
+        return self.difference or isinstance(self.coding, Same)
 
     @property
     def quantized(self) -> bool:
@@ -139,7 +169,7 @@ class Record:
     def payload_bytes(self) -> int:
         """Bytes that this tensor takes in the file, without header and manifest."""
         coding = self.coding
-        if isinstance(coding, Alias):
+        if isinstance(coding, Alias | Copy | Same):
             return 0
         if isinstance(coding, Plain):
             return coding.codebook_bytes + self.assignment_bytes + (self.zero_bytes or 0)

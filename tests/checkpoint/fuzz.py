@@ -1,10 +1,10 @@
 """Random damage to headers, by the million: only pqcli's own errors may come out.
 
-    python tests/checkpoint/fuzz.py TARGET --inputs 100000 --seconds 60 [--seed 0]
+    python -m tests.checkpoint.fuzz TARGET --inputs 100000 --seconds 60 [--seed 0]
 
-Targets: pickle, zip, legacy, safetensors, index, dcp, tree. Each starts from valid inputs and edits them: flips, cuts,
-copies, numbers that are nearly too large, and pieces that the format itself is made of. What fails is printed with its
-seed, and the input is kept. The last line gives the number of inputs.
+Targets: pickle, module, zip, legacy, safetensors, index, dcp, tree. Each starts from valid inputs and edits them:
+flips, cuts, copies, numbers that are nearly too large, and pieces that the format itself is made of. What fails is
+printed with its seed, and the input is kept. The last line gives the number of inputs.
 """
 
 from __future__ import annotations
@@ -52,6 +52,19 @@ _GLOBALS = [
 ]  # fmt: skip
 
 
+_OF_MODULES = [
+    b"X" + len(name).to_bytes(4, "little") + name
+    for name in (
+        b"_parameters",
+        b"_buffers",
+        b"_modules",
+        b"_non_persistent_buffers_set",
+        b"_state_dict_hooks",
+        b"mask",
+    )
+]
+
+
 def edited(data: bytes, pieces: list[bytes], generator: random.Random) -> bytes:
     """A few random edits."""
     result = bytearray(data)
@@ -91,9 +104,16 @@ def checkpoint_value() -> dict[str, Any]:
     }
 
 
-def saved(**options: Any) -> bytes:
+def model() -> dict[str, Any]:
+    """Modules inside modules, and beside other things."""
+    inner = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    inner.register_buffer("mask", torch.ones(2), persistent=False)
+    return {"epoch": 1, "model": torch.nn.DataParallel(torch.nn.ModuleList([inner, inner[0]]))}
+
+
+def saved(value: Any = None, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    torch.save(checkpoint_value(), buffer, **options)
+    torch.save(checkpoint_value() if value is None else value, buffer, **options)
     return buffer.getvalue()
 
 
@@ -125,6 +145,10 @@ def targets(folder: pathlib.Path) -> dict[str, Target]:
     def only_pickle(data: bytes) -> None:
         budget = Budget(LIMITS)
         json.dumps(describe(PickleReader(budget).load(io.BytesIO(data)), budget).tree)
+
+    def module(data: bytes) -> None:
+        budget = Budget(LIMITS)
+        json.dumps(describe(PickleReader(budget).load(io.BytesIO(data)), budget, from_module=True).tree)
 
     def index(data: bytes) -> None:
         (folder / "sharded" / "model.safetensors.index.json").write_bytes(data)
@@ -177,6 +201,7 @@ def targets(folder: pathlib.Path) -> dict[str, Target]:
     ]
     return {
         "pickle": Target([pickles_of(data) for data in modern], _OPCODES + _GLOBALS, only_pickle),
+        "module": Target([pickles_of(saved(model()))], _OPCODES + _GLOBALS + _OF_MODULES, module),
         "zip": Target(modern, [b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", *_NUMBERS], whole),
         "legacy": Target([saved(_use_new_zipfile_serialization=False)], _OPCODES + _GLOBALS, whole),
         "safetensors": Target(
@@ -226,7 +251,7 @@ def fuzz(name: str, n_inputs: int, seconds: float, seed: int) -> tuple[int, int,
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=["pickle", "zip", "legacy", "safetensors", "index", "dcp", "tree"])
+    parser.add_argument("target", choices=["pickle", "module", "zip", "legacy", "safetensors", "index", "dcp", "tree"])
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)

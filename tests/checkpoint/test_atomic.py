@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import signal
 import stat
 import subprocess
 import sys
@@ -13,6 +11,7 @@ import pytest
 
 from pqcli.atomic import atomic_writer
 from pqcli.errors import OutputError
+from tests.conftest import file_size_limit
 
 
 def put(target, content=b"new", **options):
@@ -105,15 +104,8 @@ def test_a_long_name_is_no_problem(tmp_path):
 
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
-    try:
-        with pytest.raises(OutputError, match="size limit of the file system"):
-            put(tmp_path / "x", bytes(2 << 20))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with file_size_limit(1 << 20), pytest.raises(OutputError, match="size limit of the file system"):
+        put(tmp_path / "x", bytes(2 << 20))
     assert not list(tmp_path.iterdir())
 
 

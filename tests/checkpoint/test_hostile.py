@@ -122,7 +122,7 @@ def test_a_pickle_that_needs_code_is_refused_by_name(tmp_path, value, name, zipp
 
 def test_a_whole_pickled_model_is_explained(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "a whole pickled model, not a state dict.*save only its state dict")
+    refused(tmp_path / "a.pt", "Linear is a whole model, not its state dict: --from-module .*torch.save")
 
 
 def test_what_torch_refuses_is_what_its_own_list_says(tmp_path):

@@ -297,11 +297,26 @@ def test_an_enum_is_told_with_its_value(tmp_path, elsewhere):
     ]  # fmt: skip
 
 
-def test_tensors_are_never_left_out_with_the_object_that_holds_them(tmp_path, elsewhere):
+def test_tensors_in_the_attributes_of_an_object_come_back_in_a_plain_dict(tmp_path, elsewhere):
     ema = elsewhere("my.training", "EMA", object)()
-    ema.shadow = {"w": TENSOR}
-    path = elsewhere.save({"w": TENSOR, "ema": ema}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"1 of its tensors are inside an object of my\.training\.EMA"):
+    ema.decay, ema.shadow, ema.nested = 0.9, {"w": TENSOR}, [TENSOR + 1]
+    path = elsewhere.save({"w": TENSOR + 2, "ema": ema}, tmp_path / "a.pt")
+    with checkpoint.open(path) as opened:
+        assert [info.name for info in opened.tensors] == ["w", "ema.shadow.w", "ema.nested.0"]
+        assert [str(item.reason) for item in opened.dropped] == [
+            "its class my.training.EMA: comes back as a plain dict"
+        ]
+        checkpoint.write(tmp_path / "b.pt", opened.tensors, opened.read, opened.skeleton, format="pt")
+    back = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert back["ema"]["decay"] == 0.9
+    assert torch.equal(back["ema"]["shadow"]["w"], TENSOR)
+
+
+def test_tensors_are_never_left_out_with_the_object_that_holds_them(tmp_path, elsewhere):
+    held = elsewhere("my.training", "Held", dict)
+    held.__reduce__ = lambda self: (held, (self["w"],))
+    path = elsewhere.save({"w": TENSOR, "held": held(w=TENSOR + 1)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"1 of its tensors are inside an object of my\.training\.Held"):
         checkpoint.open(path)
     key = elsewhere("my.training", "Key", object)()
     elsewhere.save({"w": TENSOR, "x": {key: {"a": TENSOR}}}, tmp_path / "b.pt")

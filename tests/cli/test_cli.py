@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 REPOSITORY = Path(__file__).parents[2]
 
-COMMANDS = ["compress", "plan", "decode", "report", "inspect", "verify", "presets"]
+COMMANDS = ["compress", "plan", "decode", "report", "inspect", "verify", "presets", "calibrate", "stats"]
 
 
 def failed(done, code, *words):

@@ -309,3 +309,24 @@ def test_a_thousand_tensors_are_all_shown():
     spoken = Spoken()
     spoken.console.report(report_of(*(quantized(f"layer.{i}.weight") for i in range(1000))))
     assert sum("layer." in line for line in spoken.out.splitlines()) == 1000
+
+
+def test_what_comes_back_as_something_plainer_is_not_called_lost(minilm):
+    spoken = Spoken()
+    spoken.console.summary(
+        replace(minilm, dropped=("optimizer (a set)", "args (its class X: comes back as a plain dict)"))
+    )
+    lost, plainer = spoken.err.split("in the compressed file, but as something plainer: ")
+    assert "lost when you delete the original: optimizer (a set)" in lost
+    assert "args" not in lost
+    assert plainer.startswith("args (its class X: comes back as a plain dict)")
+
+
+def test_files_beside_the_weights_count_against_the_ratio(minilm):
+    beside = replace(minilm, side_bytes=minilm.original_bytes)
+    assert beside.ratio == minilm.ratio
+    assert 1 < beside.ratio_with_side < 2
+    spoken = Spoken()
+    spoken.console.summary(beside)
+    assert "in neither size; with them the ratio is 1." in spoken.err
+    assert beside.to_json()["side_bytes"] == minilm.original_bytes

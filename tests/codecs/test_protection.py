@@ -9,6 +9,7 @@ import pqcli
 from pqcli.codecs.rate.budget import Goal, Trial, error_bound, search
 from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import weak_row
+from pqcli.jobs.report import inspect
 from pqcli.recipe.recipe import Recipe
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Coded, Record
@@ -101,3 +102,13 @@ def test_a_search_ends_where_no_level_makes_more_error():
     found = search(Goal("relative_mse", 0.02, 0.02), lambda level: min(level, 0.004), attempt, 0.01, 1.0)
     assert found.measured == 0.004
     assert len(tried) <= 3
+
+
+def test_report_and_inspect_repeat_what_was_given_up_of_whole_tensors(tmp_path):
+    torch.save(lopsided(), tmp_path / "model.pt")
+    recipe = Recipe(codec="trellis", objective=0.0, max_relative_mse=0.02, effort=4)
+    said = pqcli.compress(tmp_path / "model.pt", recipe=recipe).warnings
+    file = tmp_path / "model.pq.safetensors"
+    assert pqcli.report(file).warnings == said[:1]
+    assert pqcli.report(file, tmp_path / "model.pt").warnings == said[:1]
+    assert inspect(file)["warnings"] == list(said[:1])

@@ -128,6 +128,18 @@ def pruned(share, dtype=torch.float32):
     return weight.to(dtype)
 
 
+def one_zero():
+    weight = gaussian(256, 256)
+    weight[100, 7] = 0
+    return weight
+
+
+def row_and_one_more():
+    weight = one_zero()
+    weight[3] = 0
+    return weight
+
+
 def two_of_four():
     weight = gaussian(256, 256)
     groups = weight.view(-1, 4)
@@ -157,7 +169,8 @@ def one_zero_column():
 SPARSE = {
     "padding row": padded_embedding(), "one zero column": one_zero_column(), "dead filters": dead_filters(),
     "expert without weights": expert_without_weights(), "2 of 4": two_of_four(),
-    **{f"pruned by {share}": pruned(share) for share in (0.05, 0.3, 0.9, 0.99)},
+    **{f"pruned by {share}": pruned(share) for share in (1e-4, 0.002, 0.01, 0.03, 0.05, 0.3, 0.9, 0.99)},
+    "one zero": one_zero(), "one zero in float16": one_zero().half(), "a row, and one more": row_and_one_more(),
     "pruned in float16": pruned(0.5, torch.float16), "pruned in bfloat16": pruned(0.5, torch.bfloat16),
     "pruned in float64": pruned(0.5, torch.float64), "triangular": gaussian(256, 256).tril(),
     "block diagonal": torch.block_diag(*gaussian(8, 32, 32)), "relu": gaussian(256, 256).relu(),
@@ -189,12 +202,18 @@ def test_zeros_stay_zeros(sparse_decoded, name):
 
 
 def test_a_file_without_zeros_needs_no_feature(tmp_path):
-    weight = gaussian(256, 128)
-    weight.view(-1)[:100] = 0  # by chance
-    torch.save({"fc.weight": weight}, tmp_path / "model.pt")
+    torch.save({"fc.weight": gaussian(256, 128)}, tmp_path / "model.pt")
     pqcli.compress(tmp_path / "model.pt", tmp_path / "c.pq.safetensors")
     with pqcli.open(tmp_path / "c.pq.safetensors") as container:
         assert "zeros" not in container.manifest.features
+
+
+def test_a_few_zeros_by_chance_cost_a_few_bytes_each():
+    record = Record(TensorInfo("w.weight", (1000, 1000), "float32"), Plain(8, 256))
+    for n_zeros, most in ((1, 60), (10, 120), (1000, 2500)):
+        weight = gaussian(1000, 1000)
+        weight.view(-1)[torch.randperm(1_000_000, generator=G)[:n_zeros]] = 0
+        assert len(zeros.held(record, weight)) < most
 
 
 def test_rows_of_zeros_cost_next_to_nothing():

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -415,8 +416,12 @@ def read_side(data, sources, n_streams):
         rotations.append(reflections((levels >> 1) * 2.0 ** -np.array(precisions, f64)[:, None]))
     is_mixed = [bool(data[4] & 128 and coder.adaptive(models.B[1])) for _ in range(n_streams)]
     kinds = [coder.integer(models.I2) if data[4] & 64 else 0 for _ in sources]
+    crossing = [
+        read_exponents(coder, models, rows if fields[i][2] else columns) if kinds[i] == 3 else None
+        for i, (rows, columns, _) in enumerate(sources)
+    ]
     coder.end()
-    return step, n_states, stream_weights, fields, rotations, is_mixed, kinds
+    return step, n_states, stream_weights, fields, rotations, is_mixed, kinds, crossing
 
 
 def layout(shapes, stream_weights):
@@ -438,16 +443,21 @@ def layout(shapes, stream_weights):
     return streams + ([filling] if filling else [])
 
 
+def read_exponents(coder, models, n):
+    grain, mean, exponents = coder.integer(models.I2), 0, []
+    for _ in range(n):
+        q = (mean >> 8) + coder.signed(models.I2)
+        exponents.append(q << grain)
+        mean += ((q << 8) + 128 - mean) >> 3
+    return exponents
+
+
 def read_rows(coder, models, kind, n_rows):
     """FORMAT.md, "Feature trellis-rows": exponents and labels of a segment's rows."""
     exponents, labels = [0] * n_rows, [0] * n_rows
     if kind:
-        grain, mean = coder.integer(models.I2), 0
-        for r in range(n_rows):
-            q = (mean >> 8) + coder.signed(models.I2)
-            exponents[r] = q << grain
-            mean += ((q << 8) + 128 - mean) >> 3
-    if kind == 2:
+        exponents = read_exponents(coder, models, n_rows)
+    if kind >= 2:
         bit = 0
         for r in range(n_rows):
             bit = labels[r] = coder.adaptive(models.B[2 + bit])
@@ -472,7 +482,7 @@ def read_stream(data, is_mixed, segments, shapes, periods, n_states, kinds):
         o, q = divmod(g, 4)
         scale0 = ((4096, 4871, 5793, 6889)[q] << 6) >> (6 - o) if o < 6 else 4096 << o
         exponents, row_labels = read_rows(coder, models, kinds[source], stop - start)
-        run = 1 if kinds[source] == 2 else max(1, 2048 // columns)
+        run = 1 if kinds[source] >= 2 else max(1, 2048 // columns)
         matrix = (stop - start, columns), labels, row_labels, run, period, scale0, n_states
         if is_mixed:
             levels, sets, guesses = read_mixed_levels(coder, mixing, *matrix)
@@ -491,7 +501,7 @@ def read_stream(data, is_mixed, segments, shapes, periods, n_states, kinds):
 def read_trellis(data, about, sources):
     ends = np.cumsum([about["shared"], *about["streams"]])
     side = read_side(data[: ends[0]], sources, len(about["streams"]))
-    step, n_states, stream_weights, fields, rotations, is_mixed, kinds = side
+    step, n_states, stream_weights, fields, rotations, is_mixed, kinds, crossing = side
     shapes = [(c, r) if flipped else (r, c) for (r, c, _), (_, _, flipped) in zip(sources, fields, strict=True)]
     periods = [1 if flipped else kernel for (_, _, kernel), (_, _, flipped) in zip(sources, fields, strict=True)]
     matrices = [np.zeros(shape, f32) for shape in shapes]
@@ -507,6 +517,8 @@ def read_trellis(data, about, sources):
         matrix = undo(rotations[rotation - 1], matrices[i]) if rotation else matrices[i]
         rows = [eighths(eighths(step, e), own) if kinds[i] else eighths(step, e) for own in exponents[i]]
         matrix = matrix * np.array(rows, f32).reshape(-1, 1)
+        if kinds[i] == 3:
+            matrix = matrix * np.array([eighths(1, own) for own in crossing[i]], f32)
         matrices[i] = matrix.T if flipped else matrix
     return matrices
 
@@ -646,6 +658,7 @@ def test_the_second_reader_reads_rows_with_steps_of_their_own(gain):
         for key, h in moments.items()
     }
     second_order["rows"] = RowSteps(np.exp2(rng.normal(size=90)), 2)
+    second_order["long"] = replace(second_order["long"], column_steps=np.exp2(rng.normal(size=4200)))
     sources = [Source(key, matrix.shape, *matrix.shape) for key, matrix in weights.items()]
     params = TrellisParams(0.4, n_states=16, stream_weights=1 << 10, mixing_gain=gain)
     encoded = encode(sources, weights.__getitem__, params, Rotations(), None, second_order=second_order)

@@ -40,11 +40,12 @@ def test_there_is_a_golden_file_for_plain_pq_in_format_version_1():
 
 def test_there_are_golden_files_for_every_feature_of_the_trellis_codec():
     features = {}
-    for name in ("trellis-v1", "trellis-mixing-v1", "trellis-rows-v1"):
+    for name in ("trellis-v1", "trellis-mixing-v1", "trellis-rows-v1", "trellis-columns-v1"):
         with pqcli.open(GOLDEN / f"{name}.pq.safetensors") as container:
             features[name] = container.manifest.features
     assert features["trellis-v1"] == ("kept-coded", "trellis")
     assert "trellis-rows" in features["trellis-rows-v1"]
+    assert {"trellis-rows", "trellis-columns"} <= {*features["trellis-columns-v1"]}
     assert features["trellis-mixing-v1"] == ("kept-coded", "trellis", "trellis-mixing")
 
 

@@ -1,5 +1,6 @@
 """Work on threads runs ahead of its reader, but no further than it may."""
 
+import gc
 import threading
 
 import pytest
@@ -85,9 +86,34 @@ def test_an_exception_of_the_items_ends_it_once_the_work_begun_has_ended():
     assert finished in ([0], [])
 
 
-def test_closing_it_early_need_not_wait_for_what_has_begun():
+def test_closing_it_early_does_not_wait_for_what_has_begun():
     release = threading.Event()
-    results = in_order([0, 1], lambda i: i == 0 or release.wait(10), 1, join=False)
+    results = in_order([0, 1], lambda i: i == 0 or release.wait(10), 1)
     assert next(results)
     results.close()
     release.set()
+
+
+def test_a_collector_may_end_it_while_its_thread_holds_a_lock_that_the_work_wants():
+    lock, ended = threading.Lock(), threading.Event()
+
+    def work(i):
+        if i:
+            with lock:
+                pass
+        return i
+
+    def abandoned():
+        results = in_order(range(5), work, 2)
+        assert next(results) == 0
+        cycle = [results]
+        cycle.append(cycle)
+
+    def collect():
+        with lock:
+            abandoned()
+            gc.collect()
+        ended.set()
+
+    threading.Thread(target=collect, daemon=True).start()
+    assert ended.wait(20)

@@ -87,7 +87,19 @@ def test_rows_of_a_tied_embedding_count_as_outputs_too():
     head = Moments(2 * np.eye(6, dtype=np.float32), n_samples=50.0)
     found = RowImportance.of(np.array([10.0, 0.0]), 3.0, head, np.array([0.0, 0.1]))
     roots = np.sqrt([10.05, 0.05])  # the lookups' part goes by their roots, and adds up to what it was
-    np.testing.assert_allclose(found.rows, 3 * 10.1 * roots / roots.sum() + [0, 50 * 0.1 * 2])
+    drawn = np.array([0, 50 * 0.1]) + 0.01  # nor does a row that was not drawn count for nothing
+    np.testing.assert_allclose(found.rows, 3 * 10.1 * roots / roots.sum() + 2 * drawn)
+
+
+def test_a_tied_embedding_knows_which_of_its_columns_are_felt():
+    moments = np.diag([4.0, 1.0, 1.0, 1.0]).astype(np.float32)
+    head = Moments(moments, n_samples=100.0, noise=0.1)
+    about = RowImportance.of(np.full(5, 1.0), 1e-6, head, np.full(5, 0.2))
+    plan = prepare({"e": Weights(20, 1.0)}, {"e": about})
+    rows = plan.rows["e"]
+    assert isinstance(rows, Feedback)
+    assert rows.steps[1] / rows.steps[0] == pytest.approx(2, rel=0.01)
+    np.testing.assert_allclose(rows.column_steps, 1)
 
 
 def test_noise_tells_how_far_to_believe_where_halves_are_missing():

@@ -28,7 +28,7 @@ README = DOCUMENTS["README.md"]
 FORMAT = DOCUMENTS["pqcli/FORMAT.md"]
 CLI = DOCUMENTS["docs/cli.md"]
 ROOT = get_command(app)
-COMMANDS = ROOT.commands
+COMMANDS = generate.COMMANDS
 OF_ONE_COMMAND = [(name, parameter) for name, command in COMMANDS.items() for parameter in command.params]
 
 
@@ -66,9 +66,10 @@ def shown_commands() -> list[tuple[str, str]]:
 
 def parse(line: str) -> None:
     """Parse a call of pqcli as the shell and Typer would, without running it."""
-    program, name, *arguments = shlex.split(line, comments=True)
+    program, *words = shlex.split(line, comments=True)
     assert program == "pqcli"
-    COMMANDS[name].make_context(name, list(arguments))
+    n = 2 if " ".join(words[:2]) in COMMANDS else 1
+    COMMANDS[" ".join(words[:n])].make_context(words[0], words[n:])
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
@@ -137,7 +138,10 @@ def test_the_reference_shows_every_setting_of_recipes_and_rules():
 def test_the_reference_names_everything_public_with_its_signature():
     shown = " ".join(cells[0] for cells in rows(DOCUMENTS["docs/python.md"], "name"))
     assert set(re.findall(r"`pqcli\.(\w+)", shown)) == set(pqcli.__all__)
-    assert "`pqcli.decode(file, output=None, *, dtype=None, force=False, verify=True, progress=None)`" in shown
+    assert (
+        "`pqcli.decode(file, output=None, *, dtype=None, force=False, verify=True, base=(), progress=None, "
+        "limits=None)`" in shown
+    )
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections import OrderedDict
 
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 
 import pqcli
 from pqcli import checkpoint
-from tests.conftest import REPOSITORY
+from pqcli.jobs.compress import Compression
+from tests.conftest import REPOSITORY, file_size_limit
 
 QUICK = pqcli.Recipe(n_iter=3)
 
@@ -176,6 +178,30 @@ def test_save_refuses_what_torch_load_would_not_take_and_leaves_nothing(tmp_path
     with pytest.raises((pqcli.PQError, pickle.PicklingError, AttributeError)):
         pqcli.save({"w": torch.randn(8, 8), "config": Config()}, tmp_path / "a.pq.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_save_on_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
+    with file_size_limit(1 << 20), pytest.raises(pqcli.PQError, match=r"a\.pq\.safetensors': .* size limit"):
+        pqcli.save({"w": torch.randn(1024, 1024)}, tmp_path / "a.pq.safetensors", QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_puts_nothing_anywhere_that_a_kill_could_leave(file, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    seen = []
+    coded = Compression.coded
+
+    def watched(work, survey):
+        streams = coded(work, survey)
+        seen.extend((tmp_path / "temporary").iterdir())
+        return streams
+
+    monkeypatch.setattr(Compression, "coded", watched)
+    recipe = pqcli.Recipe(rate_weight=0.1)
+    predicted = pqcli.preview(file, recipe=recipe).predicted_bytes
+    assert seen == list((tmp_path / "temporary").iterdir()) == []
+    assert pqcli.compress(file, recipe=recipe).compressed_bytes == predicted
 
 
 def test_the_device_may_be_named_and_one_that_is_not_there_is_a_usage_error(file):

@@ -1,7 +1,7 @@
 """Full disks, limits, signals, kills: an output is whole or not there, and the old one stays."""
 
+import functools
 import os
-import random
 import resource
 import shutil
 import signal
@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pqcli.jobs.compress import compress
+from pqcli.jobs.decode import decode
 from pqcli.jobs.verify import verify
 from tests.conftest import REPOSITORY
 
@@ -179,6 +181,23 @@ def test_a_signal_ends_the_work_soon_with_its_code_and_the_old_file_stays(slow_w
     assert contents(tmp_path) == {"x.pq.safetensors": b"the old one"}
 
 
+def test_a_second_signal_while_the_work_is_stopping_ends_it_at_once_with_one_message(slow_work, tmp_path):
+    (tmp_path / "x.pq.safetensors").write_bytes(b"the old one")
+    process = start("compress", slow_work, "-o", "x.pq.safetensors", "--force", *CODECS["trellis"], cwd=tmp_path)
+    wait_for_work(process, 1)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode in {130, 143}, err  # two that wait to be heard come in no order
+    assert (out, err) == ("", "error: interrupted; nothing was written\n")
+    assert time.monotonic() - sent < SOON
+    assert contents(tmp_path) == {"x.pq.safetensors": b"the old one"}
+
+
 def test_a_second_run_on_one_output_is_refused_and_a_killed_one_blocks_nobody(slow_work, big, tmp_path):
     first = start("compress", slow_work, "-o", "x.pq.safetensors", *CODECS["plain"], cwd=tmp_path)
     wait_for_work(first, 0)
@@ -190,25 +209,58 @@ def test_a_second_run_on_one_output_is_refused_and_a_killed_one_blocks_nobody(sl
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["x.pq.safetensors"]
 
 
+KILLS = """
+import os, random, signal, sys, time
+import torch, pqcli
+
+torch.set_num_threads(1)  # no threads before a fork
+source, target, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+
+def forked():
+    child = os.fork()
+    if not child:
+        pqcli.compress(source, target, force=True)
+        os._exit(0)
+    return child
+
+
+def timed():
+    started = time.monotonic()
+    os.waitpid(forked(), 0)
+    return time.monotonic() - started
+
+
+takes, draw, killed, wholes = min(timed() for _ in range(3)), random.Random(0), 0, 0
+os.unlink(target)
+for _ in range(n):
+    child = forked()
+    time.sleep(draw.uniform(0, 1.3 * takes))
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    if os.path.exists(target):
+        wholes += 1
+        assert pqcli.verify(target, source) == []
+pqcli.compress(source, target, force=True)
+print(f"{n} runs, {killed} killed before they ended; {wholes} outputs found, all whole; left:", *os.listdir("."))
+"""
+
+
 @pytest.mark.exhaustive
-def test_kills_at_random_moments_leave_no_output_or_a_whole_one(big, tmp_path):
-    """Fifty of them; half while the file is written, read again, and moved."""
-    out = tmp_path / "out"
-    out.mkdir()
-    draw = random.Random(0)
-    target = out / "x.pq.safetensors"
-    for _ in range(50):
-        process = start("compress", big, "-o", "x.pq.safetensors", "--force", cwd=out)
-        wait_for_work(process, draw.uniform(0, 1.5), may_end=True)
-        process.kill()
-        process.communicate()
-        if target.exists():
-            assert verify(target, big) == []
-    assert pqcli("compress", big, "-o", "x.pq.safetensors", "--force", cwd=out).returncode == 0
-    assert [path.name for path in out.iterdir()] == ["x.pq.safetensors"]
+def test_kills_at_random_moments_leave_no_output_or_a_whole_one(big, tmp_path, capsys):
+    """At any moment of a run, its reading again and its rename among them; the next run removes what they left."""
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, big, "x.pq.safetensors", "50"],
+        cwd=tmp_path / "out", env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("left: x.pq.safetensors\n")
+    with capsys.disabled():
+        print(f"\n{done.stdout}", end="")
 
 
-def wait_for_work(process: subprocess.Popen, delay: float = 1, *, may_end: bool = False) -> None:
+def wait_for_work(process: subprocess.Popen, delay: float = 1) -> None:
     """Until the process has opened its spool, which it does when the work begins."""
     for _ in range(600):
         links = Path(f"/proc/{process.pid}/fd")
@@ -217,11 +269,35 @@ def wait_for_work(process: subprocess.Popen, delay: float = 1, *, may_end: bool 
                 break
         except OSError:
             pass
-        if process.poll() is not None:
-            assert may_end, process.stderr.read()
-            return
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     time.sleep(delay)
+
+
+@pytest.mark.parametrize("verb", ["save", "compress", "decode"])
+def test_what_a_killed_process_leaves_is_removed_by_the_next_one(made, tmp_path, verb):
+    """It is killed where most lies about: the dense file of `save` and what is being written."""
+    target = tmp_path / ("x.pt" if verb == "decode" else "x.pq.safetensors")
+    script = """
+import os, signal, sys, torch, pqcli, pqcli.atomic
+pqcli.atomic.move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+verb, source, target = sys.argv[1:]
+if verb == "save":
+    pqcli.save({"w": torch.randn(128, 64)}, target)
+getattr(pqcli, verb)(source, target)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, verb, made[verb == "decode"], target],
+        env=ENVIRONMENT, capture_output=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [path.suffix for path in tmp_path.iterdir() if not path.name.endswith("-lock")]
+    assert sorted(left) == ([".pqcli", ".pt"] if verb == "save" else [".pqcli"])
+    if verb == "decode":
+        decode(made[1], target)
+    else:
+        compress(made[0], target)
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.fixture
@@ -255,37 +331,6 @@ def test_a_kill_at_the_rename_leaves_the_old_file_or_none_and_the_next_run_works
     assert pqcli("verify", "x.pq.safetensors", "--against", big, cwd=out).returncode == 0
 
 
-CALLS = {"write": "write", "fsync": "fsync", "rename": "rename,renameat,renameat2"}
-
-
-@pytest.mark.parametrize("command", ["compress", "decode"])
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        ("fsync", "EIO", "input/output error"),
-        ("fsync", "ENOSPC", "the disk is full"),
-        ("fsync", "EDQUOT", "the disk quota is used up"),
-        ("rename", "EIO", "input/output error"),
-        ("rename", "EXDEV", "it is a mount point"),
-        ("rename", "ENOSPC", "the disk is full"),
-    ],
-)
-def test_an_error_of_the_disk_is_told_and_leaves_the_old_file(made, tmp_path, strace, command, call, error, words):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "x").write_bytes(b"the old one")
-    traced = [strace, "-f", "-o", os.devnull, "-e", f"trace={CALLS[call]}", "-e", f"inject={CALLS[call]}:error={error}"]
-    source = made[0] if command == "compress" else made[1]
-    target = "x" if command == "compress" else "x.pt"
-    (out / "x").rename(out / target)
-    done = subprocess.run(
-        [*traced, sys.executable, "-m", "pqcli", command, source, "-o", target, "--force"],
-        cwd=out, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    told(done, 1, "cannot write", words)
-    assert contents(out) == {target: b"the old one"}
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, Path]:
     """A small checkpoint and its container."""
@@ -294,6 +339,102 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
     save_file({"w": torch.randn(128, 64, generator=generator)}, folder / "m.safetensors")
     assert pqcli("compress", "m.safetensors", cwd=folder).returncode == 0
     return folder / "m.safetensors", folder / "m.pq.safetensors"
+
+
+RENAME = "rename,renameat,renameat2"
+COMMANDS = {
+    "compress": ("x.pq.safetensors", lambda made: ["compress", made[0], "-o", "x.pq.safetensors"]),
+    "decode": ("x.pt", lambda made: ["decode", made[1], "-o", "x.pt"]),
+    "report": ("x.html", lambda made: ["report", made[1], "--format", "html", "-o", "x.html"]),
+}
+
+
+def traced(
+    strace: str, log: Path, calls: str, *options: str, arguments: list, cwd: Path
+) -> subprocess.CompletedProcess:
+    """pqcli under strace, which writes the calls, and the files they are about, to `log`."""
+    return subprocess.run(
+        [strace, "-f", "-y", "-o", log, "-e", f"trace={calls}", *options, sys.executable, "-m", "pqcli", *arguments],
+        cwd=cwd, env={**ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, check=False,
+        timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def numbers(made, tmp_path_factory):
+    """By command: which of the main thread's writes go to the spool, and which to the output; counted from 1."""
+
+    @functools.cache
+    def of(strace: str, command: str) -> dict[str, list[int]]:
+        out = tmp_path_factory.mktemp(command)
+        arguments = COMMANDS[command][1](made)
+        assert traced(strace, out / "log", "write", arguments=arguments, cwd=out).returncode == 0
+        lines = (out / "log").read_text(errors="replace").splitlines()
+        writes = [line for line in lines if line.split()[0] == lines[0].split()[0] and " write(" in line]
+        files = [line.partition("<")[2].partition(">")[0] for line in writes]
+        return {
+            "spool": [i for i, file in enumerate(files, 1) if file.startswith(f"{out}/#")],
+            "output": [i for i, file in enumerate(files, 1) if file.endswith(".pqcli")],
+        }
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("command", "call", "error", "words"),
+    [
+        ("compress", "spool 0", "ENOSPC", "the disk is full"),
+        ("compress", "spool -1", "EIO", "input/output error"),
+        ("compress", "output 0", "EDQUOT", "the disk quota is used up"),
+        ("compress", "fsync", "EIO", "input/output error"),
+        ("compress", "fsync", "ENOSPC", "the disk is full"),
+        ("compress", RENAME, "EIO", "input/output error"),
+        ("compress", RENAME, "EXDEV", "it is a mount point"),
+        ("decode", "output 0", "EIO", "input/output error"),
+        ("decode", "output -1", "ENOSPC", "the disk is full"),
+        ("decode", "fsync", "EDQUOT", "the disk quota is used up"),
+        ("decode", RENAME, "ENOSPC", "the disk is full"),
+        ("report", "output 0", "ENOSPC", "the disk is full"),
+        ("report", "fsync", "EIO", "input/output error"),
+        ("report", RENAME, "EXDEV", "it is a mount point"),
+    ],
+)
+def test_an_error_of_the_disk_is_told_and_leaves_the_old_file(
+    made, numbers, tmp_path, strace, command, call, error, words
+):
+    target, arguments = COMMANDS[command]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / target).write_bytes(b"the old one")
+    calls, when = call, ""
+    if " " in call:
+        kind, which = call.split()
+        calls, when = "write", f":when={numbers(strace, command)[kind][int(which)]}"
+    inject = ("-e", f"inject={calls}:error={error}{when}")
+    done = traced(strace, Path(os.devnull), calls, *inject, arguments=[*arguments(made), "--force"], cwd=out)
+    told(done, 1, "cannot write", target, words)
+    assert contents(out) == {target: b"the old one"}
+
+
+@pytest.mark.parametrize("command", ["compress", "decode"])
+def test_a_disk_that_lies_about_what_it_wrote_is_found(made, numbers, tmp_path, strace, command):
+    """The call says that all was written, and nothing was."""
+    n_bytes = 100
+    when = numbers(strace, command)["output"][0]
+    inject = ("-e", f"inject=write:retval={n_bytes}:when={when}")
+    arguments = COMMANDS[command][1](made)
+    done = traced(strace, Path(os.devnull), "write", *inject, arguments=arguments, cwd=tmp_path)
+    told(done, 1, "cannot write", "the disk gives back other bytes than were written")
+    assert contents(tmp_path) == {}
+
+
+def test_a_disk_that_cannot_confirm_the_name_is_told_and_the_file_is_whole(made, tmp_path, strace):
+    inject = ("-e", "inject=fsync:error=EIO:when=2")  # the first is of the file, the second of its folder
+    arguments = COMMANDS["compress"][1](made)
+    done = traced(strace, Path(os.devnull), "fsync", *inject, arguments=arguments, cwd=tmp_path)
+    told(done, 1, "'x.pq.safetensors' is written, but the disk could not confirm its name")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pq.safetensors"]
+    assert verify(tmp_path / "x.pq.safetensors", made[0]) == []
 
 
 @pytest.mark.parametrize("options", [["-OO"], []])

@@ -1,5 +1,7 @@
 """Statistics against a slow, obvious computation."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -196,3 +198,168 @@ def test_a_file_that_is_cut_short_or_none_is_named(tmp_path):
     for name in ("cut", "counts", "nowhere"):
         with pytest.raises(StatsError, match=name):
             open_stats(tmp_path / name).moments("0.weight")
+
+
+# --- whatever calls a weight ------------------------------------------------------------------------------------------
+
+
+class Conv1D(nn.Module):
+    """transformers' linear layer with its weight the other way round."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(randn(inputs, outputs, seed=7)), nn.Parameter(randn(outputs, seed=8))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class Experts(nn.Module):
+    """Every example goes to the expert of its number; one product takes the stack as it lies, one transposed."""
+
+    def __init__(self, experts=3, width=6, hidden=5):
+        super().__init__()
+        self.up, self.down = (
+            nn.Parameter(randn(experts, hidden, width, seed=1)),
+            nn.Parameter(randn(experts, hidden, width, seed=2)),
+        )
+
+    def forward(self, x):
+        between = [F.linear(x[e], self.up[e]) for e in range(len(self.up))]
+        return torch.stack([torch.matmul(b, self.down[e]) for e, b in enumerate(between)])
+
+
+class Masked(nn.Module):
+    """A model that is told of padding, by keyword or by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x, attention_mask=None):
+        return self.layer(x)
+
+
+def test_a_transposed_linear_layer_is_known_by_its_rows():
+    model, x = nn.Sequential(Conv1D(6, 4)), randn(5, 7, 6)
+    with pqcli.collect(model, gradients=True) as stats:
+        stats.backward(model(x))
+    m = stats.moments("0.weight")
+    assert (m.axis, m.n_samples, m.row_gradient.shape) == (0, 35, (4,))
+    close(m.second, second(x.flatten(0, 1)))
+
+
+def test_self_attention_of_torch_is_seen_whatever_fast_path_there_is():
+    model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
+    x = randn(3, 5, 8)
+    with torch.no_grad(), pqcli.collect(model) as stats:
+        model(x)
+    close(stats.moments("self_attn.in_proj_weight").second, second(x.flatten(0, 1)))
+    assert set(stats.statistics().names) == {name for name, p in model.named_parameters() if p.dim() > 1}
+
+
+def test_stacked_experts_are_pooled_or_told_apart():
+    model, x = Experts(), randn(3, 7, 6)
+    with pqcli.collect(model, gradients=True) as stats:
+        stats.backward(model(x))
+    pooled = stats.moments("up")
+    assert (pooled.axis, stats.moments("down").axis) == (-1, -2)
+    close(pooled.second, second(x.flatten(0, 1)))
+    with pqcli.collect(model, gradients=True, split_stacks=True) as stats:
+        stats.backward(model(x))
+    for e in range(3):
+        own, down = stats.moments(f"up[{e}]"), stats.moments(f"down[{e}]")
+        close(own.second, second(x[e]))
+        close(down.second, second(x[e] @ model.up[e].detach().T))
+        assert (own.row_gradient.shape, down.row_gradient.shape) == ((5,), (6,))
+
+
+def test_a_stack_that_is_told_apart_takes_no_more_than_one_whole_matrix():
+    model, x = Experts(4, 200, 5), randn(4, 3, 200)
+    with pqcli.collect(model, split_stacks=True, full_width=300) as stats:
+        model(x)
+    assert [len(block) for block in stats.moments("up[3]").blocks] == [112, 88]
+    assert stats.moments("down[3]").second.shape == (5, 5)
+
+
+@pytest.mark.parametrize("by_position", [True, False])
+def test_padding_is_left_out_where_the_model_is_told_of_it(by_position):
+    model, x = Masked(), randn(2, 5, 6)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    with pqcli.collect(model, gradients=True) as stats:
+        stats.backward(model(x, mask) if by_position else model(x, attention_mask=mask))
+    m = stats.moments("layer.weight")
+    assert m.n_samples == 8
+    close(m.second, second(x[mask.bool()]))
+    assert stats.statistics().weights["layer.weight"].n_gradient == 8
+
+
+def test_labels_are_drawn_from_the_models_own_prediction():
+    """The gradient is that of the loss with these labels; over many draws its mean square is the Fisher information."""
+    model, x = nn.Sequential(nn.Linear(6, 3)), randn(4000, 6) / 2
+    with pqcli.collect(model, gradients=True) as stats:
+        stats.backward(logits=model(x))
+    p = model(x).detach().double().softmax(-1)
+    expected = (p * (1 - p)).mean(0)  # E (p - onehot)^2
+    assert stats.moments("0.weight").row_gradient == pytest.approx(expected.numpy(), rel=0.1)
+    with pqcli.collect(model, gradients=True) as again:
+        again.backward(logits=model(x))
+    assert (again.moments("0.weight").row_gradient == stats.moments("0.weight").row_gradient).all()
+
+
+# --- what is left behind ----------------------------------------------------------------------------------------------
+
+
+class Failing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        raise ZeroDivisionError(self.layer(x))
+
+
+def test_a_model_that_fails_while_it_is_watched_is_free_afterwards():
+    model = Failing()
+    with pytest.raises(ZeroDivisionError), pqcli.collect(model):
+        model(randn(2, 6))
+    assert not model._forward_pre_hooks
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_a_model_is_bit_for_bit_what_it_was_and_computes_what_it_did():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), Conv1D(8, 5)
+    ).eval()
+    x = randn(2, 3, 6, 6)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(x)
+    random_state = torch.get_rng_state()
+    with pqcli.collect(model, gradients=True) as stats:
+        found = model(x)
+        stats.backward(logits=found)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad and p._backward_hooks is None for p in model.parameters())
+
+
+def test_half_precision_of_correlations_costs_less_than_a_twentieth_of_a_decibel(tmp_path):
+    """Inputs with a few strong directions, as real ones have, and next to no shrinkage."""
+    x = randn(4000, 64) * torch.logspace(0, -2, 64) @ randn(64, 64, seed=3) + 3 * randn(1, 64, seed=4)
+    model = nn.Sequential(nn.Linear(64, 2))
+    with pqcli.collect(model) as stats:
+        model(x)
+    believed = {}
+    for dtype in ("float16", "float32"):
+        stats.save(tmp_path / dtype, dtype=dtype)
+        moments = torch.from_numpy(open_stats(tmp_path / dtype).moments("0.weight").second).double()
+        believed[dtype] = 0.998 * moments + 0.002 * torch.diag(moments.diagonal())
+    truth = believed["float32"]
+
+    def log_damage(moments):
+        """Of errors of covariance moments^-1, which take (1/2) log2 det moments bits, where the truth is another."""
+        return torch.log(torch.trace(truth @ torch.linalg.inv(moments)) / 64) + torch.logdet(moments) / 64
+
+    excess = float(log_damage(believed["float16"]) - log_damage(truth))
+    assert 0 <= 10 * excess / math.log(10) < 0.05

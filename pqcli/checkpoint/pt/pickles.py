@@ -244,8 +244,12 @@ class PickleReader:
             raise TypeError("attributes set on something that has none")
 
     def persistent(self, _: Any) -> None:
-        """A storage: ('storage', class, key, device, number of elements[, view of old files])."""
-        kind, storage_class, key, device, size, *view = self.pop()
+        """A storage: ('storage', class, key, device, number of elements[, view of old files]); or a module's class."""
+        persistent_id = self.pop()
+        if isinstance(persistent_id, tuple) and len(persistent_id) == 4 and persistent_id[0] == "module":
+            self.stack.append(persistent_id[1])  # a module's class, which old files give with its source text
+            return
+        kind, storage_class, key, device, size, *view = persistent_id
         if kind != "storage":
             raise ValueError(f"a persistent id of kind {kind!r}")
         if isinstance(storage_class, Opaque):

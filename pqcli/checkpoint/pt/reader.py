@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pqcli.checkpoint.limits import Budget
     from pqcli.checkpoint.pt.torch_objects import StorageRef, TensorRef
 
-_MAX_PICKLE = 256 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -42,7 +41,7 @@ _LEGACY_END = "it ends in the middle of a storage; it is truncated, fetch it aga
 def read_zip(source: ByteSource | Window) -> Layout:
     """The layout of a zip `.pt`. Messages are bare facts ("its record ..."): the caller adds the path."""
     value, region_of = _opened_zip(source)
-    return layout_of(value, region_of, source.budget)
+    return layout_of(value, region_of, source.budget, from_module=source.asked.from_module)
 
 
 def value_of_zip(source: ByteSource | Window) -> Any:
@@ -62,10 +61,7 @@ def _opened_zip(source: ByteSource | Window) -> tuple[Any, Callable[[StorageRef]
     if order and source.bytes_at(order.start, min(order.n_bytes, 16)) != b"little":
         raise CheckpointError("it was written on a big-endian machine; save it again on an ordinary one")
     data = records[f"{prefix}data.pkl"]
-    if data.n_bytes > _MAX_PICKLE:
-        raise CheckpointError(
-            f"its pickle has {data.n_bytes:,} bytes, more than the {_MAX_PICKLE:,} a checkpoint needs"
-        )
+    source.budget.length(data.n_bytes, "its pickle")
     source.check_region(data)
     reader = PickleReader(source.budget)
     value = load_value(reader, io.BytesIO(source.bytes_at(data.start, data.n_bytes)))
@@ -89,7 +85,7 @@ def read_legacy(source: ByteSource) -> Layout:
     """The layout of a legacy `.pt` (before torch 1.6). Storages are found by position; none is read."""
     reader = PickleReader(source.budget)
     with reading(source.path), source.path.open("rb") as raw:
-        file = cast("IO[bytes]", _Bounded(raw, source.n_bytes))
+        file = cast("IO[bytes]", _Bounded(raw, min(source.n_bytes, source.budget.limits.n_bytes)))
         magic, protocol, system = (load_value(reader, file) for _ in range(3))
         if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL:
             raise CheckpointError(f"it has the protocol {str(protocol)[:40]} of an unknown torch")
@@ -108,7 +104,7 @@ def read_legacy(source: ByteSource) -> Layout:
             raise CheckpointError(f"its storage {storage.key} is missing; the file is damaged")
         return regions[storage.key]
 
-    return layout_of(value, region_of, source.budget)
+    return layout_of(value, region_of, source.budget, from_module=source.asked.from_module)
 
 
 # -- from the pickle's value to a layout -----------------------------------------------------------------------------
@@ -139,9 +135,11 @@ def _refusal(names: list[str]) -> str:
     )
 
 
-def layout_of(value: Any, region_of: Callable[[StorageRef], Region], budget: Budget) -> Layout:
+def layout_of(
+    value: Any, region_of: Callable[[StorageRef], Region], budget: Budget, *, from_module: bool = False
+) -> Layout:
     """The layout of a pickle's value, whose storages lie where `region_of` says."""
-    description = describe(value, budget)
+    description = describe(value, budget, from_module=from_module)
     infos: list[TensorInfo] = []
     views: dict[str, Strided] = {}
     first: dict[tuple[object, ...], str] = {}
@@ -281,7 +279,7 @@ class _Bounded:
 
     def __init__(self, file: IO[bytes], n_bytes: int) -> None:
         self._file = file
-        self._n_bytes = min(n_bytes, _MAX_PICKLE)
+        self._n_bytes = n_bytes
 
     def read(self, n: int) -> bytes:
         return self._file.read(max(0, min(n, self._n_bytes - self._file.tell())))

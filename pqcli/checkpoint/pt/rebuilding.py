@@ -106,7 +106,7 @@ class _Builder:
         try:
             return self._budget.json(unpacked)
         except CheckpointError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError("a packed entry that is too large") from error
 
     def _argument(self, node: Json) -> Any:
         return [self._argument(part) for part in node] if isinstance(node, list) else self.value(node, ())

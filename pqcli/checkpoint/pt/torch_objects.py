@@ -172,9 +172,8 @@ def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
 
 def _wrapped(kind: Global, arguments: tuple[Any, ...], state: Any) -> Any:
     """A tensor that is a shell around others: a DTensor whose whole is here is its local tensor."""
-    if isinstance(state, tuple) and state:
-        state = state[0]
-    local = state.get("_local_tensor") if isinstance(state, dict) else None
+    parts = state if isinstance(state, tuple) else (state,)  # the attributes, and those that have slots
+    local = next((part["_local_tensor"] for part in parts if isinstance(part, dict) and "_local_tensor" in part), None)
     if not kind.name.endswith(".DTensor") or not isinstance(local, TensorRef) or len(arguments) < 3:
         return Unsupported(f"a tensor of the class {kind.name[:120]}")
     if _integers(arguments[2]) != local.shape:

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pqcli.checkpoint.limits import Budget, Limits
+from pqcli.checkpoint.pt.modules import Unpacked, is_module, refusal, unpacked
 from pqcli.checkpoint.pt.naming import find_root, name_of, prefix_of, role_of, tensors_in
 from pqcli.checkpoint.pt.numpy_objects import Foreign, NumpyArray
 from pqcli.checkpoint.pt.objects import CARRIED, SETS, Carried, Global, Instance
@@ -41,7 +42,8 @@ from pqcli.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from pqcli.checkpoint.pt.naming import Path
+    from pqcli.checkpoint.pt.modules import Unpacked, is_module, refusal, unpacked
+from pqcli.checkpoint.pt.naming import Path
 
 Json = Any
 """Plain JSON: dict, list, str, int, float, bool, None."""
@@ -76,16 +78,21 @@ class Description:
     dropped: tuple[Dropped, ...]
 
 
-def describe(value: Any, budget: Budget | None = None) -> Description:
-    """Split a pickle's value into tensors and JSON.
+def describe(value: Any, budget: Budget | None = None, *, from_module: bool = False) -> Description:
+    """Split a pickle's value into tensors and JSON. With `from_module`, modules are taken for their state dicts.
 
     Raises `CheckpointError` for tensors that cannot be carried, cycles, and structures too deep or too large.
     """
-    walk = _Walk(root=find_root(value), budget=budget or Budget(Limits()))
+    budget = budget or Budget(Limits())
     try:
-        node = walk.entry(value, ())
+        found = unpacked(value, budget) if from_module else Unpacked(value)
+        walk = _Walk(root=find_root(found.value), budget=budget)
+        walk.dropped += [Dropped(_place(path), reason) for path, reason in found.told]
+        node = walk.entry(found.value, ())
     except _Drop:
         node = None
+    except RecursionError:
+        raise CheckpointError("its structure is nested deeper than can be followed; refused") from None
     tree = {"root": list(walk.root), "top": node} if walk.root else {"top": node}
     return Description(tuple(walk.tensors.values()), tree, tuple(walk.dropped))
 
@@ -233,7 +240,9 @@ class _Walk:
         """An object: as itself, as the plain dict or list that it is at heart, or not at all."""
         if value.name in CARRIED:
             return self._carried(value, CARRIED[value.name], path)
-        heart = _heart(value)
+        if is_module(value) and any(True for _ in tensors_in([value], self.budget.entries)):
+            raise refusal(value, path)
+        heart = _heart(value) or self._attributes(value)
         if heart is None:
             self._check_no_tensors(value, value.parts())
             raise _Drop(f"{_told(value)}: no JSON value")
@@ -248,6 +257,14 @@ class _Walk:
         finally:
             self._n_told -= 1
 
+    def _attributes(self, value: Instance) -> tuple[str, Any] | None:
+        """The attributes of an object that is nothing but them, where they hold tensors: a moving average, say."""
+        state = value.state
+        if value.arguments or value.elements or len(value) or type(state) is not dict:
+            return None
+        has_names = all(isinstance(name, str) for name in state)
+        return ("dict", state) if has_names and any(True for _ in tensors_in(state, self.budget.entries)) else None
+
     def _check_no_tensors(self, value: Instance, left: Iterable[Any]) -> None:
         """Raise unless all tensors in what is `left` of an object are also in its items or elements."""
         lost = {id(found) for found in tensors_in(list(left), self.budget.entries) if isinstance(found, TensorRef)}
@@ -256,9 +273,8 @@ class _Walk:
         carried = {id(found) for found in tensors_in([list(value.values()), value.elements], self.budget.entries)}
         if lost <= carried and (len(value) or value.elements):
             return
-        whole = "it is a whole pickled model, not a state dict: " if value.name.startswith("torch.nn.modules") else ""
         raise CheckpointError(
-            f"{whole}{len(lost)} of its tensors are inside an object of {ascii(value.name)[1:-1][:120]}, which only "
+            f"{len(lost)} of its tensors are inside an object of {ascii(value.name)[1:-1][:120]}, which only "
             "running its code could build, so pqcli refuses it. If you trust the file, load it once with "
             "torch.load(path, weights_only=False) and save only its state dict"
         )

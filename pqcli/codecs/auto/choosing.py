@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from pqcli.codecs.base import Matrix, Survey, Weights, as_matrix, source_of
+from pqcli.codecs.difference import exact_difference
 from pqcli.codecs.kept import KeptJob, as_words
 from pqcli.codecs.plain import PlainJob
 from pqcli.codecs.rate.steps import RATE_WEIGHT, steps_of
@@ -67,7 +68,7 @@ class Choice:
 def choose(survey: Survey, weights: Weights, objective: float, level: float) -> list[Choice]:
     """The choice for every surveyed tensor at a level (in weight units)."""
     steps = steps_of(survey, objective).at(level)
-    return [_choice(record, weights.coded(record.name), steps[record.name]) for record in survey.records]
+    return [_choice(record, weights, steps[record.name]) for record in survey.records]
 
 
 def job_of(record: Record, winner: Candidate, weights: Weights, seed: int) -> Job:
@@ -87,9 +88,14 @@ def exact_record(record: Record, candidate: Candidate) -> Record:
     return replace(record, coding=coding, reason=f"{record.reason}; few distinct values, held exactly")
 
 
-def _choice(record: Record, weight: torch.Tensor, step: float) -> Choice:
+def _choice(record: Record, weights: Weights, step: float) -> Choice:
+    original = weight = weights.coded(record.name)
     matrix = _sampled(as_matrix(weight, record), source_of(record).kernel)
-    energy = max(float(np.square(matrix, dtype=np.float64).sum()), 1e-300)
+    judged = matrix
+    if record.difference:
+        original = weights.original(record.name)
+        judged = _sampled(as_matrix(original, record), source_of(record).kernel)
+    energy = max(float(np.square(judged, dtype=np.float64).sum()), 1e-300)
 
     def candidate(
         way: str, bits: float, squared_error: float, block: int | None = None, k: int | None = None
@@ -99,12 +105,17 @@ def _choice(record: Record, weight: torch.Tensor, step: float) -> Choice:
 
     found = [candidate("trellis", *_trellis_cost(record, matrix, step))]
     scale = matrix.size / record.info.numel
-    exact = _exact(weight, record)
+    exact = None if record.difference else _exact(weight, record)
     if exact is not None:
         block_size, k, n_bytes = exact
         found.append(candidate("exact", 8 * n_bytes * scale, 0.0, block_size, k))
-    some = tensor_bytes(weight)[: matrix.size * weight.element_size()]
-    found.append(candidate("keep", 8 * len(lossless.compress([as_words(some, record.info.dtype)])), 0.0))
+    some = tensor_bytes(original)[: matrix.size * original.element_size()]
+    kept_bytes = len(lossless.compress([as_words(some, record.info.dtype)]))
+    base = weights.base(record.name)
+    if base is not None and base.element_size() == original.element_size():
+        other = exact_difference(some, base.reshape(-1)[: matrix.size], record.info.dtype)
+        kept_bytes = min(kept_bytes, len(lossless.compress([as_words(other, record.info.dtype)])))
+    found.append(candidate("keep", 8 * kept_bytes, 0.0))
     return Choice(record.name, tuple(sorted(found, key=lambda item: item.cost)))
 
 

@@ -105,11 +105,12 @@ class EcpqSession(Session):
         """From the samples that codebooks are learned from."""
         samples, model, price = self._learned(level)
         n_bytes, error, energy = float(len(model.to_bytes())), 0.0, 0.0
-        for (_, scale), sample in samples.items():
+        for (key, scale), sample in samples.items():
             estimate = ecpq.estimate([sample], model, price)
             n_bytes += estimate.bits / 8
             error += scale**2 * estimate.squared_error
-            energy += scale**2 * sample.factor * float(np.sum(np.square(sample.pieces, dtype=np.float64)))
+            coded = scale**2 * sample.factor * float(np.sum(np.square(sample.pieces, dtype=np.float64)))
+            energy += self.survey.own_energy(key, coded)
         return Draft(n_bytes, error / energy if energy else 0.0)
 
     def _learned(self, level: float) -> tuple[dict[tuple[str, float], ecpq.Sample], ecpq.Model, float]:

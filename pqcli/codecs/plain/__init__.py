@@ -28,7 +28,7 @@ from pqcli.codecs.base import (
     Weights,
     record_of,
 )
-from pqcli.codecs.kept import kept_piece
+from pqcli.codecs.kept import KeptJob
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.core import metrics
 from pqcli.core.digests import seed_of, tensor_bytes, tensor_hash
@@ -74,12 +74,17 @@ class PlainJob(TensorJob):
         weight = self.weights.coded(self.record.name)
         if not pq.is_finite(weight):
             return self._kept(NOT_FINITE)
-        exact = values.exact_or_none(self.record, weight)
+        exact = (
+            None if self.record.difference else values.exact_or_none(self.record, weight, is_compact=self.is_compact)
+        )
         if exact is not None:
             return exact
         encoded = self._encoded(weight, device)
         tensor, decoded, error = encoded.tensor, encoded.decoded, encoded.error
         record = replace(self.record, coding=_fitted(self.record, tensor))
+        if record.difference:
+            weight, decoded = self.weights.original(record.name), self.weights.restored(record, decoded)
+            error = metrics.compare(weight, decoded)
         held = zeros.held(record, weight)
         if held is not None:
             record = replace(record, zero_bytes=len(held))
@@ -126,8 +131,7 @@ class PlainJob(TensorJob):
         return self.weights.importance(self.record.name), None
 
     def _kept(self, reason: str) -> Piece:
-        record = self.record.kept(reason)
-        return kept_piece(record, self.weights.original(record.name), is_compact=self.is_compact)
+        return KeptJob(self.record.kept(reason), self.weights, self.is_compact).run(torch.device("cpu"))
 
 
 def _fitted(record: Record, tensor: pq.PQTensor) -> Plain:
@@ -168,12 +172,13 @@ class PlainSession(Session):
     survey: Survey
     weights: Weights
     recipe: Recipe
+    is_compact: bool = False
     statistics: Reading | None = None
 
     def jobs(self, level: float) -> Sequence[PlainJob]:  # noqa: ARG002 - plain PQ has no levels
         """A job for every tensor."""
         return [
-            PlainJob(record_of(entry), self.weights, options_of(entry, self.recipe), statistics=self.statistics)
+            PlainJob(record_of(entry), self.weights, options_of(entry, self.recipe), self.is_compact, self.statistics)
             for entry in self.survey.entries
         ]
 
@@ -186,9 +191,14 @@ class PlainSession(Session):
 
 
 class PlainCodec(Codec):
-    """Plain PQ."""
+    """Plain PQ. Its files are not compact unless they have a base, to whose kept tensors theirs are differences."""
 
-    is_compact = False
+    def __init__(self, *, is_compact: bool = False) -> None:
+        self.is_compact = is_compact
+
+    def compacted(self) -> PlainCodec:
+        """The same codec, for a file that is compact."""
+        return PlainCodec(is_compact=True)
 
     def survey(self, entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:  # noqa: ARG002
         """All of them, unread: whether values can be quantized is found out by the jobs, which read anyway."""
@@ -197,10 +207,11 @@ class PlainCodec(Codec):
     def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> PlainSession:  # noqa: ARG002
         """A session; nothing is shared. Raises StatsError where the recipe names statistics of something else."""
         if recipe.stats is None:
-            return PlainSession(survey, weights, recipe)
+            return PlainSession(survey, weights, recipe, self.is_compact)
         from pqcli.codecs.statistics import opened
 
-        return PlainSession(survey, weights, recipe, opened(recipe.stats, survey.records, weights))
+        reading = opened(recipe.stats, survey.records, weights)
+        return PlainSession(survey, weights, recipe, self.is_compact, reading)
 
 
 CODEC = PlainCodec()

@@ -12,7 +12,6 @@ from pqcli.codecs.base import Decoder, Piece, StreamCodec, Streams, Survey, Tell
 from pqcli.codecs.rate.protection import Watch
 from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
-from pqcli.core.pq import pq
 from pqcli.tensors.records import Coded, Record
 
 
@@ -23,7 +22,7 @@ def measured_pieces(
     records = with_shares(survey.records, streams)
     decoder = codec.decoder(streams, [source_of(record) for record in records], counting=True)
     for record in records:
-        decoded = weights.restored(record.name, _decoded(decoder, record, survey))
+        decoded = _decoded(decoder, record, survey, weights)
         original = weights.original(record.name)
         error = metrics.compare(original, decoded)
         if watch is not None:
@@ -40,24 +39,15 @@ def relative_mse(codec: StreamCodec, streams: Streams, survey: Survey, weights: 
     records = survey.records
     decoder = codec.decoder(streams, [source_of(record) for record in records])
     return metrics.total(
-        metrics.compare(
-            weights.original(record.name),
-            weights.restored(record.name, _decoded(decoder, record, survey)),
-        )
-        for record in records
+        metrics.compare(weights.original(record.name), _decoded(decoder, record, survey, weights)) for record in records
     ).relative_mse
 
 
-def _decoded(decoder: Decoder, record: Record, survey: Survey) -> torch.Tensor:
+def _decoded(decoder: Decoder, record: Record, survey: Survey, weights: Weights) -> torch.Tensor:
     """What the reader will give: the decoded matrix in the tensor's shape and dtype, with its exact zeros."""
-    tensor, held = dense(decoder.matrix(record.name), record), survey.zeros.get(record.name)
+    tensor = weights.restored(record, torch.from_numpy(decoder.matrix(record.name)))
+    held = survey.zeros.get(record.name)
     return tensor if held is None else zeros.restored(tensor, record, held)
-
-
-def dense(matrix: object, record: Record) -> torch.Tensor:
-    """A decoded matrix in the tensor's own shape and dtype."""
-    weight = torch.from_numpy(matrix).reshape(record.info.shape)
-    return pq.saturated(weight, getattr(torch, record.info.dtype))
 
 
 def with_shares(records: Sequence[Record], streams: Streams) -> tuple[Record, ...]:

@@ -6,6 +6,7 @@ be within the budget. Steps are bounded so that this does not happen (`steps.py`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -53,15 +54,24 @@ class Watch:
 
     def warnings(self) -> tuple[str, ...]:
         """What to say: nothing where every tensor and row is within its limit."""
-        met = f"the relative MSE of {self.bound:.3g} is met on the whole, but"
-        found = []
-        if self._tensors:
-            worst = sorted(self._tensors.items(), key=lambda item: -item[1])[:NAMED]
-            names = ", ".join(f"{name!r} ({error:.3g})" for name, error in worst)
-            found.append(f"{met} {len(self._tensors):,} tensors lie above {TENSOR_LIMIT * self.bound:.3g}: {names}")
+        found = list(warnings_of_tensors(self.bound, self._tensors))
         if self._rows:
             n_rows = sum(above for above, _, _ in self._rows.values())
             rows = sorted(self._rows.items(), key=lambda item: -item[1][2])[:NAMED]
             names = ", ".join(f"{above:,} of {n:,} in {name!r} (up to {worst:.3g})" for name, (above, n, worst) in rows)
-            found.append(f"{met} {n_rows:,} weak rows lie above {ROW_LIMIT * self.bound:.3g}: {names}")
+            found.append(f"{_met(self.bound)} {n_rows:,} weak rows lie above {ROW_LIMIT * self.bound:.3g}: {names}")
         return tuple(found)
+
+
+def warnings_of_tensors(bound: float, errors: Mapping[str, float]) -> tuple[str, ...]:
+    """What to say of tensors with these relative MSE where the whole is to have `bound`; the worst are named."""
+    above = {name: error for name, error in errors.items() if error > TENSOR_LIMIT * bound}
+    if not above:
+        return ()
+    worst = sorted(above.items(), key=lambda item: -item[1])[:NAMED]
+    names = ", ".join(f"{name!r} ({error:.3g})" for name, error in worst)
+    return (f"{_met(bound)} {len(above):,} tensors lie above {TENSOR_LIMIT * bound:.3g}: {names}",)
+
+
+def _met(bound: float) -> str:
+    return f"the relative MSE of {bound:.3g} is met on the whole, but"

@@ -51,8 +51,12 @@ def steps_of(survey: Survey, objective: float, bound: float | None = None) -> St
     `bound` is the relative MSE that is asked for, None where something else is. Then no tensor's step is above what
     gives it `TENSOR_SLACK` times that error, nor above what gives its weak rows (all but the weakest twentieth)
     `ROW_SLACK` times: a few strong tensors, or a strong row, do not use up the budget of all others.
+
+    Errors are those of the tensor also where its difference to a base's is coded, and so is all of this, but that steps
+    of differences are `survey.fineness` times as large, and then never above `CEILING` times the difference's spread:
+    what a fine-tune has changed is not lost where no budget asks for it.
     """
-    records, spreads = survey.records, survey.spreads
+    records, spreads = survey.records, {record.name: survey.own_spread(record.name) for record in survey.records}
     unit, mean_size = survey.unit, sum(r.info.numel for r in records) / max(len(records), 1)
     size_exponent = objective * (1 - objective) * SIZE_WEIGHT
     found = {}
@@ -60,8 +64,11 @@ def steps_of(survey: Survey, objective: float, bound: float | None = None) -> St
         relative = (spreads[record.name] or unit) / unit
         scale = relative**objective * (record.info.numel / mean_size) ** size_exponent
         bounded = min(scale, LARGEST_STEP * relative) if objective else scale
-        found[record.name] = max(bounded, SMALLEST_STEP * relative)
+        found[record.name] = max(bounded, SMALLEST_STEP * relative) * survey.fineness_of(record.name)
     ceilings = {name: CEILING * spread if spread and objective else math.inf for name, spread in spreads.items()}
+    if survey.fineness < 1:
+        for name in survey.originals.keys() & found.keys():
+            ceilings[name] = min(ceilings[name], CEILING * survey.spreads[name] or math.inf)
     if bound is not None and objective:
         for name, ceiling in ceilings.items():
             by_tensor = _step_for(TENSOR_SLACK * bound, spreads[name])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from pqcli.codecs import values, zeros
-from pqcli.codecs.base import Survey, Tell, Weights, record_of
+from pqcli.codecs.base import Original, Survey, Tell, Weights, record_of
 from pqcli.core import metrics
 from pqcli.core.pq import pq
 
@@ -31,12 +31,12 @@ GAUSSIAN_ROOT: Final = 0.822179
 
 def survey_weights(entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:
     """The survey of the planned tensors; those whose values no codec with streams can take are rejected."""
-    taken, spreads, rejected, exact, zeros_of, weak = [], {}, [], [], {}, {}
+    taken, spreads, rejected, exact, zeros_of, weak, originals = [], {}, [], [], {}, {}, {}
     for entry in entries:
         name = entry.info.name
         weight, record = weights.coded(name), record_of(entry)
         reason, found = _judged(weight)
-        job = None if reason else values.job_of(record, weight, weights, is_compact=True)
+        job = None if reason or record.difference else values.job_of(record, weight, weights, is_compact=True)
         if reason:
             rejected.append(record.kept(reason))
         elif job is not None:
@@ -44,12 +44,15 @@ def survey_weights(entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -
         else:
             taken.append(entry)
             spreads[name] = found
+            if record.difference:  # errors are judged by the tensor itself
+                weight = weights.original(name)
+                originals[name] = Original(spread(weight), metrics.compare(weight, weight).energy)
             weak[name] = weak_row(weight.reshape(record.matrix_shape))
             held = zeros.held(record, weight)
             if held is not None:
                 zeros_of[name] = held
         tell(entry.info.numel, name)
-    return Survey(tuple(taken), spreads, tuple(rejected), tuple(exact), zeros_of, weak)
+    return Survey(tuple(taken), spreads, tuple(rejected), tuple(exact), zeros_of, weak, originals)
 
 
 def _judged(weight: torch.Tensor) -> tuple[str, float]:

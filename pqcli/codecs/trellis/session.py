@@ -17,7 +17,7 @@ from pqcli.codecs.base import Draft, Matrix, Session, StreamPiece, Streams, Surv
 from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
 from pqcli.core.threads import lone_blas, n_threads
-from pqcli.core.trellis.feedback import Feedback, RowSteps, kind_of
+from pqcli.core.trellis.feedback import Feedback, RowSteps
 from pqcli.core.trellis.params import TrellisParams
 from pqcli.core.trellis.rotation import Rotations, fit_rotations
 from pqcli.core.trellis.side import Side, make_side, write_side
@@ -37,6 +37,8 @@ MIXING: Final = "trellis-mixing"
 """The feature of files of which a stream is coded by mixing."""
 ROWS: Final = "trellis-rows"
 """The feature of files of which rows have steps of their own."""
+COLUMNS: Final = "trellis-columns"
+"""The feature of files of which columns have, too."""
 STATES_BELOW: Final = ((4e6, 2048), (64e6, 1024), (math.inf, 256))
 """Trellis states by the number of weights: doubling them finds 0.03 dB, and the time of the search doubles."""
 DRAFT_STATES: Final = 64
@@ -120,7 +122,8 @@ class TrellisSession(Session):
         mixed = frozenset(piece.index for piece in ordered if piece.about.is_mixed)
         side = replace(self._side(level), mixed=mixed)
         shared = write_side(side, self.sources, len(ordered))
-        features = [name for name, used in ((MIXING, mixed), (ROWS, side.row_kinds)) if used]
+        used = ((MIXING, mixed), (ROWS, side.row_kinds), (COLUMNS, side.column_exponents))
+        features = [name for name, is_used in used if is_used]
         return Streams(shared, [piece.data for piece in ordered], sizes, tuple(features))
 
     def draft(self, level: float) -> Draft:
@@ -145,7 +148,8 @@ class TrellisSession(Session):
             factor = source.n_weights / max(rows.size, 1)
             n_bytes += factor * encoded.coded_bytes[source.key]
             error += factor * encoded.squared_errors[source.key]
-            energy += factor * float(np.sum(np.square(rows, dtype=np.float64)))
+            coded = factor * float(np.sum(np.square(rows, dtype=np.float64)))
+            energy += self.survey.own_energy(source.key, coded)
         is_sample = sum(rows.size for rows in self._drafted.values()) < self._n_weights
         return Draft(
             n_bytes / (1 + SAMPLING_EXCESS * is_sample), error / energy / (1 + DRAFT_EXCESS) if energy else 0.0
@@ -158,8 +162,11 @@ class TrellisSession(Session):
         axis = int((key in self.rotations.transposed) != is_fed)
         chosen = _spread_out(matrix, n_weights, axis)
         self._drafted[key] = np.ascontiguousarray(np.take(matrix, chosen, axis))
-        if rows is not None:
-            self._drafted_rows[key] = rows if is_fed else replace(rows, steps=rows.steps[chosen])
+        if isinstance(rows, Feedback):
+            columns = rows.column_steps
+            self._drafted_rows[key] = rows if columns is None else replace(rows, column_steps=columns[chosen])
+        elif rows is not None:
+            self._drafted_rows[key] = replace(rows, steps=rows.steps[chosen])
 
     @property
     def _n_weights(self) -> int:
@@ -174,8 +181,7 @@ class TrellisSession(Session):
         return TrellisParams(level, self._n_states, RATE_WEIGHT, mixing_gain=gain)
 
     def _side(self, level: float) -> Side:
-        kinds = {key: kind_of(rows) for key, rows in self.rows.items()}
-        return make_side(self.sources, self._params(level), self.rotations, self.steps.at(level), kinds)
+        return make_side(self.sources, self._params(level), self.rotations, self.steps.at(level), self.rows)
 
 
 class WholeMatrix:

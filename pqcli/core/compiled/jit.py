@@ -8,8 +8,8 @@ and believed if its kernel, with all it calls and all constants it names, is the
 of numba make code that cannot leave its process, numba runs it.
 
 A kernel takes arrays and numbers (bool, int, float, np.float32) and returns nothing, a number, or a tuple of equal
-ones. It may call kernels and allocate arrays, which it may not return. Running out of memory is the only error it may
-end in.
+ones. It may call kernels, and by `call_at` functions of `ir`; and allocate arrays, which it may not return. Running out
+of memory is the only error it may end in.
 
 Threads run kernels side by side (ctypes releases the interpreter lock). Never `fastmath`: what a decoder computes must
 be the same number on every machine, and without it the compiler may neither reorder sums nor fuse a product into an
@@ -118,7 +118,7 @@ class Kernel:
             value = self.function.__globals__[name]
             if isinstance(value, ModuleType):
                 continue
-            parts.append(f"{name}={value.fingerprint if isinstance(value, Kernel) else repr(value)}")
+            parts.append(f"{name}={value.fingerprint if isinstance(value, _CALLED) else repr(value)}")
         return _digest("\n".join(parts))
 
     @functools.cached_property
@@ -131,7 +131,7 @@ class Kernel:
 
         names = {*self.function.__code__.co_names, "__name__", "__builtins__"}
         known = {
-            name: value.dispatcher if isinstance(value, Kernel) else value
+            name: value.dispatcher if isinstance(value, _CALLED) else value
             for name, value in self.function.__globals__.items()
             if name in names
         }
@@ -154,6 +154,40 @@ class Kernel:
             if machine.write(folder / name, self.fingerprint):
                 break
         return _Native.of(machine, kinds)
+
+
+class CallAt:
+    """`call_at(address, a, b, c, d, e)`, in kernels: a call of the function at an address with five 64-bit integers.
+
+    It returns nothing. Where the function takes pointers, these are addresses.
+    """
+
+    fingerprint = "call_at: 5"
+
+    def __call__(self, address: int, *arguments: int) -> None:
+        """For kernels alone, which numba compiles."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def dispatcher(self) -> Any:
+        """What numba takes it for."""
+        from llvmlite import ir
+        from numba import types
+        from numba.extending import intrinsic
+
+        def emit(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            function = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 5)
+            builder.call(builder.inttoptr(arguments[0], function.as_pointer()), arguments[1:])
+            return context.get_dummy_value()
+
+        def typed(_: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:  # noqa: ARG001
+            return types.void(*[types.int64] * 6), emit
+
+        return intrinsic(typed)
+
+
+call_at = CallAt()
+_CALLED = (Kernel, CallAt)
 
 
 def _digest(text: str | bytes) -> str:

@@ -18,13 +18,13 @@ Shapes: weights (rows, columns) of the coded matrix; order (rows,); factor (rows
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pqcli.core.trellis.row_search import RowSearch
-from pqcli.core.trellis.rows import RowKind
+from pqcli.core.trellis.cholesky import factor
+from pqcli.core.trellis.row_search import RowSearch, Searched
+from pqcli.core.trellis.rows import RowKind, exponents_of
 from pqcli.core.trellis.viterbi import Costs
 
 Matrix = NDArray[np.float32]
@@ -33,14 +33,10 @@ _BLOCK_ROWS = 128
 """Rows whose errors reach later rows one by one; beyond, they are added by one product of matrices for all."""
 _PRODUCT_ROWS = 1024
 """Rows that such a product is for, to bound the memory that it takes."""
-_SHRINK = 4.0
-"""A row's scale is estimated with the mean of all rows as so many more weights."""
-_PURE_ABOVE = 0.75
-"""The odd set is pure in a row where rms / step exceeds this."""
+_COLUMN_GRAIN = 2
+"""Steps of columns are told to half an octave."""
 LEAST_MOMENT = 1e-6
 """Second moments below this share of their mean are taken for this: inputs that a sample happens not to use."""
-_WIDE = 4096
-"""Moments of more inputs are factored in float32."""
 _LEAST_REPAIR = 0.01
 """The least shrinkage of moments that turned out not to be positive definite."""
 
@@ -62,13 +58,15 @@ class Feedback(RowSteps):
 
     `order[i]` is the row coded in place i. `moments` (rows, rows) are the second moments H, which sources may share;
     `shrinkage` is the share of what is off their diagonal that is not believed. The coded matrix is the transpose of
-    the source's, so that its rows belong to inputs, unless these already do (not `is_transposed`).
+    the source's, so that its rows belong to inputs, unless these already do (not `is_transposed`). `column_steps`
+    (columns,) multiply with the rows' where outputs do not count alike; errors of one column never reach another.
     """
 
     order: NDArray[np.int64]
     moments: Matrix
     shrinkage: float
     is_transposed: bool = True
+    column_steps: NDArray[np.float64] | None = None
 
     def feeding(self) -> Feeding:
         """What is fed forward; takes rows^3 / 3 multiplications, and as much memory as the moments twice."""
@@ -90,17 +88,16 @@ def kind_of(given: RowSteps | None) -> RowKind:
     """What the rows of a source have of their own that this is known of."""
     if given is None:
         return RowKind.PLAIN
-    return RowKind.LONE if isinstance(given, Feedback) else RowKind.STEPS
+    if not isinstance(given, Feedback):
+        return RowKind.STEPS
+    return RowKind.LONE if given.column_steps is None else RowKind.CROSSED
 
 
-@dataclass(frozen=True)
-class Filled:
-    """What feedback finds: levels, the weights that were quantized in the end, in row steps, their scales, labels."""
-
-    levels: NDArray[np.int32]
-    targets: Matrix
-    row_scale: Matrix
-    row_labels: NDArray[np.uint8]
+def column_exponents(given: RowSteps | None) -> NDArray[np.int64]:
+    """The exponents of columns, as `rows.Rows` has them."""
+    if not isinstance(given, Feedback) or given.column_steps is None:
+        return np.zeros(0, np.int64)
+    return exponents_of(given.column_steps, _COLUMN_GRAIN)
 
 
 def fill(
@@ -110,7 +107,7 @@ def fill(
     column_scale: Matrix,
     costs: Costs,
     next_state: NDArray[np.int64],
-    found: Filled,
+    found: Searched,
 ) -> None:
     """Quantize the rows of `weights` in order, each with its step, feeding errors forward; fills the arrays of `found`.
 
@@ -118,36 +115,13 @@ def fill(
     sees to it that BLAS has one thread, or results depend on how many.
     """
     n_rows, n_columns = weights.shape
-    row_search = RowSearch(costs, next_state, n_columns)
-    mean = float(np.mean(np.exp2((column_scale.astype(np.float64) - 24) / 2)))
+    row_search = RowSearch(costs, next_state, column_scale)
     fed = np.zeros(weights.shape, np.float32)  # by place, not by row
     errors = np.empty((_BLOCK_ROWS, n_columns), np.float32)
-    decoded = np.empty(n_columns, np.float32)
     for first in range(0, n_rows, _BLOCK_ROWS):
         last = min(first + _BLOCK_ROWS, n_rows)
         near = np.ascontiguousarray(feedback.factor[first:last, first:last].T)
-        for place in range(first, last):
-            row = feedback.order[place]
-            target = found.targets[row]
-            done = place - first
-            np.add(weights[row], fed[place], out=target)
-            if done:
-                target += near[done, :done] @ errors[:done]
-            target /= steps[row]
-            energy = float(np.dot(target, target))
-            variance = (energy + _SHRINK * mean) / (n_columns + _SHRINK)
-            found.row_scale[row] = 2 * np.log2(max(variance, 1e-30) / max(mean, 1e-30))
-            found.row_labels[row] = variance > _PURE_ABOVE**2
-            row_search.fill(
-                target,
-                float(found.row_scale[row]),
-                column_scale,
-                int(found.row_labels[row]),
-                found.levels[row],
-                decoded,
-            )
-            np.multiply(decoded, -steps[row], out=errors[done])
-            errors[done] += weights[row]
+        row_search.fill(weights, steps, feedback.order, slice(first, last), fed, near, errors, found)
         for start in range(last, n_rows, _PRODUCT_ROWS):
             later = slice(start, start + _PRODUCT_ROWS)
             fed[later] += feedback.factor[first:last, later].T @ errors[: last - first]
@@ -156,8 +130,9 @@ def fill(
 def triangle(moments: Matrix, order: NDArray[np.int64], shrinkage: float) -> tuple[Matrix, NDArray[np.float64]]:
     """(F, d) with F diag(d) F' = the moments, shrunk towards their diagonal, in that order; F unit upper triangular.
 
-    Wide matrices are factored in float32, on the scale of correlations. Inputs that are always zero count next to
-    nothing. Where rounding has left the moments short of positive definite, they are shrunk more, until they are.
+    They are factored in float32, on the scale of correlations. What stands on and below F's diagonal has no meaning.
+    Inputs that are always zero count next to nothing. Where rounding has left the moments short of positive definite,
+    they are shrunk more, until they are.
     Raises numpy.linalg.LinAlgError where they are not finite.
     """
     diagonal = np.maximum(np.diag(moments).astype(np.float64), 0.0)
@@ -165,27 +140,22 @@ def triangle(moments: Matrix, order: NDArray[np.int64], shrinkage: float) -> tup
     while True:
         correlations = _correlations(moments, order[::-1], scale, shrinkage)
         try:
-            lower: NDArray[Any] = np.linalg.cholesky(correlations)
+            pivots = factor(correlations)
         except np.linalg.LinAlgError:
             if shrinkage >= 1:
                 raise
             shrinkage = min(max(4 * shrinkage, _LEAST_REPAIR), 1.0)
         else:
             break
-    del correlations
-    pivots = np.diag(lower).astype(np.float64)
-    lower *= scale.astype(lower.dtype)[:, None]
-    lower /= (pivots * scale).astype(lower.dtype)
-    return lower[::-1, ::-1].astype(np.float32), ((pivots * scale) ** 2)[::-1]
+    correlations *= scale.astype(np.float32)[:, None]
+    correlations *= (1 / (pivots * scale)).astype(np.float32)
+    return correlations[::-1, ::-1], ((pivots * scale) ** 2)[::-1]
 
 
-def _correlations(
-    moments: Matrix, order: NDArray[np.int64], scale: NDArray[np.float64], shrinkage: float
-) -> NDArray[Any]:
+def _correlations(moments: Matrix, order: NDArray[np.int64], scale: NDArray[np.float64], shrinkage: float) -> Matrix:
     """The moments over the scale (by place in the order) of either input, shrunk towards ones on the diagonal."""
-    exact: type[np.floating[Any]] = np.float64 if len(order) <= _WIDE else np.float32
-    correlations: NDArray[Any] = moments[np.ix_(order, order)].astype(exact, copy=False)
-    correlations *= ((1 - shrinkage) / scale).astype(exact)[:, None]
-    correlations *= (1 / scale).astype(exact)
+    correlations = moments.take(order, 0).take(order, 1)
+    correlations *= ((1 - shrinkage) / scale).astype(np.float32)[:, None]
+    correlations *= (1 / scale).astype(np.float32)
     np.fill_diagonal(correlations, 1.0)
     return correlations

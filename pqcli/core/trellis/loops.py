@@ -12,6 +12,8 @@ level, see `pqcli.core.trellis`.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -274,9 +276,20 @@ def scale_rows(weights, steps):
             weights[r, j] = min(max(weights[r, j] * steps[r], -largest), largest)
 
 
+@kernel
+def scale_columns(weights, steps):
+    """Multiply every column by its step, as `scale_up` does."""
+    largest = np.float32(3.4028234663852886e38)
+    for r in range(weights.shape[0]):
+        for j in range(weights.shape[1]):
+            weights[r, j] = min(max(weights[r, j] * steps[j], -largest), largest)
+
+
+@functools.cache
 def initial_models() -> NDArray[np.int32]:
     """The models (N_LEVEL_MODELS, 2) a stream starts from: P(index > n) for geometric magnitudes of the class's mean.
 
+    They are made once, and cannot be written to.
     Only +, -, *, / of IEEE doubles, so that every machine computes the same integers.
     """
     models = np.empty((N_CLASSES, 3, N_UNARY, 2), np.int32)
@@ -294,4 +307,5 @@ def initial_models() -> NDArray[np.int32]:
                     p = theta * (1.15 - 0.15 * theta)
                 models[scale_class, which, n, 0] = min(max(int(p * 65536.0), 200), 65300)
     models[..., 1] = 4
+    models.flags.writeable = False
     return models.reshape(N_LEVEL_MODELS, 2)

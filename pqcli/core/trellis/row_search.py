@@ -1,4 +1,4 @@
-"""The search of the trellis codec for one row at a time, as feedback of errors asks for (`feedback`).
+"""The search of the trellis codec for one row after another, as feedback of errors asks for (`feedback`).
 
 `viterbi` searches LANES runs side by side, one per SIMD lane. Where a row's weights depend on how the row before was
 coded there is but one run, so here the *states* lie side by side. Their order makes that easy. A state moves to half
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pqcli.core.compiled.ir import Code, Compiled, compile_function
 from pqcli.core.trellis.loops import N_CLASSES, RUN_COLUMNS
-from pqcli.core.trellis.row_loops import branch_metrics_of_row, trace_row
+from pqcli.core.trellis.row_loops import UNKNOWN_LEVEL, UNKNOWN_METRICS, fill_rows
 from pqcli.core.trellis.viterbi import Costs
 from pqcli.core.trellis.viterbi_loops import N_BINS
 
@@ -32,7 +32,11 @@ Matrix = NDArray[np.float32]
 
 _REST_EVERY = 16
 """Steps after which the least path metric is taken off all, see `viterbi`."""
-_UNREACHED = 65535
+_SHRINK = 4.0
+"""A row's scale is estimated with the mean of all rows as so many more weights."""
+_PURE_ABOVE = 0.75
+"""The odd set is pure in a row where rms / step exceeds this."""
+_TINY = 1e-30
 _CHUNK = 64
 """States handled by one instruction of the emitted code; processors of narrower registers take several."""
 
@@ -63,51 +67,66 @@ class Crossings:
         return min(_CHUNK, self.n_states // 2)
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What a search fills in, row by row: levels and targets (rows, columns), row_scale and row_labels (rows,)."""
+
+    levels: NDArray[np.int32]
+    targets: Matrix
+    row_scale: Matrix
+    row_labels: NDArray[np.uint8]
+
+
 class RowSearch:
     """Searches single rows at one set of costs, remembering the branch metrics looked up before."""
 
-    def __init__(self, costs: Costs, next_state: NDArray[np.int64], n_columns: int) -> None:
-        self._crossings = Crossings.of(next_state)
-        n_states, chunk = self._crossings.n_states, self._crossings.chunk
+    def __init__(self, costs: Costs, next_state: NDArray[np.int64], column_scale: Matrix) -> None:
+        crossings = Crossings.of(next_state)
+        n_states, chunk = crossings.n_states, crossings.chunk
+        n_columns = len(column_scale)
         self._costs = costs.bits, costs.slope, costs.points, np.float32(costs.rate_weight)
-        self._metric_table = np.empty((2 * N_CLASSES, N_BINS), np.int64)
-        self._level_table = np.empty((2 * N_CLASSES, N_BINS, 4), np.int8)
-        self._is_filled = np.zeros(2 * N_CLASSES, np.uint8)
+        self._tables = (
+            np.full((2 * N_CLASSES, N_BINS), UNKNOWN_METRICS, np.int64),
+            np.full((2 * N_CLASSES, N_BINS, 4), UNKNOWN_LEVEL, np.int8),
+        )
         width = min(n_columns, RUN_COLUMNS)
-        self._branch_metrics = np.empty(width, np.int64)
-        self._taken = np.empty((width, n_states // chunk * max(chunk // 8, 1)), np.uint8)
-        self._path_metrics = np.empty((2, n_states), np.uint16)
-        self._walk = _walk(self._crossings)
-        self._addresses = self._branch_metrics.ctypes.data, self._path_metrics.ctypes.data, self._taken.ctypes.data
+        branch_metrics = np.empty(width, np.int64)
+        path_metrics = np.empty((2, n_states), np.uint16)
+        taken = np.empty((width, n_states // chunk * max(chunk // 8, 1)), np.uint8)
+        self._walk = _walk(crossings)
+        address = ctypes.cast(self._walk.call, ctypes.c_void_p).value or 0
+        arrays = branch_metrics, path_metrics[0], path_metrics[1], taken
+        self._walked = (
+            branch_metrics, path_metrics, taken, crossings.first, crossings.second, chunk,
+            address, *(array.ctypes.data for array in arrays),
+        )  # fmt: skip
+        self._column_scale = column_scale
+        self._mean = float(np.mean(np.exp2((column_scale.astype(np.float64) - 24) / 2)))
+        self._decoded = np.empty(n_columns, np.float32)
 
     def fill(
         self,
-        row: Matrix,
-        row_scale: float,
-        column_scale: Matrix,
-        label: int,
-        levels: NDArray[np.int32],
-        decoded: Matrix,
+        weights: Matrix,
+        steps: Matrix,
+        order: NDArray[np.int64],
+        places: slice,
+        fed: Matrix,
+        near: Matrix,
+        errors: Matrix,
+        found: Searched,
     ) -> None:
-        """Fill in the levels that minimise sum (weight - point)^2 + rate_weight * bits, and the points they stand for.
+        """Fill in, for the rows in these places of the order, the levels that cost least of what they are then.
 
-        row, column_scale, levels, decoded (columns,); scales in quarter octaves.
+        That is the weights, and what the errors of others added: `fed` (by place), and by `near` those of the rows of
+        these places that come before, which are left in `errors`. Costs are sum (target - point)^2 + rate_weight *
+        bits, in squares of the row's step.
         """
-        tables = self._metric_table, self._level_table, self._is_filled
-        branch_metrics, metrics, taken = self._addresses
-        for first in range(0, len(row), RUN_COLUMNS):
-            last = min(first + RUN_COLUMNS, len(row))
-            branch_metrics_of_row(
-                row, row_scale, column_scale, label, first, last, *self._costs, *tables, self._branch_metrics
-            )
-            self._path_metrics[0] = _UNREACHED
-            self._path_metrics[0, 0] = 0
-            self._walk.call(branch_metrics, last - first, metrics, metrics + 2 * self._crossings.n_states, taken)
-            trace_row(
-                row, row_scale, column_scale, label, first, last, *self._costs, self._level_table,
-                self._path_metrics[(last - first) % 2], self._taken, self._crossings.first, self._crossings.second,
-                self._crossings.chunk, levels, decoded,
-            )  # fmt: skip
+        fill_rows(
+            weights, steps, order, places.start, places.stop, fed, near, errors,
+            self._column_scale, max(self._mean, _TINY), _SHRINK, _PURE_ABOVE**2,
+            *self._costs, *self._tables, *self._walked,
+            found.levels, found.targets, found.row_scale, found.row_labels, self._decoded,
+        )  # fmt: skip
 
 
 @functools.lru_cache(16)

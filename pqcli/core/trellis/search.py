@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.core.importance import Importance
-from pqcli.core.trellis.feedback import Feeding, Filled, fill
+from pqcli.core.trellis.feedback import Feeding, fill
 from pqcli.core.trellis.loops import N_CLASSES, N_POINTS, RUN_LENGTH
 from pqcli.core.trellis.params import LABEL_GROUP, TrellisParams, next_states
+from pqcli.core.trellis.row_search import Searched
 from pqcli.core.trellis.rows import RowKind, Rows
 from pqcli.core.trellis.stream_fields import rounded_points
 from pqcli.core.trellis.viterbi import Costs, Search
@@ -89,7 +90,7 @@ def block(
     shrunk = (columns * n_rows + 8 * np.tile(phases, n_columns // period)) / (n_rows + 8)
     if period > 1:
         labels = np.tile(np.sqrt(phases) > _PURE_ABOVE, n_columns // period)
-    elif rows.kind == RowKind.LONE:
+    elif rows.kind.is_lone:
         labels = np.zeros(n_columns, bool)
     else:
         starts = np.arange(0, n_columns, LABEL_GROUP)
@@ -156,7 +157,7 @@ def _fill_feeding(block: Block, feedback: Feeding, costs: Costs, next_state: NDA
     if block.unfed is None:
         raise ValueError("feedback without the weights that it starts from")
     steps = block.rows.steps(np.float32(1))
-    found = Filled(block.levels, block.weights, block.row_scale, block.rows.labels)
+    found = Searched(block.levels, block.weights, block.row_scale, block.rows.labels)
     fill(block.unfed, steps, feedback, block.column_scale, costs, next_state, found)
 
 
@@ -179,7 +180,7 @@ def _sample(block: Block) -> Block:
     weights = np.ascontiguousarray(block.weights[rows])
     return replace(
         block, weights=weights, row_scale=block.row_scale[rows], levels=np.zeros(weights.shape, np.int32),
-        rows=Rows(block.rows.kind, block.rows.exponents[rows], block.rows.labels[rows]),
+        rows=Rows(block.rows.kind, block.rows.exponents[rows], block.rows.labels[rows], block.rows.columns),
         importance=block.importance and replace(block.importance, rows=block.importance.rows[rows]),
     )  # fmt: skip
 

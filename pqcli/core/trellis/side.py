@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pqcli.core.entropy.rangecoder import RATES, RangeCoder
 from pqcli.core.trellis import slots
+from pqcli.core.trellis.feedback import RowSteps, column_exponents, kind_of
 from pqcli.core.trellis.loops import code_levels
 from pqcli.core.trellis.params import LARGEST_STEP, N_STATES, WEIGHTS_PER_BYTE, TrellisParams, next_states
 from pqcli.core.trellis.rotation import Rotation, Rotations
-from pqcli.core.trellis.rows import OCTAVE_STEPS, RowKind, step_of
+from pqcli.core.trellis.rows import OCTAVE_STEPS, RowKind, code_exponents, step_of
 from pqcli.core.trellis.slots import SideSlots
 from pqcli.core.trellis.sources import Source
 from pqcli.core.trellis.streams import Segment, period, stream_layout, width
@@ -31,6 +33,8 @@ _LEAST_EXPONENT, _LARGEST_EXPONENT = -2048, 2047
 _MAX_RANK = 256
 _MAX_PRECISION = 30
 _MAX_LOG_STREAM_WEIGHTS = 40
+_SPARE_ENTRIES = 1 << 24
+"""Entries that all rotations may have together beyond one for every weight; those that pay have far fewer."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Side:
 
     `exponents` gives the step of each source: step * 2^(exponent / 8). `mixed` holds the numbers of the streams whose
     levels are coded by mixing, which the encoder knows only when all are coded. `row_kinds` tells of every source what
-    its rows have of their own; empty where none has any.
+    its rows have of their own; empty where none has any. `column_exponents` has, by key, those of columns, of the
+    sources whose rows are crossed by them, in order.
     """
 
     step: float
@@ -49,6 +54,7 @@ class Side:
     rotations: Rotations
     mixed: frozenset[int] = frozenset()
     row_kinds: tuple[RowKind, ...] = ()
+    column_exponents: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def step_of(self, index: int) -> np.float32:
         """The step of source number `index`, in defined arithmetic."""
@@ -64,14 +70,24 @@ def make_side(
     params: TrellisParams,
     rotations: Rotations,
     steps: Mapping[str, float] | None = None,
-    row_kinds: Mapping[str, RowKind] | None = None,
+    rows: Mapping[str, RowSteps] | None = None,
 ) -> Side:
-    """The side information for sources with steps of their own (None: `params.step`), rounded to eighths of octaves."""
+    """The side information for sources with steps of their own (None: `params.step`), rounded to eighths of octaves.
+
+    `rows` tells, by key, what rows of some sources have of their own.
+    """
+    given = rows or {}
     exponents = tuple(_exponent(params.step, (steps or {}).get(source.key, params.step)) for source in sources)
-    kinds = tuple((row_kinds or {}).get(source.key, RowKind.PLAIN) for source in sources)
+    kinds = tuple(kind_of(given.get(source.key)) for source in sources)
     return Side(
-        params.step, params.n_states, params.stream_weights, exponents, rotations, row_kinds=kinds if any(kinds) else ()
-    )
+        params.step, params.n_states, params.stream_weights, exponents, rotations,
+        row_kinds=kinds if any(kinds) else (),
+        column_exponents={
+            source.key: column_exponents(given[source.key])
+            for source, kind in zip(sources, kinds, strict=True)
+            if kind == RowKind.CROSSED
+        },
+    )  # fmt: skip
 
 
 def _exponent(step: float, own: float) -> int:
@@ -87,6 +103,8 @@ def write_side(side: Side, sources: Sequence[Source], n_streams: int) -> bytes:
         _code_mixed(coder, side.mixed, n_streams)
     if side.row_kinds:
         _code_row_kinds(coder, side.row_kinds, len(sources))
+        for key in side.column_exponents:
+            code_exponents(coder, side.column_exponents[key])
     flags = (_MIXES if side.mixed else 0) | (_HAS_ROWS if side.row_kinds else 0)
     log_states = side.n_states.bit_length() - 1 | flags
     return _HEADER.pack(side.step, log_states, side.stream_weights.bit_length() - 1) + coder.finish()
@@ -116,8 +134,22 @@ def parse_side(data: bytes, sources: Sequence[Source], n_streams: int) -> tuple[
         side = replace(side, mixed=_code_mixed(coder, frozenset(), n_streams))
     if has_rows(data):
         side = replace(side, row_kinds=_code_row_kinds(coder, (), len(sources)))
+        side = replace(side, column_exponents=_columns_read(coder, side, sources))
     coder.finish()
     return side, layout
+
+
+def _columns_read(coder: RangeCoder, side: Side, sources: Sequence[Source]) -> dict[str, NDArray[np.int64]]:
+    """The exponents of columns, of the sources whose rows are crossed by them."""
+    found: dict[str, NDArray[np.int64]] = {}
+    for source, kind in zip(sources, side.row_kinds, strict=True):
+        if kind == RowKind.CROSSED:
+            n_columns = width(source, side.rotations.transposed)
+            if n_columns > (len(coder.buffer) + 8) * WEIGHTS_PER_BYTE:
+                raise ValueError(f"{len(coder.buffer)} bytes cannot hold the steps of {n_columns} columns")
+            found[source.key] = np.zeros(n_columns, np.int64)
+            code_exponents(coder, found[source.key])
+    return found
 
 
 def mixes(data: bytes) -> bool:
@@ -170,24 +202,30 @@ def _code_fields(coder: RangeCoder, side: Side, sources: Sequence[Source]) -> Si
             users.setdefault(use[source.key], []).append(source)
     if sorted(users) != list(range(len(users))):
         raise ValueError("a rotation without a user")
-    items = [
-        _code_rotation(coder, users[i], transposed, rotations.items[i] if coder.encoding else None)
-        for i in range(len(users))
-    ]
+    items: list[Rotation] = []
+    left = _SPARE_ENTRIES + sum(source.n_weights for source in sources)
+    for i in range(len(users)):
+        items.append(_code_rotation(coder, users[i], transposed, rotations.items[i] if coder.encoding else None, left))
+        left -= items[-1].basis.size
     flipped = frozenset(transposed)
     return Side(side.step, side.n_states, side.stream_weights, tuple(exponents), Rotations(tuple(items), use, flipped))
 
 
 def _code_rotation(
-    coder: RangeCoder, users: Sequence[Source], transposed: Collection[str], rotation: Rotation | None
+    coder: RangeCoder, users: Sequence[Source], transposed: Collection[str], rotation: Rotation | None, most: int
 ) -> Rotation:
-    """A rotation over the kernel positions of its users, or else over all columns of the coded matrix."""
+    """A rotation over the kernel positions of its users, or else over all columns of the coded matrix.
+
+    Raises ValueError where one that is read has more than `most` entries.
+    """
     size = _rotated_size(users, transposed)
     k = coder.integer(SideSlots.ROTATION, len(rotation.basis) if rotation else 0)
     if not 1 <= k <= min(size, _MAX_RANK):
         raise ValueError(f"{k} basis vectors of size {size}")
     if not coder.encoding and k * size > (len(coder.buffer) + 8) * WEIGHTS_PER_BYTE:
         raise ValueError(f"{len(coder.buffer)} bytes cannot hold {k} basis vectors of size {size}")
+    if not coder.encoding and k * size > most:
+        raise ValueError(f"{k} basis vectors of size {size}, more than the {most} entries that are left for them")
     precisions: list[int] = []
     last = 0
     for i in range(k):

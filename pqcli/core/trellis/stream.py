@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from pqcli.core.importance import Importance
 from pqcli.core.trellis import slots
-from pqcli.core.trellis.feedback import Feedback, RowSteps, kind_of
-from pqcli.core.trellis.loops import scale_rows, scale_up, sets
+from pqcli.core.trellis.feedback import Feedback, RowSteps, column_exponents, kind_of
+from pqcli.core.trellis.loops import scale_columns, scale_rows, scale_up, sets
 from pqcli.core.trellis.params import WEIGHTS_PER_BYTE, TrellisParams, next_states
 from pqcli.core.trellis.rotation import Rotations, apply
 from pqcli.core.trellis.rows import RowKind, Rows, exponents_of
@@ -112,7 +112,9 @@ def _block(
         raise ValueError(f"{source.key!r} has both feedback and importance")
     if source.key in rotations.use:
         apply(matrix, rotations.items[rotations.use[source.key]], inverse=False)
-    rows = Rows.empty(kind_of(given), len(matrix))
+    rows = Rows.empty(kind_of(given), len(matrix), column_exponents(given))
+    if rows.columns.size:
+        matrix = matrix / rows.column_steps()
     if given is not None:
         rows.exponents[:] = exponents_of(given.steps[segment.start : segment.stop], given.grain)
     feedback = given.feeding() if isinstance(given, Feedback) else None
@@ -168,6 +170,8 @@ def _written(blocks: Sequence[Block], points: Matrix, params: TrellisParams, *, 
         if searched.rows.kind != RowKind.PLAIN:
             difference *= searched.rows.steps(np.float32(1))[:, None]
         difference -= searched.unscaled()
+        if searched.rows.columns.size:
+            difference *= searched.rows.column_steps()
         errors.append(float(np.sum(np.square(difference, dtype=np.float64))))
     data = coder.finish()
     ends[-1] = len(data)
@@ -218,6 +222,8 @@ def _weights(piece: _Piece, sources: Sequence[Source], side: Side) -> Matrix:
         scale_up(weights, step)
     else:
         scale_rows(weights, decoded.rows.steps(step))
+    if decoded.rows.columns.size:
+        scale_columns(weights, decoded.rows.column_steps())
     return weights
 
 
@@ -274,7 +280,7 @@ def _levels_of_stream(
     for segment, shape in zip(segments, shapes, strict=True):
         source = sources[segment.source]
         levels, labels = np.empty(shape, np.int32), np.empty(shape[1], np.uint8)
-        rows = Rows.empty(side.row_kind(segment.source), shape[0])
+        rows = Rows.empty(side.row_kind(segment.source), shape[0], side.column_exponents.get(source.key))
         decoded = Decoded.empty(levels, labels, points, rows, is_mixed=is_mixed)
         previous_class = code_block(
             coder, code, decoded, period(source, side.rotations.transposed), previous_class, next_state

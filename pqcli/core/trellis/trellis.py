@@ -32,7 +32,7 @@ from pqcli.core.importance import Importance
 from pqcli.core.lookahead import in_order
 from pqcli.core.threads import lone_blas
 from pqcli.core.trellis import side as side_information
-from pqcli.core.trellis.feedback import Feedback, RowSteps, kind_of
+from pqcli.core.trellis.feedback import Feedback, RowSteps
 from pqcli.core.trellis.params import TrellisParams
 from pqcli.core.trellis.rotation import Rotations, fit_rotations
 from pqcli.core.trellis.side import Side, make_side, parse_side, write_side
@@ -126,7 +126,7 @@ def encode(
     given = second_order or {}
     sources_fed = [source.key for source in sources if source.key in given and isinstance(given[source.key], Feedback)]
     rotations = replace(rotations, transposed=rotations.transposed | turned(given).intersection(sources_fed))
-    side = make_side(sources, params, rotations, steps, {key: kind_of(given[key]) for key in given})
+    side = make_side(sources, params, rotations, steps, given)
     layout = stream_layout(sources, rotations.transposed, params.stream_weights)
 
     def work(job: tuple[list[tuple[Segment, ...]], list[Matrix]]) -> list[EncodedStream]:

@@ -1,5 +1,7 @@
 """Steps by row and errors fed forward: what they promise of errors, bytes and damaged files."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -101,10 +103,29 @@ def test_rows_with_steps_of_their_own_have_errors_in_proportion():
     assert error[:32].mean() / error[32:].mean() == pytest.approx(16, rel=0.2)
 
 
+def crossed(n, n_columns, seed=0):
+    steps = np.exp2(np.random.default_rng(seed).normal(size=n_columns))
+    return replace(feedback(moments(n)), column_steps=steps)
+
+
+def test_columns_with_steps_of_their_own_have_errors_in_proportion_and_cost_no_other_column():
+    weights = {"w": 4 * gaussian(128, 96)}
+    steps = np.repeat([1.0, 0.25], 64)
+    sources, found = encoded(weights, {"w": replace(feedback(moments(96)), column_steps=steps)})
+    decoded = dict(decode(found, sources))["w"]
+    error = np.square(weights["w"] - decoded)
+    assert error[:64].mean() / error[64:].mean() == pytest.approx(16, rel=0.25)
+    assert found.squared_errors["w"] == pytest.approx(float(error.sum()), rel=1e-3)
+    alone = {"w": weights["w"][:64]}
+    sources, same = encoded(alone, {"w": replace(feedback(moments(96)), column_steps=steps[:64])})
+    ours = np.square(alone["w"] - dict(decode(same, sources))["w"]).mean()
+    assert ours == pytest.approx(error[:64].mean(), rel=0.25)
+
+
 @pytest.mark.parametrize("stream_weights", [1 << 8, 1 << 11, 1 << 20])
 def test_bytes_depend_on_no_number_of_threads_and_streams_decode_alone(stream_weights):
     weights = {"a": gaussian(64, 48), "plain": gaussian(10, 12), "b": gaussian(40, 24, 1)}
-    second_order = {"a": feedback(moments(48)), "b": feedback(moments(24))}
+    second_order = {"a": crossed(48, 64), "b": feedback(moments(24))}
     sources, one = encoded(weights, second_order, n_threads=1, stream_weights=stream_weights)
     _, four = encoded(weights, second_order, n_threads=4, stream_weights=stream_weights)
     assert one == four
@@ -125,7 +146,7 @@ def test_streams_of_one_tensor_carry_errors_from_one_to_the_next():
 
 def test_damaged_bytes_are_refused_or_decode_to_finite_weights():
     weights = {"a": gaussian(16, 24), "b": gaussian(24, 8, 1)}
-    sources, found = encoded(weights, {"a": feedback(moments(24)), "b": RowSteps(np.ones(24), 0)})
+    sources, found = encoded(weights, {"a": crossed(24, 16), "b": RowSteps(np.ones(24), 0)})
     rng = np.random.default_rng(0)
     for _ in range(150):
         side, stream = bytearray(found.side), bytearray(found.streams[0])

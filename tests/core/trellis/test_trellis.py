@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from pqcli.core.entropy.rangecoder import RATES, RangeCoder
 from pqcli.core.importance import Importance
+from pqcli.core.trellis import side as sides
 from pqcli.core.trellis.loops import BYTES_PER_LEVEL
 from pqcli.core.trellis.mixing_loops import Mixing, code_levels_mixed
 from pqcli.core.trellis.params import N_STATES, TrellisParams
 from pqcli.core.trellis.rotation import Rotation, Rotations, fit_rotations
-from pqcli.core.trellis.side import make_side, parse_side
+from pqcli.core.trellis.side import make_side, parse_side, write_side
 from pqcli.core.trellis.sources import Source
 from pqcli.core.trellis.stream import decode_stream, encode_stream
 from pqcli.core.trellis.streams import stream_layout
@@ -430,3 +431,15 @@ def test_a_transposed_tensor_is_coded_along_its_columns():
 def test_the_package_core_does_not_load_numba():
     code = "import sys, pqcli.core.trellis.trellis, pqcli.core.entropy.lossless; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_rotations_share_one_limit_so_that_a_few_bytes_cannot_fill_memory(monkeypatch):
+    sources = [Source(f"w{i}", (2, 4096), 2, 4096) for i in range(3)]
+    items = tuple(Rotation(np.zeros((16, 4096), np.int32), (3,) * 16) for _ in sources)
+    rotations = Rotations(items, {source.key: i for i, source in enumerate(sources)})
+    data = write_side(make_side(sources, TrellisParams(step=0.1), rotations), sources, n_streams=1)
+    assert len(data) < 100
+    assert len(parse_side(data, sources, 1)[0].rotations.items) == 3
+    monkeypatch.setattr(sides, "_SPARE_ENTRIES", 2 * 65536)
+    with pytest.raises(ValueError, match="16 basis vectors of size 4096, more than the 24576 entries"):
+        parse_side(data, sources, 1)
