@@ -269,6 +269,12 @@ def report(
     more: MoreTexts = None,
     *,
     against: Against = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --against: what errors do to outputs, predicted from these statistics."
+        ),
+    ] = None,
     base: OfBase = None,
     format_: Annotated[Format, typer.Option("--format", help="Form of the report.")] = Format.table,
     output: Annotated[
@@ -330,7 +336,7 @@ def report(
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
-            found = report.report(file, against, base=base or (), progress=hook, limits=limits)
+            found = report.report(file, against, base=base or (), stats=stats, progress=hook, limits=limits)
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
@@ -341,7 +347,7 @@ def report(
             with console.progress(file.name) as hook:
                 network = compare.compare_folder(
                     model, file, texts, calibrate.Sampling(split.value, samples, length),
-                    by_layer=by_layer, progress=hook,
+                    by_layer=by_layer, base=base or (), progress=hook,
                 )  # fmt: skip
         if output:
             report.write_text(output, console.rendered(found, chosen.value, network), force=force)

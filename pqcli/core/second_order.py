@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pqcli.core.trellis.feedback import LEAST_MOMENT, Feedback, RowSteps, triangle
 from pqcli.core.trellis.rotation import Reader, Rotations, fit_rotations
+from pqcli.core.trellis.rows import OCTAVE_STEPS
 from pqcli.core.trellis.sources import Source
 
 Matrix = NDArray[np.float32]
@@ -44,6 +45,8 @@ _MET = 0.1
 MOST_ROW_STEP, LEAST_ROW_STEP = 2.0, 0.125
 """Bounds of a row's step relative to the typical row: frequencies of rare words are guesses."""
 _ROW_GRAIN = 2
+_BEST_GRAIN = 3.5
+_COARSEST_GRAIN = 3
 _MAX_TRIED_INPUTS = 1024
 """Wider moments are judged by so many of their inputs."""
 
@@ -169,7 +172,8 @@ def prepare(
         if id(about.matrix) not in judged:
             judged[id(about.matrix)] = _of_inputs(about.matrix, about.shrinkage())
         fed, typical = judged[id(about.matrix)]
-        rows[key], shrinkage[key] = fed, fed.shrinkage
+        rows[key] = replace(fed, grain=_grain(tensors[key].size // max(len(fed.order), 1)))
+        shrinkage[key] = fed.shrinkage
         felt = about.gradient if about.gradient is not None else 1 / max((output_energy or {}).get(key, 1.0), 1e-30)
         exact[key] = typical / math.sqrt(max(felt * about.n_samples, 1e-30))
     unit = _typical({key: exact[key] / tensors[key].plain_step for key in exact}, tensors)
@@ -191,6 +195,16 @@ def _of_inputs(moments: Matrix, shrinkage: float) -> tuple[Feedback, float]:
     steps[order] = np.maximum(pivots, 1e-30) ** -0.5
     typical = float(np.exp(np.mean(np.log(steps))))
     return Feedback(steps / typical, 0, order, moments, shrinkage), typical
+
+
+def _grain(n_outputs: int) -> int:
+    """How coarsely steps are told of inputs with so many weights: short rows should not spend their bits on them.
+
+    Steps off by a uniform error within w octaves cost each weight about w^2 / 17 bits and save log2 w a row: best at w
+    = 3.5 / sqrt(weights).
+    """
+    octaves = _BEST_GRAIN / math.sqrt(max(n_outputs, 1))
+    return min(max(math.floor(math.log2(OCTAVE_STEPS * octaves)), 0), _COARSEST_GRAIN)
 
 
 def _of_rows(about: RowImportance) -> tuple[RowSteps, float]:

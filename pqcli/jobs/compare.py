@@ -65,6 +65,7 @@ def compare(
     batches: Iterable[Any],
     *,
     by_layer: bool = False,
+    base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
 ) -> Comparison:
     """Run a model with its own weights and with those of a container, and say how far the outputs are.
@@ -72,12 +73,12 @@ def compare(
     `model` holds the original weights and is left as it is; a copy of it takes the decoded ones, by the names of its
     state dict. A batch is a tensor, a tuple of arguments or a dict of them. With `labels` in a dict (for language
     models as transformers wants them, -100 for what does not count) there are perplexities; the model does not get
-    them. `attention_mask` leaves padding out. Needs the memory of two models.
+    them. `attention_mask` leaves padding out. `base` as for `decode`. Needs the memory of two models.
 
     Raises ContainerError where the file is damaged, or is of another model.
     """
     decoded = copy.deepcopy(model)
-    _take(decoded, load(file), Path(file))
+    _take(decoded, load(file, base=base), Path(file))
     return compare_models(model, decoded, batches, by_layer=by_layer, progress=progress)
 
 
@@ -88,6 +89,7 @@ def compare_folder(
     sampling: Sampling | None = None,
     *,
     by_layer: bool = False,
+    base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
 ) -> Comparison:
     """The same for the model of a Hugging Face folder, on text; see `calibrate` for how examples are drawn.
@@ -100,7 +102,7 @@ def compare_folder(
     sampling = sampling or Sampling()
     folder = Path(folder)
     dense = loading.load(folder, sampling.dtype)
-    decoded = loading.load(folder, sampling.dtype, load(file))
+    decoded = loading.load(folder, sampling.dtype, load(file, base=base))
     lacking = set(decoded.missing) - set(dense.missing)
     if lacking:
         raise ContainerError(

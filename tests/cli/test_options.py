@@ -56,7 +56,17 @@ def test_help_shows_no_type_of_flags_and_no_default_in_brackets(command, columns
 
 def test_the_options_that_most_people_need_come_first():
     panel = shown("compress").split("╭─ Options")[1].split("╰")[0]
-    names = ["--output", "--codec", "--quality", "--target-size", "--block-size", "--config", "--dry-run"]
+    names = [
+        "--output",
+        "--codec",
+        "--stats",
+        "--quality",
+        "--target-size",
+        "--block-size",
+        "--config",
+        "--base",
+        "--dry-run",
+    ]
     assert re.findall(r"│ (--[a-z-]+)", panel) == names
 
 

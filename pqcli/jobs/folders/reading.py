@@ -52,6 +52,7 @@ def report_folder(
     against: Path | None = None,
     *,
     base: str | Path | Sequence[str | Path] = (),
+    stats: str | Path | None = None,
     progress: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
@@ -62,7 +63,7 @@ def report_folder(
     for label, path in folder.containers.items():
         place, weights = original.weights(path) if original else (None, None)
         parts[label] = reporting.report(
-            source / path, place, weights=weights, base=base, progress=progress, limits=limits
+            source / path, place, weights=weights, base=base, stats=stats, progress=progress, limits=limits
         )
     recipe = next(iter(parts.values())).recipe
     return folder_report(parts, source=str(against or ""), output=str(source), side=folder.side, recipe=recipe)

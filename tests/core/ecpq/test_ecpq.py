@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqcli.core import metrics
-from pqcli.core.ecpq import ecpq, lattice
+from pqcli.core.ecpq import ecpq, lattice, search
 from pqcli.core.entropy import bitfields
+from pqcli.core.feeding import Inputs
 
 BIT_PRICE = 0.05
 
@@ -371,3 +372,55 @@ def test_a_second_decoder_reads_the_same_weights(columns, scale):
     matrix[4, columns // 2], matrix[7, 0] = -500.0, 1e30
     encoded = ecpq.encode(matrix, model(), BIT_PRICE, scale=scale)
     assert np.array_equal(slow_decode(encoded.payload, model(), 20, columns), encoded.decoded.numpy())
+
+
+# --- errors that are not all felt alike -----------------------------------------------------------------------------
+
+
+def moments_of_inputs(n, seed=0):
+    """Second moments of inputs of which a few directions hold most of the energy."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((n, n)) * np.exp(-np.arange(n) / 8)
+    return (mixing @ mixing.T + 0.05 * np.eye(n)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((64, 48), 1), ((64, 45), 1), ((48, 64), 0), ((48, 61), 0)])
+def test_errors_fed_forward_leave_less_in_the_outputs_at_no_more_bits(shape, axis):
+    matrix, inputs = gaussian(*shape, spread=0), Inputs(moments_of_inputs(shape[axis]), 0.0, axis)
+    felt = ecpq.Felt.by_inputs(inputs, shape)
+    plain, fed = (round_trip(matrix, bit_price=price, felt=f) for price, f in ((0.05, None), (0.02, felt)))
+    damages = []
+    for encoded in (plain, fed):
+        errors = (matrix - encoded.decoded).double().numpy()
+        across = errors if axis == 1 else errors.T
+        damages.append(float(np.einsum("ij,ij->", across @ inputs.believed(), across)))
+    in_bits = 20 * np.log10(2) * 8 * (len(fed.payload) - len(plain.payload)) / matrix.numel()
+    assert 10 * np.log10(damages[1] / damages[0]) + in_bits < -1.5, (damages, in_bits)
+
+
+def test_inputs_that_matter_alike_and_do_not_vary_together_change_nothing_but_the_order():
+    matrix = gaussian(32, 24, spread=0)
+    felt = ecpq.Felt.by_inputs(Inputs(np.eye(24, dtype=np.float32), 0.0), (32, 24))
+    assert all(importance.is_uniform for importance in felt.importance.values())
+    apart = (round_trip(matrix, felt=felt).decoded - round_trip(matrix).decoded).abs()
+    assert float((apart > 0).float().mean()) < 0.15, "tables differ, and so a few choices"
+
+
+def test_rows_that_matter_more_err_less():
+    matrix = gaussian(64, 32, spread=0)
+    felt = ecpq.Felt.by_rows(np.repeat([0.25, 4.0], 32), 32)
+    errors = (round_trip(matrix, felt=felt).decoded - matrix).square().mean(1)
+    assert float(errors[32:].mean()) < 0.75 * float(errors[:32].mean())
+
+
+def test_an_importance_of_one_is_none():
+    rng = np.random.default_rng(0)
+    vectors = np.abs(rng.standard_normal((300, 4))).astype(np.float32) * 20
+    codebook = model().codebook(4) if 4 in model().block_sizes else None
+    codebook = codebook or ecpq.fit([ecpq.draw(gaussian(256, 256, spread=0))], 0.4).codebook(4)
+    classes = rng.integers(0, codebook.n_classes, 300).astype(np.uint8)
+    plain = search.choose(vectors, classes, codebook, 64.0)
+    for shape in ((300, 1), (300, 4)):
+        found = search.choose(vectors, classes, codebook, 64.0, np.ones(shape, np.float32))
+        assert found.cost(64.0) == pytest.approx(plain.cost(64.0), rel=1e-6)
+        assert float(np.mean(found.symbols != plain.symbols)) < 0.01

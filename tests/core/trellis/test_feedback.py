@@ -1,6 +1,10 @@
 """Steps by row and errors fed forward: what they promise of errors, bytes and damaged files."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +146,17 @@ def test_streams_of_one_tensor_carry_errors_from_one_to_the_next():
     assert len(cut.streams) > 3
     losses = [damage(weights["w"], dict(decode(found, sources))["w"], h) for found in (whole, cut)]
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+@pytest.mark.slow
+def test_a_wide_layer_is_encoded_in_memory_for_a_few_matrices():
+    """Of moments of n inputs about three times n^2 float32 beside them, and of the weights some copies."""
+    script = Path(__file__).parents[2] / "benchmarks" / "wide_layer.py"
+    found = subprocess.run(
+        [sys.executable, script, "--outputs", "1024", "--inputs", "2816"], capture_output=True, text=True, check=True
+    )
+    about = json.loads(found.stdout)
+    assert about["peak_bytes"] - about["before_bytes"] < 4 * 2816**2 * 4 + 8 * 1024 * 2816 * 4
 
 
 def test_damaged_bytes_are_refused_or_decode_to_finite_weights():
