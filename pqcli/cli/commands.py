@@ -241,6 +241,12 @@ def report(
     more: MoreTexts = None,
     *,
     against: Against = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --against: what errors do to outputs, predicted from these statistics."
+        ),
+    ] = None,
     base: OfBase = None,
     format_: Annotated[Format, typer.Option("--format", help="Form of the report.")] = Format.table,
     output: Annotated[
@@ -302,7 +308,7 @@ def report(
         from pqcli.jobs import report
 
         with console.progress(file.name) as hook:
-            found = report.report(file, against, base=base or (), progress=hook, limits=limits)
+            found = report.report(file, against, base=base or (), stats=stats, progress=hook, limits=limits)
         if sort:
             found = checks.sort(found, sort)
         failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]

@@ -94,7 +94,7 @@ def calibrate(
 ) -> None:
     """Run text through a Hugging Face model and write statistics of its layers' inputs, for compress --stats.
 
-    Needs transformers: pip install 'pqcli[transformers]'. Uses no network, and runs no code from the folder.
+    Needs transformers, which pqcli's extra of that name installs. Uses no network, and runs no code from the folder.
     """
 
     def work(console: Console) -> None:

@@ -150,6 +150,7 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
         Column("shape", texts(lambda one: readable.shape(one.shape)), blank, rank=4, left=True),
         Column("scheme", texts(_scheme), blank, rank=2, left=True),
         Column("rel.MSE", *figures("relative_mse", readable.error)),
+        *_predicted(report, figures),
         Column("SQNR dB", *figures("sqnr_db", two), rank=3),
         Column("cosine", *figures("cosine", lambda value: readable.fixed(value, 4)), rank=6),
         Column("max error", *figures("max_abs_error", readable.error), rank=7),
@@ -166,6 +167,15 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
         Text(),
         *lay_out(columns, styles, width, ascii_only=ascii_only),
         *_notes(report),
+    ]
+
+
+def _predicted(report: Report, figures: Callable[..., tuple[list[str], list[str]]]) -> list[Column]:
+    """What statistics predict of the errors, where they were given."""
+    return [
+        Column(title, *figures(attribute, readable.error))
+        for title, attribute in (("output MSE", "output_mse"), ("damage", "damage"))
+        if any(getattr(tensor, attribute) is not None for tensor in report.tensors)
     ]
 
 

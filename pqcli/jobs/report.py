@@ -8,7 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pqcli import checkpoint as checkpoints
+from pqcli import stats as statistics
 from pqcli.atomic import atomic_writer
 from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import registry
@@ -20,12 +23,13 @@ from pqcli.container.manifest import StoredRecord
 from pqcli.container.naming import BaseName
 from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics, rtn
-from pqcli.errors import CheckpointError, RecipeError
+from pqcli.errors import CheckpointError, RecipeError, UsageError
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
 from pqcli.recipe import documents
 from pqcli.reports.figures import INT4_GROUP, BaseReport, Report, TensorReport
+from pqcli.stats.damage import predicted
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, Same, StoredError, with_bundle_shares
 
@@ -35,14 +39,19 @@ def report(
     against: str | Path | None = None,
     *,
     base: str | Path | Sequence[str | Path] = (),
+    stats: str | Path | None = None,
     progress: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
     """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
 
     With `against`, the original checkpoint, every error is measured again from the two files, and that of int4. Only
-    for that a `base` is needed, which is found as `decode` finds it.
+    for that a `base` is needed, which is found as `decode` finds it. With `stats`, statistics of the layers' inputs,
+    what these errors do to the output of each layer, and to the network's, is predicted too.
     """
+    if stats is not None and against is None:
+        raise UsageError("what errors do is predicted from the errors themselves: give the original with --against")
+    known = None if stats is None else statistics.open(stats)
     with open_container(file, limits=limits, base=base) as container:
         container.check_figures()
         records = with_bundle_shares(list(container.records), container.bundle_bytes)
@@ -51,7 +60,7 @@ def report(
         else:
             stage = Stage(progress or ignore, "measuring", n_weights(container))
             with original_of(container, against, limits) as original:
-                tensors = tuple(_measured_reports(container, records, original, stage))
+                tensors = tuple(_measured_reports(container, records, original, stage, known))
         source = container.manifest.source
         return Report(
             source=str(against or ""),
@@ -233,7 +242,11 @@ def _stored_report(container: Container, record: Record) -> TensorReport:
 
 
 def _measured_reports(
-    container: Container, records: Sequence[Record], original: Checkpoint, done: Stage
+    container: Container,
+    records: Sequence[Record],
+    original: Checkpoint,
+    done: Stage,
+    stats: statistics.Statistics | None,
 ) -> Iterator[TensorReport]:
     known = {info.name: info for info in original.tensors}
     for record in records:
@@ -247,11 +260,21 @@ def _measured_reports(
             yield _stored_report(container, record)
         else:
             weight = original.read(record.name)
-            error = metrics.compare(weight, container.decode(record.name))
+            decoded = container.decode(record.name)
+            error = metrics.compare(weight, decoded)
             yield replace(
                 _stored_report(container, record),
                 int4_relative_mse=rtn.error(weight, INT4_GROUP).relative_mse,
                 **_error_fields(StoredError.of(error), record),
+                **_damage_fields(stats, record.name, weight, decoded),
             )
         if not isinstance(record.coding, Alias):
             done(record.info.numel, record.name)
+
+
+def _damage_fields(
+    stats: statistics.Statistics | None, name: str, weight: torch.Tensor, decoded: torch.Tensor
+) -> dict[str, Any]:
+    seen = None if stats is None else stats.moments(name)
+    damage = None if seen is None else predicted(seen, weight, decoded)
+    return {} if damage is None else {"output_mse": damage.output_mse, "damage": damage.damage}

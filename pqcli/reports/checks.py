@@ -19,7 +19,7 @@ TEXT_KEYS = ("name", "kind", "dtype", "action", "scheme")
 NUMBER_KEYS = (
     "n_weights", "original_bytes", "bytes", "block_size", "n_centroids", "bits_per_weight", "relative_mse", "sqnr_db",
     "shannon_gap_db", "cosine", "max_abs_error", "energy", "centroids_used", "assignment_entropy", "assignment_bytes",
-    "entropy_bytes",
+    "entropy_bytes", "output_mse", "damage",
 )  # fmt: skip
 SORT_KEYS = (*TEXT_KEYS, *NUMBER_KEYS)
 SMALL_IS_BAD = ("sqnr_db", "cosine")

@@ -40,8 +40,9 @@ class TensorReport:
     says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk. `energy` is the sum of squares of
     the original weights. `assignment_entropy` is in bits per assignment; `assignment_bytes` is what the assignments
     (with a codec for whole checkpoints, all that is coded for the tensor) take, `entropy_bytes` what they would take at
-    their entropy. What was not measured, or has no meaning for the
-    action, is None.
+    their entropy. `output_mse` is the squared error of the layer's output over the output's own square, and `damage`
+    the mean squared error at the network's output that comes of it, both predicted from statistics. What was not
+    measured, or has no meaning for the action, is None.
     """
 
     name: str
@@ -69,6 +70,8 @@ class TensorReport:
     int4_relative_mse: float | None = None
     copy_of: str | None = None
     difference: bool = False
+    output_mse: float | None = None
+    damage: float | None = None
 
     @property
     def quantized(self) -> bool:

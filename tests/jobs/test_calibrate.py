@@ -405,3 +405,57 @@ def test_compress_says_once_what_statistics_are_for_where_they_could_be_used(tmp
         )
         assert done.exit_code == 0, done.output
         assert done.stderr.count("pqcli calibrate") == said
+
+
+def test_the_command_takes_several_texts_and_tells_what_it_wrote(tmp_path, text):
+    from typer.testing import CliRunner
+
+    from pqcli.cli.commands import app
+
+    folder, more = bert(tmp_path / "bert"), tmp_path / "more.txt"
+    more.write_text("w1 w2\nw3 w4 w5\n")
+    options = ["--samples", "42", "--length", "12", "--no-gradients", "--json"]
+    done = CliRunner().invoke(app, ["calibrate", str(folder), "--text", str(text), str(more), *options])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["split"], found["n_examples"], found["n_weights"]) == ("lines", 42, 16)
+    assert found["output_bytes"] == (tmp_path / "bert.stats.safetensors").stat().st_size
+    again = CliRunner().invoke(app, ["calibrate", str(folder), "--text", str(text)])
+    assert again.exit_code == 1
+    assert "exists already" in " ".join(again.output.split())
+    nothing = CliRunner().invoke(app, ["calibrate", str(folder)])
+    assert (nothing.exit_code, "--text FILE" in nothing.output) == (2, True)
+
+
+@pytest.mark.parametrize("stage", ["loading", "naming", "calibrating"])
+def test_an_interrupted_run_leaves_nothing_and_what_was_there_untouched(tmp_path, text, stage):
+    folder, target = llama(tmp_path / "llama"), tmp_path / "llama.stats.safetensors"
+    target.write_text("before")
+
+    def interrupt(event):
+        if event.stage == stage and (event.done or stage == "loading"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.calibrate(folder, [text], sampling=SAMPLING, force=True, progress=interrupt)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "llama.stats.safetensors", "text.txt"]
+    assert target.read_text() == "before"
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_a_disk_that_is_too_full_is_told_after_the_first_batch(tmp_path, text, monkeypatch):
+    folder = llama(tmp_path / "llama")
+    done = []
+
+    def full(target, n_bytes):
+        raise OutputError(f"{target}: {n_bytes} bytes")
+
+    monkeypatch.setattr(calibrate, "check_space", full)
+    with pytest.raises(OutputError, match=r"llama\.stats\.safetensors: \d+ bytes"):
+        calibrate.calibrate(
+            folder,
+            [text],
+            sampling=SAMPLING,
+            progress=lambda event: done.append(event.done) if event.stage == "calibrating" else None,
+        )
+    assert done == [0]

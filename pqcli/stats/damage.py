@@ -1,0 +1,76 @@
+"""What an error in a weight does to its layer's output, and to the network's, as far as statistics tell.
+
+Shapes: a weight as a matrix (outputs, inputs), with second moments H of its inputs, E[x x']: an error E of the matrix
+makes an error of mean square tr(E H E') in the output. Of an embedding, row v with frequency f_v: sum of f_v |e_v|^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from pqcli.stats.moments import Moments
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Predicted for one weight, by sample.
+
+    output_mse  squared error of the layer's output over the output's own square (before a bias is added)
+    damage      mean squared error at the network's output that comes of it, in the unit of the gradient number; None
+                where no gradients were collected
+    """
+
+    output_mse: float
+    damage: float | None
+
+
+def predicted(seen: Moments, original: torch.Tensor, decoded: torch.Tensor) -> Damage | None:
+    """The damage that comes of holding `decoded` in place of `original`; None where the statistics do not fit."""
+    before = original.detach().float().numpy()
+    error = decoded.detach().float().numpy() - before
+    found: list[tuple[float, float, float | None]] = []  # output, its error, gradient
+    if seen.diagonal is not None:
+        pair = [_as_matrix(array, seen.axis) for array in (before, error)]
+        if pair[0].shape[-1] != len(seen.diagonal):
+            return None
+        found.append((_energy(pair[0], seen), _energy(pair[1], seen), seen.gradient))
+    if seen.row_frequency is not None:
+        if len(seen.row_frequency) != len(before):
+            return None
+        output, wrong = (_looked_up(array, seen.row_frequency) for array in (before, error))
+        found.append((output, wrong, seen.lookup_gradient))
+    energy = sum(output for output, _, _ in found)
+    if not energy:
+        return None
+    known = [wrong * gradient for _, wrong, gradient in found if gradient is not None]
+    return Damage(sum(wrong for _, wrong, _ in found) / energy, sum(known) if len(known) == len(found) else None)
+
+
+def _as_matrix(array: np.ndarray, axis: int) -> np.ndarray:
+    """(outputs, inputs): the stacked ones below one another."""
+    if axis in (1, 0):
+        matrix = array.reshape(len(array), -1)
+        return matrix if axis == 1 else matrix.T
+    return np.swapaxes(array, -1, -2).reshape(-1, array.shape[-2]) if axis == -2 else array.reshape(-1, array.shape[-1])
+
+
+def _energy(matrix: np.ndarray, seen: Moments) -> float:
+    if seen.second is not None:
+        return float(np.einsum("ij,ij->", matrix @ seen.second, matrix, dtype=np.float64))
+    if seen.blocks is not None:
+        total, start = 0.0, 0
+        for block in seen.blocks:
+            part = matrix[:, start : start + len(block)]
+            total += float(np.einsum("ij,ij->", part @ block, part, dtype=np.float64))
+            start += len(block)
+        return total
+    return float((np.square(matrix, dtype=np.float64) @ np.asarray(seen.diagonal)).sum())
+
+
+def _looked_up(array: np.ndarray, frequency: np.ndarray) -> float:
+    return float(frequency @ np.square(array.reshape(len(array), -1), dtype=np.float64).sum(1))
