@@ -155,11 +155,12 @@ def main() -> int:
 
     print("a chain: base <- first <- second <- third")
     chain = [first, second, third]
-    before = base
+    before = [base]
     for i, source in enumerate(chain, start=1):
         compressed(f"  checkpoint {i} against the one before", source, f"chain{i}", recipe, before)
-        before = folder / f"chain{i}.pq.safetensors"
-        problems = pqcli.verify(before, source, base=base)
+        file = folder / f"chain{i}.pq.safetensors"
+        problems = pqcli.verify(file, source, base=before)
+        before = [file, base]
         print(f"    verify against the original: {problems or 'sound'}")
         failed += problems
     try:
