@@ -28,7 +28,13 @@ from pqcli.errors import UsageError
 if TYPE_CHECKING:
     from pqcli.cli.console import Console
 
-group = typer.Typer(name="stats", cls=Group, help="Show and add up statistics of layers' inputs.", no_args_is_help=True)
+group = typer.Typer(
+    name="stats",
+    cls=Group,
+    help="Show and add up statistics of layers' inputs.",
+    epilog=examples("pqcli stats show model.stats.safetensors"),
+    no_args_is_help=True,
+)
 
 CALIBRATE_EXAMPLES = examples(
     "pqcli calibrate ./my-model --text book.txt letters.txt",
