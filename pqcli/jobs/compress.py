@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pqcli import checkpoint as checkpoints
+from pqcli import stats as statistics
 from pqcli.atomic import check_output, check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
 from pqcli.checkpoint.hub import located
@@ -188,6 +189,12 @@ def of_model(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
         raise
 
 
+def check_stats(recipe: Recipe) -> None:
+    """Raise StatsError for statistics that cannot be read, before any work is done."""
+    if recipe.stats is not None:
+        statistics.open(recipe.stats)
+
+
 def bases_of(base: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
     """One base, or several, as paths."""
     return Search.among(base).given
@@ -265,6 +272,7 @@ def compress_opened(
     several files with an index, which do not appear together.
     """
     started = time.perf_counter()
+    check_stats(recipe)
     target = Path(output) if output else default_output(checkpoint.path)
     plan = plans.make(recipe, checkpoint.tensors, others)
     check_place(target, checkpoint.path, force=force)

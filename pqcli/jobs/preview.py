@@ -95,6 +95,7 @@ def preview_opened(
     shard_bytes: int | None = None,
 ) -> Preview:
     """What compressing an open checkpoint would do; the arguments are those of `compress_opened`."""
+    compressing.check_stats(recipe)
     seen = _from_headers(checkpoint, output, recipe, others, files, shard_bytes)
     coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
     is_known = all(entry.scheme for entry in coded) and not bases

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import pqcli
@@ -208,3 +209,11 @@ def test_statistics_of_something_else_are_refused(model, tmp_path):
         pqcli.compress(other, recipe=recipe)
     with pytest.raises(StatsError, match="there is no such file"):
         pqcli.compress(source, recipe=pqcli.Recipe(codec="trellis", stats=str(tmp_path / "none.safetensors")))
+
+
+def test_statistics_that_are_not_there_are_told_before_any_work(tmp_path):
+    save_file({"w.weight": torch.randn(64, 32)}, tmp_path / "m.safetensors")
+    recipe = pqcli.Recipe(stats=str(tmp_path / "none"))
+    for work in (pqcli.preview, pqcli.compress):
+        with pytest.raises(StatsError, match="there is no such file"):
+            work(tmp_path / "m.safetensors", tmp_path / "m.pq.safetensors", recipe)
