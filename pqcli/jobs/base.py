@@ -61,13 +61,14 @@ def compared(
     plan: Plan,
     bases: Sequence[str | Path],
     target: Path,
+    output: Path,
     hook: Hook,
     limits: Limits | None = None,
 ) -> Iterator[Compared]:
     """Compare with the first of `bases`; where that is a container with a base, the others say where to find it.
 
-    What a container decodes to is spooled to a nameless file beside `target`. Raises CheckpointError or ContainerError
-    for a base that cannot be read.
+    What a container decodes to is spooled to a nameless file beside `target`; the base is named as seen from `output`.
+    Raises CheckpointError or ContainerError for a base that cannot be read.
     """
     path, *others = map(Path, bases)
     with contextlib.ExitStack() as stack:
@@ -81,7 +82,7 @@ def compared(
             spool = Spool.of(base, shared, target, Stage(hook, "decoding", sum(info.numel for info in shared)))
             stack.callback(spool.close)
             readable, base = spool, replace(base, read=spool.read)
-        yield _compared(checkpoint, plan, base, readable, hint_to(path, target), shared, hook)
+        yield _compared(checkpoint, plan, base, readable, hint_to(path, output), shared, hook)
 
 
 def _has(base: Base, info: TensorInfo) -> bool:

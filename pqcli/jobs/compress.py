@@ -324,16 +324,20 @@ def compression(
     shard_bytes: int | None = None,
     force: bool = False,
     bases: Sequence[Path] = (),
+    rehearsed: Path | None = None,
     hook: Hook | None = None,
     limits: Limits | None = None,
 ) -> Iterator[Compression]:
-    """The work of compressing `checkpoint` into `target`; what is not finished leaves nothing behind."""
+    """The work of compressing `checkpoint` into `target`; what is not finished leaves nothing behind.
+
+    In a rehearsal, `rehearsed` is the output that is meant: the file would say where its base lies from there.
+    """
     row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
     codec, hook = load(row.name), hook or ignore
     weights, beside = Weights(checkpoint), None
     with ExitStack() as stack:
         if bases:
-            beside = stack.enter_context(compared(checkpoint, plan, bases, target, hook, limits))
+            beside = stack.enter_context(compared(checkpoint, plan, bases, target, rehearsed or target, hook, limits))
             codec, plan, weights = codec.compacted(), beside.plan, beside.weights
         said = about(checkpoint, recipe, beside.naming if beside else None, files)
         writer = stack.enter_context(Writer(target, said, force, compact=codec.is_compact, shard_bytes=shard_bytes))

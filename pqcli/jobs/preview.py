@@ -163,7 +163,15 @@ def _rehearsed(
     device = torch.device("cpu")
     target = _nowhere(seen.output.name)
     with compressing.compression(
-        checkpoint, seen.plan, recipe, device, target, files=files, shard_bytes=shard_bytes, bases=bases
+        checkpoint,
+        seen.plan,
+        recipe,
+        device,
+        target,
+        files=files,
+        shard_bytes=shard_bytes,
+        bases=bases,
+        rehearsed=seen.output,
     ) as work:
         n_bytes = work.file_bytes(work.coded(work.prepared()))
         tensors = work.tensor_reports()
