@@ -32,10 +32,9 @@ Matrix = NDArray[np.float32]
 
 SHRINKAGES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Shares of what is off the diagonal of moments that may not be believed."""
-LEAST_SHRINKAGE = 0.1
-"""Two halves of a sample may agree and still be of other data than the network will meet."""
-DEFAULT_SHRINKAGE = 0.05
-"""The share where there are no two halves to find out."""
+LEAST_SHRINKAGE = 0.05
+"""The share where there are no two halves to find out, and the least where there are: halves may agree and still be of
+other data than the network will meet."""
 FEWEST_LOOKUPS = (0.05, 0.5)
 """An embedding's row that was never seen counts as seen so many times, as the number of those seen once suggests."""
 FEWEST_DRAWS = (0.01, 0.5)
@@ -72,7 +71,7 @@ class Moments:
         """The share of what is off the diagonal that is not believed."""
         if self.halves:
             return best_shrinkage(self.halves)
-        return DEFAULT_SHRINKAGE if self.noise is None else min(max(self.noise, LEAST_SHRINKAGE), SHRINKAGES[-1])
+        return min(max(self.noise or 0.0, LEAST_SHRINKAGE), SHRINKAGES[-1])
 
 
 @dataclass(frozen=True)

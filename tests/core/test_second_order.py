@@ -104,7 +104,7 @@ def test_a_tied_embedding_knows_which_of_its_columns_are_felt():
 
 def test_noise_tells_how_far_to_believe_where_halves_are_missing():
     assert Moments(sampled(100), noise=0.17).shrinkage() == 0.17
-    assert Moments(sampled(100), noise=0.001).shrinkage() == 0.1
+    assert Moments(sampled(100), noise=0.001).shrinkage() == 0.05
     assert Moments(sampled(100), noise=0.9).shrinkage() == max(SHRINKAGES)
 
 
