@@ -245,7 +245,8 @@ while killed < n:
         wholes += 1
         assert pqcli.verify(target, source) == []
 pqcli.compress(source, target, force=True)
-print(f"{runs} runs of {takes:.2f} s, {killed} killed before they ended; {wholes} outputs found, all whole; left:", *os.listdir("."))
+print(f"{runs} runs of {takes:.2f} s, {killed} killed before they ended;", end=" ")
+print(f"{wholes} outputs found, all whole; left:", *os.listdir("."))
 """
 
 
