@@ -3,22 +3,11 @@
 The moments and steps in it are drawn at random: what matters is that files with steps by column keep their meaning.
 """
 
-import json
-import tempfile
-from pathlib import Path
-from unittest import mock
-
 import numpy as np
 import torch
 
-import pqcli
-from pqcli.codecs.trellis import session
 from pqcli.core.trellis.feedback import Feedback, RowSteps
-from pqcli.core.trellis.rotation import Rotations
-from pqcli.core.trellis.trellis import turned
-from tests.golden.make_plain_v1 import digests
-
-HERE = Path(__file__).parent
+from tests.golden.make_rows_v1 import write
 
 
 def checkpoint() -> dict[str, torch.Tensor]:
@@ -53,20 +42,7 @@ def known() -> dict[str, RowSteps]:
 
 def main() -> None:
     """Write the files beside this script."""
-    fitted, second_order = session.TrellisSession.fitted, known()
-
-    def with_rows(*given):  # type: ignore[no-untyped-def]
-        made = fitted(*given)
-        made.rows, made.rotations = second_order, Rotations(transposed=turned(second_order))
-        return made
-
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(session.TrellisSession, "fitted", with_rows):
-        source = Path(folder) / "model.pt"
-        torch.save(checkpoint(), source)
-        target = HERE / "trellis-columns-v1.pq.safetensors"
-        pqcli.compress(source, target, pqcli.Recipe(codec="trellis", quality="small"))
-        text = json.dumps(digests(pqcli.load(target)), indent=1, ensure_ascii=False)
-        (HERE / "trellis-columns-v1.json").write_text(text + "\n", encoding="utf-8")
+    write("trellis-columns-v1", checkpoint(), known())
 
 
 if __name__ == "__main__":

@@ -55,7 +55,12 @@ def known() -> dict[str, RowSteps]:
 
 def main() -> None:
     """Write the files beside this script."""
-    fitted, second_order = session.TrellisSession.fitted, known()
+    write("trellis-rows-v1", checkpoint(), known())
+
+
+def write(name: str, tensors: dict[str, torch.Tensor], second_order: dict[str, RowSteps]) -> None:
+    """Write the container of these tensors, coded with these steps and feedback, and the digests of what it holds."""
+    fitted = session.TrellisSession.fitted
 
     def with_rows(*given):  # type: ignore[no-untyped-def]
         made = fitted(*given)
@@ -64,11 +69,11 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(session.TrellisSession, "fitted", with_rows):
         source = Path(folder) / "model.pt"
-        torch.save(checkpoint(), source)
-        target = HERE / "trellis-rows-v1.pq.safetensors"
+        torch.save(tensors, source)
+        target = HERE / f"{name}.pq.safetensors"
         pqcli.compress(source, target, pqcli.Recipe(codec="trellis", quality="small"))
         text = json.dumps(digests(pqcli.load(target)), indent=1, ensure_ascii=False)
-        (HERE / "trellis-rows-v1.json").write_text(text + "\n", encoding="utf-8")
+        (HERE / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
