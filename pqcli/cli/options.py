@@ -165,6 +165,7 @@ EmbedFiles = Annotated[
     bool, flag("--embed-files", help="Of a folder and with -o x.pq.safetensors, put its small files into the file.")
 ]
 Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output.")]
+Fresh = Annotated[bool, flag("--fresh", help="Start anew where a killed run of this output could be gone on with.")]
 NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, flag("--quiet", "-q", help="Print nothing but errors and the asked-for result.")]

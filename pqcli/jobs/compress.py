@@ -57,9 +57,11 @@ from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
 from pqcli.jobs.devices import resolve_device
 from pqcli.jobs.events import Event, Hook, Stage, ignore
-from pqcli.jobs.executors import Executor, Threads, running
+from pqcli.jobs.executors import Executor, Threads, resuming, running
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import goes_to_folder
+from pqcli.jobs.journal.journal import Journal
+from pqcli.jobs.journal.keeping import Keeping, told
 from pqcli.jobs.report import base_report, paper_bytes_of, tensor_report
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
@@ -93,6 +95,8 @@ def compress(
     embed_files: bool = False,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
+    fresh: bool = False,
+    journal: bool = True,
     verify: bool = True,
     base: str | Path | Sequence[str | Path] = (),
     progress: Hook | None = None,
@@ -113,10 +117,16 @@ def compress(
     so on. `progress` is told of every stage (`pqcli.jobs.events.Event`). `limits` bound what the structure of the
     checkpoint may cost to understand.
 
-    Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
+    A run that takes long keeps a `journal` beside the output (`pqcli.jobs.journal`): where it is killed, the same call
+    goes on from there and gives the same bytes. With `fresh` it does not, and starts anew.
+
+    Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError; JournalError where the
+    output is that of a killed run with other input or settings.
     """
     recipe = recipe or Recipe()
-    executor = Threads.within(resolve_device(device), recipe.max_memory)
+    on = resolve_device(device)
+    executor = Threads.within(on, recipe.max_memory)
+    keeping = Keeping(on, is_wanted=journal, fresh=fresh)
     place = located(source)
     source, output = place.path, output or place.output()
     if embed_files:
@@ -134,23 +144,34 @@ def compress(
             base=base,
             force=force,
             verify=verify,
+            keeping=keeping,
             hook=progress,
             limits=limits,
         )
     files = small_files(source, limits) if embed_files else NO_FILES
+    bases = bases_of(base)
     with opened(source, recipe, limits) as checkpoint:
-        return compress_opened(
-            checkpoint,
-            output,
-            recipe,
-            executor,
-            files=files,
-            force=force,
-            verify=verify,
-            bases=bases_of(base),
-            hook=progress,
-            limits=limits,
-        )
+        target = Path(output) if output else default_output(checkpoint.path)
+        check_stats(recipe)
+        check_place(target, checkpoint.path, force=force)
+        with (
+            claimed(target),
+            keeping.journal(target, progress or ignore, [checkpoint], recipe, bases=bases, files=files) as kept,
+        ):
+            report = compress_opened(
+                checkpoint,
+                target,
+                recipe,
+                executor,
+                files=files,
+                force=force,
+                verify=verify,
+                bases=bases,
+                journal=kept,
+                hook=progress,
+                limits=limits,
+            )
+        return told(report, kept)
 
 
 def save(
@@ -172,7 +193,8 @@ def save(
     with temporary_beside(final_path(target), suffix=".pt") as (dense, descriptor):
         with output_errors(target), os.fdopen(os.dup(descriptor), "wb") as saved:
             _torch_save(state_dict, saved)
-        return replace(compress(dense, file, recipe, device=device, force=force, base=base), source="")
+        # no journal: what it would go on from, the dense file, goes with the process
+        return replace(compress(dense, file, recipe, device=device, force=force, journal=False, base=base), source="")
 
 
 def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
@@ -274,35 +296,36 @@ def compress_opened(
     force: bool = False,
     verify: bool = True,
     bases: Sequence[Path] = (),
+    journal: Journal | None = None,
+    scope: str = "",
     hook: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
-    """Compress an open checkpoint, and put `files` into the container.
+    """Compress an open checkpoint, and put `files` into the container. Nobody else may write `output` meanwhile.
 
     The recipe's patterns may mean `others`, tensors that are compressed elsewhere. More than `shard_bytes` become
-    several files with an index, which do not appear together.
+    several files with an index, which do not appear together. `scope` is what the `journal` calls this checkpoint.
     """
     started = time.perf_counter()
     check_stats(recipe)
     target = Path(output) if output else default_output(checkpoint.path)
     plan = plans.make(recipe, checkpoint.tensors, others)
     check_place(target, checkpoint.path, force=force)
-    with (
-        claimed(target),
-        compression(
-            checkpoint,
-            plan,
-            recipe,
-            executor,
-            target,
-            files=files,
-            shard_bytes=shard_bytes,
-            force=force,
-            bases=bases,
-            hook=hook,
-            limits=limits,
-        ) as work,
-    ):
+    with compression(
+        checkpoint,
+        plan,
+        recipe,
+        executor,
+        target,
+        files=files,
+        shard_bytes=shard_bytes,
+        force=force,
+        bases=bases,
+        journal=journal,
+        scope=scope,
+        hook=hook,
+        limits=limits,
+    ) as work:
         check_space(target, COPIES * work.expected_bytes())
         written, size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
         records, tensors, warnings = work.writer.records, work.tensor_reports(), work.all_warnings()
@@ -336,6 +359,8 @@ def compression(
     force: bool = False,
     bases: Sequence[Path] = (),
     rehearsed: Path | None = None,
+    journal: Journal | None = None,
+    scope: str = "",
     hook: Hook | None = None,
     limits: Limits | None = None,
 ) -> Iterator[Compression]:
@@ -353,6 +378,9 @@ def compression(
         said = about(checkpoint, recipe, beside.naming if beside else None, files)
         writer = stack.enter_context(Writer(target, said, force, compact=codec.is_compact, shard_bytes=shard_bytes))
         run = running(executor, hook)
+        if journal is not None:
+            writer.make_room = journal.make_room
+            run = resuming(executor, hook, journal, scope, weights)
         yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook, beside)
 
 

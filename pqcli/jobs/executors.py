@@ -15,10 +15,11 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from pqcli.codecs.base import Found, Run, Task
+from pqcli.codecs.base import Found, Run, Task, Weights
 from pqcli.core.lookahead import in_order
 from pqcli.jobs.devices import at_work, workers
 from pqcli.jobs.events import Hook, Stage
+from pqcli.jobs.journal.journal import Journal
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,6 +70,32 @@ def running(executor: Executor, hook: Hook) -> Run:
         for place, found in executor.results(tasks):
             yield place, found
             done(tasks[place].n_weights, tasks[place].name)
+
+    return run
+
+
+def resuming(executor: Executor, hook: Hook, journal: Journal, scope: str, weights: Weights) -> Run:
+    """The same, where what the journal has is taken from it, and what is found goes into it.
+
+    `scope` tells what is compressed from other things in the same journal, `weights` are what its results mean.
+    """
+
+    def run(tasks: Sequence[Task[Found]], stage: str) -> Iterator[tuple[int, Found]]:
+        known = journal.round(tasks, stage, scope, weights)
+        left = [place for place in range(len(tasks)) if place not in known.found]
+        n_resumed = sum(tasks[place].n_weights for place in known.found)
+        done = Stage(hook, stage, sum(task.n_weights for task in tasks), n_resumed)
+        for place in known.found:
+            try:
+                found: Found = known.result(place)
+            except (ValueError, OSError):  # it is there no longer: the task runs again
+                left.append(place)
+                continue
+            yield place, found
+        for i, found in executor.results([tasks[place] for place in left]):
+            known.add(left[i], found)
+            yield left[i], found
+            done(tasks[left[i]].n_weights, tasks[left[i]].name)
 
     return run
 

@@ -123,7 +123,8 @@ class Report:
     accounting (log2(k) bits a block, fp16 codebooks, fp32 for the rest, running statistics not counted), None where
     anything but plain PQ was at work. `warnings` say what a budget gave up; of single rows only `compress` knows.
     `side_bytes` is the size of the files beside the weights that are not in the output, and in neither of the sizes.
-    `base` tells of the base, where the file has one.
+    `base` tells of the base, where the file has one. `resumed` says what was done of it by runs that were killed
+    before, which `seconds` does not count; nothing where there were none.
 
     Of a folder, `parts` are the reports of its containers, and `n_carried` files with `carried_bytes` lie beside them,
     before as after, and are in both sizes; a file has none of these.
@@ -144,6 +145,7 @@ class Report:
     carried_bytes: int = 0
     side_bytes: int = 0
     base: BaseReport | None = None
+    resumed: str = ""
 
     @property
     def quantized(self) -> tuple[TensorReport, ...]:
@@ -259,6 +261,7 @@ class Report:
             "bits_per_weight": self.bits_per_weight,
             "max_abs_error": self.max_abs_error,
             "seconds": self.seconds,
+            "resumed": self.resumed,
             "paper_mib": self.paper_mib,
             "totals": {
                 "n_tensors": len(actions),

@@ -30,6 +30,7 @@ from pqcli.jobs.events import Hook, ignore
 from pqcli.jobs.executors import Executor
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder
+from pqcli.jobs.journal.keeping import Keeping, told
 from pqcli.jobs.preview import Preview, preview_opened
 from pqcli.limits import Limits
 from pqcli.plan.plan import Plan, PlanEntry
@@ -69,6 +70,7 @@ def compress_folder(
     base: str | Path | Sequence[str | Path] = (),
     force: bool = False,
     verify: bool = True,
+    keeping: Keeping,
     hook: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
@@ -79,7 +81,20 @@ def compress_folder(
     started = time.perf_counter()
     target = output or default_folder(source)
     check_folder_output(target, source, force=force)
-    with opened_folder(source, recipe, with_copies=with_copies, limits=limits) as folder, claimed(target):
+    with (
+        opened_folder(source, recipe, with_copies=with_copies, limits=limits) as folder,
+        claimed(target),
+        keeping.journal(
+            target,
+            hook or ignore,
+            [*folder.checkpoints.values()],
+            recipe,
+            bases=_bases_for(folder, base),
+            shard_bytes=shard_bytes,
+            with_copies=with_copies,
+            root=source,
+        ) as journal,
+    ):
         recipes = shared_recipes(folder, recipe)
         check_space(target, folder.parts.side_bytes)
         reports = {}
@@ -99,12 +114,14 @@ def compress_folder(
                     shard_bytes=shard_bytes,
                     bases=_bases_for(folder, base),
                     verify=verify,
+                    journal=journal,
+                    scope=path if len(folder.checkpoints) > 1 else "",
                     hook=hook,
                     limits=limits,
                 )
                 reports[path] = replace(report, output=str(target / Path(report.output).relative_to(temporary)))
             copy_files(source, temporary, folder.parts.side, hook or ignore, verify=verify)
-        return folder_report(
+        report = folder_report(
             _by_label(reports),
             source=str(source),
             output=str(target),
@@ -112,6 +129,7 @@ def compress_folder(
             recipe=documents.to_json(recipe),
             seconds=time.perf_counter() - started,
         )
+    return told(report, journal)
 
 
 def preview_folder(
