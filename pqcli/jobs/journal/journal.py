@@ -24,7 +24,7 @@ from pqcli.jobs.events import Event, Hook
 from pqcli.jobs.journal.file import Frame, JournalFile, StrangeError, advice, journal_path
 from pqcli.jobs.journal.fingerprints import Fingerprints
 from pqcli.jobs.journal.identity import Identity, differences
-from pqcli.jobs.journal.live import LIVE
+from pqcli.jobs.journal.live import LEFT, LIVE
 from pqcli.jobs.journal.values import Buffer, decoded, encoded
 
 AFTER_SECONDS = 30.0
@@ -152,17 +152,22 @@ class Journal:
 
     def close(self, *, leave: bool) -> None:
         """Leave the file to the next run, or remove it."""
+        left = self.left()
         file, self._file = self._file, None
         if file is not None and leave:
+            LEFT[str(self.path)] = left
             file.close()
         elif file is not None:
             file.remove()
 
     def _take(self, frame: Frame) -> None:
         try:
-            key, round_, stage, total, unit = decoded(frame.head, None)
-        except ValueError:  # nothing that this version writes
-            return
+            head = decoded(frame.head, None)
+        except ValueError:
+            head = None
+        if not isinstance(head, tuple) or tuple(map(type, head)) != (bytes, bytes, str, int, str):
+            return  # nothing that this version writes
+        key, round_, stage, total, unit = head
         last = self._progress
         done = last.done + 1 if last is not None and last.round == round_ else 1
         self._known[key] = frame
@@ -217,12 +222,13 @@ def journaled(target: Path, identity: Identity, hook: Hook, *, fresh: bool = Fal
     JournalError where another run, of another identity, has left one.
     """
     path = journal_path(final_path(target))
+    LEFT.pop(str(path), None)
     if fresh:
         with contextlib.suppress(OSError):
             path.unlink()
     journal = Journal(path, json.loads(json.dumps(identity)))
     journal.take_up(target, hook)
-    LIVE.append(journal)
+    LIVE[str(path)] = journal
     try:
         yield journal
     except BaseException as error:
@@ -232,7 +238,7 @@ def journaled(target: Path, identity: Identity, hook: Hook, *, fresh: bool = Fal
     else:
         journal.close(leave=False)
     finally:
-        LIVE.remove(journal)
+        LIVE.pop(str(path), None)
 
 
 def _identity_in(frames: Sequence[Frame]) -> Identity | None:

@@ -12,10 +12,12 @@ class Kept(Protocol):
         """What it holds, in words; nothing where it holds nothing yet."""
 
 
-LIVE: list[Kept] = []
-"""The journals that are open."""
+LIVE: dict[str, Kept] = {}
+"""The journals that are open, by their paths."""
+LEFT: dict[str, str] = {}
+"""What those hold that this process has left to the next run."""
 
 
 def what_is_left() -> str:
-    """What the open journals hold, in words; nothing where they hold nothing."""
-    return "; ".join(filter(None, (journal.left() for journal in LIVE)))
+    """What the journals of this process hold, in words; nothing where they hold nothing."""
+    return "; ".join(filter(None, (*LEFT.values(), *(journal.left() for journal in [*LIVE.values()]))))
