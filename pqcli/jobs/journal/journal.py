@@ -155,7 +155,7 @@ class Journal:
         left = self.left()
         file, self._file = self._file, None
         if file is not None and leave:
-            LEFT[str(self.path)] = left
+            LEFT[:] = [left]
             file.close()
         elif file is not None:
             file.remove()
@@ -222,7 +222,7 @@ def journaled(target: Path, identity: Identity, hook: Hook, *, fresh: bool = Fal
     JournalError where another run, of another identity, has left one.
     """
     path = journal_path(final_path(target))
-    LEFT.pop(str(path), None)
+    LEFT.clear()
     if fresh:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -14,10 +14,10 @@ class Kept(Protocol):
 
 LIVE: dict[str, Kept] = {}
 """The journals that are open, by their paths."""
-LEFT: dict[str, str] = {}
-"""What those hold that this process has left to the next run."""
+LEFT: list[str] = []
+"""What the journal holds that this process has just left to the next run."""
 
 
 def what_is_left() -> str:
     """What the journals of this process hold, in words; nothing where they hold nothing."""
-    return "; ".join(filter(None, (*LEFT.values(), *(journal.left() for journal in [*LIVE.values()]))))
+    return "; ".join(filter(None, (*LEFT, *(journal.left() for journal in [*LIVE.values()]))))
