@@ -380,7 +380,7 @@ import torch, pqcli, pqcli.jobs.compress, pqcli.jobs.journal.journal as journals
 from pqcli.recipe.recipe import Recipe
 
 torch.set_num_threads(1)  # no threads before a fork
-source, target, n, recipe = sys.argv[1], sys.argv[2], int(sys.argv[3]), eval(sys.argv[4])
+source, target, n, recipe_of = sys.argv[1], sys.argv[2], int(sys.argv[3]), eval(sys.argv[4])
 
 
 def forked(**options):
@@ -391,9 +391,12 @@ def forked(**options):
     return child
 
 
-started = time.monotonic()
-assert not os.waitpid(forked(journal=False), 0)[1]
-takes = time.monotonic() - started
+takes, effort = 0.0, 1
+while takes < 60:
+    effort *= 2
+    recipe, started = recipe_of(effort), time.monotonic()
+    assert not os.waitpid(forked(journal=False), 0)[1]
+    takes = time.monotonic() - started
 with open(target, "rb") as file:
     whole = file.read()
 os.unlink(target)
@@ -404,7 +407,7 @@ while killed < n or lives:
     resumed += any("journal" in name for name in os.listdir("."))
     child, lives = forked(), lives + 1
     if killed < n:
-        time.sleep(draw.uniform(0, takes / 6))
+        time.sleep(draw.uniform(0, takes / 8))
         os.kill(child, signal.SIGKILL)
     if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
         killed += 1
@@ -416,11 +419,11 @@ while killed < n or lives:
     chains.append(lives)
     lives = 0
 print(f"undisturbed {takes:.0f} s; {killed} kills; {resumed} lives that found a journal; "
-      f"{len(chains)} chains of {chains} lives, all with the bytes of the undisturbed run")
+      f"{len(chains)} chains, of {chains} lives, all with the bytes of the undisturbed run")
 """
 LONG = {
-    "plain": "Recipe(block_size=4, n_centroids=2048, n_iter=200)",
-    "trellis": "Recipe(codec='trellis', target_bits=2, effort=2048)",
+    "plain": "lambda effort: Recipe(block_size=4, n_centroids=2048, n_iter=20 * effort)",
+    "trellis": "lambda effort: Recipe(codec='trellis', target_bits=2, effort=256 * effort)",
 }
 
 
