@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Self, overload
+from typing import Any, Self, overload
 
 import torch
+from numpy.typing import NDArray
 
 from pqcli.codecs import zeros
 from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
@@ -110,13 +111,16 @@ class Container:
 
     def pq_tensor(self, name: str) -> pq.PQTensor:
         """Codebook and assignments of a tensor that plain PQ quantized, unpacked."""
+        return self._pq_tensor(name, packing.unpack)
+
+    def _pq_tensor(self, name: str, unpack: Callable[[Any, int, int], NDArray[Any]]) -> pq.PQTensor:
         record = self.record(name)
         if not isinstance(record.coding, Plain):
             raise ContainerError(f"{self.path}: tensor {name!r} has no codebook, its action is {record.action!r}")
         codebook = self._entries.tensor(f"pq/{name}/codebook")
         packed = self._entries.tensor(f"pq/{name}/assignments").numpy()
         try:
-            assignments = packing.unpack(packed, record.n_vectors, packing.n_bits(len(codebook)))
+            assignments = unpack(packed, record.n_vectors, packing.n_bits(len(codebook)))
         except ValueError as error:
             raise self._entries.damaged(f"assignments of {name!r}: {error}") from None
         if assignments.size and int(assignments.max()) >= len(codebook):
@@ -212,7 +216,7 @@ class Container:
     # --- tensors ------------------------------------------------------------------------------------------------------
 
     def _plain(self, record: Record, base: torch.Tensor | None) -> torch.Tensor:
-        tensor = self.pq_tensor(record.name)
+        tensor = self._pq_tensor(record.name, packing.unpack_narrow)
         return pq.decode(tensor) if base is None else restored(record, pq.decode(tensor, torch.float32), base)
 
     def _same(self, record: Record, base: torch.Tensor | None) -> torch.Tensor:

@@ -290,6 +290,8 @@ def _sweep(blocks: Blocks, codebook: Tensor, energy: float) -> _Sweep:
 def _pass(part: Tensor, importance: Tensor | None, codebook: Tensor, *, accumulate: bool = True) -> kernels.Pass:
     """The sweep over one part; with `importance`, sums are (k, 2 * d): of weighted values, and of their weights."""
     centroids = _leading(codebook, part)
+    if not isinstance(part, torch.Tensor):  # vectors that memory does not hold (`pqcli.core.pq.far`)
+        return part.sweep(centroids, _bias(codebook, part), accumulate=accumulate)
     if importance is None:
         return kernels.sweep(part, centroids, _bias(codebook, part), accumulate=accumulate)
     features = torch.cat([importance * part, importance], dim=1)

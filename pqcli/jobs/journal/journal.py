@@ -66,6 +66,7 @@ class Journal:
 
     def round(self, tasks: Sequence[Task[Any]], stage: str, scope: str, weights: object) -> Round:
         """A round of tasks, some of which may be done already; `scope` is what they belong to of several things."""
+        self._write_held()
         fingerprints = Fingerprints(scope)
         keys = [fingerprints.key(stage, task) for task in tasks]
         unit = "tensors" if all(isinstance(task, TensorTask) for task in tasks) else "parts"
@@ -172,6 +173,17 @@ class Journal:
         done = last.done + 1 if last is not None and last.round == round_ else 1
         self._known[key] = frame
         self._progress = Progress(round_, stage, done, total, unit)
+
+    def _write_held(self) -> None:
+        """Begin the file if it is time: between two rounds there may be long work that is no task's."""
+        if not self._held or self._file is not None or time.monotonic() - self._started < AFTER_SECONDS:
+            return
+        try:
+            self._begun()
+        except OSError as error:
+            self._give_up(advice(error))
+        except StrangeError as error:
+            self._give_up(str(error))
 
     def _hold(self, head: list[Buffer], body: list[Buffer]) -> None:
         n_bytes = sum(map(len, (*head, *body)))
