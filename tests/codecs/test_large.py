@@ -28,6 +28,8 @@ def with_zeros():
 RECIPE = pqcli.Recipe(block_size=8, n_centroids=64, sample=4000, n_iter=6)
 CASES = {
     "float32": (weights(3000, 40), RECIPE, True),
+    "all vectors from the start": (weights(3000, 40), pqcli.Recipe(block_size=8, sample="all", n_iter=3), True),
+    "stages": (weights(40_000, 48, torch.bfloat16), pqcli.Recipe(block_size=4, n_centroids=32, n_iter=8), True),
     "bfloat16": (weights(3000, 40, torch.bfloat16), RECIPE, True),
     "float16, eight bits": (weights(3000, 40).half(), pqcli.Recipe(block_size=8, n_centroids=256, sample=8000), True),
     "two starts, nine bits": (

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pqcli.codecs import zeros
 from pqcli.codecs.base import Piece, Use
 from pqcli.codecs.values import few_values
-from pqcli.core import metrics
+from pqcli.core import kernels, metrics
 from pqcli.core.digests import HASH_BYTES, tensor_bytes
 from pqcli.core.pq import far, packing, pq
 from pqcli.core.pq.far import Far, NotHeldError
@@ -44,7 +44,7 @@ def is_large(record: Record, options: em.Options, device: torch.device) -> bool:
         return False
     n, d = record.n_vectors, coding.block_size
     is_whole = not record.matrix_shape[1] % d
-    return record.info.n_bytes > LARGE_BYTES and is_whole and far.is_far_enough(n, d, options)
+    return record.info.n_bytes > LARGE_BYTES and is_whole and kernels.is_compiled_for(n, options.n_centroids, d)
 
 
 def held_bytes(record: Record) -> int:

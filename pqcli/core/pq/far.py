@@ -132,11 +132,6 @@ def peak(far: Far) -> float:
     return math.nan if any(map(math.isnan, peaks)) else max(peaks)
 
 
-def is_far_enough(n: int, d: int, options: em.Options) -> bool:
-    """Whether a search takes the kernel that far vectors need, and trains on a sample."""
-    return options.sample is not None and options.sample < n and kernels.is_compiled_for(n, options.n_centroids, d)
-
-
 def encode(far: Far, options: em.Options, codebook_dtype: torch.dtype) -> Encoded:
     """What `pq.encode` makes of these vectors, whose `peak` is ordinary. Raises NotHeldError, and as `em.fit` does."""
     blocks = FarBlocks.of(far)
