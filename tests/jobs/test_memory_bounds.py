@@ -42,7 +42,7 @@ def peak_bytes(folder: Path, *arguments: object) -> int:
 
 
 def write_large(path: Path, dtype: str) -> None:
-    """A checkpoint of over 700 MB whose largest tensors have 80 MB; written tensor by tensor, so that tests stay small."""
+    """A checkpoint of over 700 MB whose largest tensors have 80 MB; written tensor by tensor."""
     shapes = {f"layer.{i}.weight": DTYPES[dtype] for i in range(N_LARGE)}
     shapes |= {f"small.{i}.weight": (1024, 512) for i in range(60)} | {f"small.{i}.bias": (1024,) for i in range(60)}
     infos = [TensorInfo(name, shape, dtype) for name, shape in shapes.items()]
