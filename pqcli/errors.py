@@ -59,6 +59,10 @@ class JournalError(PQError):
     exit_code = 4
 
 
+class WorkerError(PQError):
+    """Workers in other processes, or on other machines, that are lost again and again."""
+
+
 class MissingExtraError(PQError):
     """An optional package is needed and not installed; the message names the pip command."""
 

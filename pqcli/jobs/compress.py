@@ -55,13 +55,13 @@ from pqcli.container.writer import About, Writer
 from pqcli.errors import CheckpointError, ContainerError, OutputError
 from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
-from pqcli.jobs.devices import resolve_device
 from pqcli.jobs.events import Event, Hook, Stage, ignore
-from pqcli.jobs.executors import Executor, Threads, resuming, running
+from pqcli.jobs.executors import Executor, resuming, running
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import goes_to_folder
 from pqcli.jobs.journal.journal import Journal
 from pqcli.jobs.journal.keeping import Keeping, told
+from pqcli.jobs.places import place_of_work
 from pqcli.jobs.report import base_report, paper_bytes_of, tensor_report
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
@@ -99,6 +99,8 @@ def compress(
     journal: bool = True,
     verify: bool = True,
     base: str | Path | Sequence[str | Path] = (),
+    ray: str | None = None,
+    workers: int | None = None,
     progress: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
@@ -117,16 +119,52 @@ def compress(
     so on. `progress` is told of every stage (`pqcli.jobs.events.Event`). `limits` bound what the structure of the
     checkpoint may cost to understand.
 
+    The work is done by threads of this process, or by that many `workers`, processes of this machine, or by a `ray`
+    cluster: the one at this address, "auto" for the one that this machine belongs to, "local" for one of its own. None
+    of this changes a byte, if all of it is done on the same kind of processor.
+
     A run that takes long keeps a `journal` beside the output (`pqcli.jobs.journal`): where it is killed, the same call
     goes on from there and gives the same bytes. With `fresh` it does not, and starts anew.
 
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError; JournalError where the
-    output is that of a killed run with other input or settings.
+    output is that of a killed run with other input or settings; WorkerError where workers are lost again and again.
     """
     recipe = recipe or Recipe()
-    on = resolve_device(device)
-    executor = Threads.within(on, recipe.max_memory)
-    keeping = Keeping(on, is_wanted=journal, fresh=fresh)
+    with place_of_work(device, recipe.max_memory, ray=ray, workers=workers) as place:
+        return _compressed(
+            source,
+            output,
+            recipe,
+            place.executor,
+            Keeping(place.device, is_wanted=journal, fresh=fresh),
+            with_copies=with_copies,
+            embed_files=embed_files,
+            shard_bytes=shard_bytes,
+            force=force,
+            verify=verify,
+            base=base,
+            progress=progress,
+            limits=limits,
+        )
+
+
+def _compressed(
+    source: str | Path,
+    output: str | Path | None,
+    recipe: Recipe,
+    executor: Executor,
+    keeping: Keeping,
+    *,
+    with_copies: bool,
+    embed_files: bool,
+    shard_bytes: int,
+    force: bool,
+    verify: bool,
+    base: str | Path | Sequence[str | Path],
+    progress: Hook | None,
+    limits: Limits | None,
+) -> Report:
+    """What `compress` does, wherever the work is done."""
     place = located(source)
     source, output = place.path, output or place.output()
     if embed_files:
