@@ -103,22 +103,28 @@ def _compared(vectors: Far, encoded: far.Encoded, record: Record) -> _Found:
     codebook = pq.saturated(encoded.codebook, getattr(torch, record.info.dtype))
     digest, counts = hashlib.blake2b(digest_size=HASH_BYTES), torch.zeros(len(codebook), dtype=torch.int64)
     bits = packing.n_bits(len(codebook))
-    packed, masks, n_zeros = [], [], 0
+    # made first, for the same reason as in `Far.picked`
+    packed = np.empty(packing.packed_bytes(len(vectors), bits), np.uint8)
+    masks, n_zeros = np.empty(packing.packed_bytes(vectors.numel(), 1), np.uint8), 0
 
     def pieces() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal n_zeros
         for start, original in vectors.pieces():
             assignments = encoded.assignments[start : start + len(original)]
             counts.add_(torch.bincount(assignments, minlength=len(codebook)))
-            packed.append(packing.pack(assignments.numpy(), bits))
+            _put(packed, start * bits, packing.pack(assignments.numpy(), bits))
             decoded = codebook.index_select(0, assignments)
             is_zero = original == 0
             n_zeros += int(is_zero.sum())
-            masks.append(np.packbits(is_zero.numpy(), bitorder="little"))
+            _put(masks, start * vectors.shape[1], np.packbits(is_zero.numpy(), bitorder="little"))
             decoded[is_zero] = 0
             digest.update(tensor_bytes(decoded).data)
             yield original, decoded
 
     error = metrics.compare_pieces(pieces())
-    held = zeros.held_by_bits(np.concatenate(masks), n_zeros, record) if n_zeros else None
-    return _Found(error, digest.digest(), counts, np.concatenate(packed), held)
+    held = zeros.held_by_bits(masks, n_zeros, record) if n_zeros else None
+    return _Found(error, digest.digest(), counts, packed, held)
+
+
+def _put(into: NDArray[np.uint8], bit: int, data: NDArray[np.uint8]) -> None:
+    into[bit // 8 : bit // 8 + len(data)] = data
