@@ -72,17 +72,20 @@ def _piece(record: Record, weights: Weights, options: em.Options) -> Piece:
     encoded = far.encode(vectors, options, getattr(torch, coding.codebook_dtype))
     n_centroids, dtype = len(encoded.codebook), str(encoded.codebook.dtype).removeprefix("torch.")
     record = replace(record, coding=Plain(d, n_centroids, dtype, coding.rows))
-    found = _compared(vectors, encoded, record)
-    if found.zeros is not None:
-        record = replace(record, zero_bytes=len(found.zeros))
+    found, codebook = _compared(vectors, encoded, record), encoded.codebook
+    del encoded  # its assignments are packed by now, and coding zeros takes as much again
+    far.give_back()
+    held = zeros.held_by_bits(found.zeros, found.n_zeros, record) if found.n_zeros else None
+    if held is not None:
+        record = replace(record, zero_bytes=len(held))
     if record.payload_bytes >= record.info.n_bytes:
         raise NotHeldError  # it is kept
     entries: list[tuple[str, bytes | NDArray[np.uint8]]] = [
-        (f"pq/{record.name}/codebook", tensor_bytes(encoded.codebook)),
+        (f"pq/{record.name}/codebook", tensor_bytes(codebook)),
         (f"pq/{record.name}/assignments", found.packed),
     ]
-    if found.zeros is not None:
-        entries.append((zeros.key(record.name), found.zeros))
+    if held is not None:
+        entries.append((zeros.key(record.name), held))
     entropy = metrics.entropy(found.counts)
     use = Use(int((found.counts > 0).sum()), entropy, entropy * len(vectors))
     return Piece(record, found.digest, tuple(entries), error=found.error, use=use)
@@ -90,13 +93,14 @@ def _piece(record: Record, weights: Weights, options: em.Options) -> Piece:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a last pass over the tensor finds out: how it comes back, and what is held of it."""
+    """What a last pass over the tensor finds out: how it comes back, what is packed, and a bit for each of its zeros."""
 
     error: metrics.Error
     digest: bytes
     counts: torch.Tensor
     packed: NDArray[np.uint8]
-    zeros: bytes | None
+    zeros: NDArray[np.uint8]
+    n_zeros: int
 
 
 def _compared(vectors: Far, encoded: far.Encoded, record: Record) -> _Found:
@@ -122,8 +126,7 @@ def _compared(vectors: Far, encoded: far.Encoded, record: Record) -> _Found:
             yield original, decoded
 
     error = metrics.compare_pieces(pieces())
-    held = zeros.held_by_bits(masks, n_zeros, record) if n_zeros else None
-    return _Found(error, digest.digest(), counts, packed, held)
+    return _Found(error, digest.digest(), counts, packed, masks, n_zeros)
 
 
 def _put(into: NDArray[np.uint8], bit: int, data: NDArray[np.uint8]) -> None:
