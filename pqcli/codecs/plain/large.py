@@ -93,7 +93,7 @@ def _piece(record: Record, weights: Weights, options: em.Options) -> Piece:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a last pass over the tensor finds out: how it comes back, what is packed, and a bit for each of its zeros."""
+    """What a last pass over the tensor finds: how it comes back, what is packed, a bit for each of its zeros."""
 
     error: metrics.Error
     digest: bytes
