@@ -72,17 +72,20 @@ def _piece(record: Record, weights: Weights, options: em.Options) -> Piece:
     encoded = far.encode(vectors, options, getattr(torch, coding.codebook_dtype))
     n_centroids, dtype = len(encoded.codebook), str(encoded.codebook.dtype).removeprefix("torch.")
     record = replace(record, coding=Plain(d, n_centroids, dtype, coding.rows))
-    found = _compared(vectors, encoded, record)
-    if found.zeros is not None:
-        record = replace(record, zero_bytes=len(found.zeros))
+    found, codebook = _compared(vectors, encoded, record), encoded.codebook
+    del encoded  # its assignments are packed by now, and coding zeros takes as much again
+    far.give_back()
+    held = zeros.held_by_bits(found.zeros, found.n_zeros, record) if found.n_zeros else None
+    if held is not None:
+        record = replace(record, zero_bytes=len(held))
     if record.payload_bytes >= record.info.n_bytes:
         raise NotHeldError  # it is kept
     entries: list[tuple[str, bytes | NDArray[np.uint8]]] = [
-        (f"pq/{record.name}/codebook", tensor_bytes(encoded.codebook)),
+        (f"pq/{record.name}/codebook", tensor_bytes(codebook)),
         (f"pq/{record.name}/assignments", found.packed),
     ]
-    if found.zeros is not None:
-        entries.append((zeros.key(record.name), found.zeros))
+    if held is not None:
+        entries.append((zeros.key(record.name), held))
     entropy = metrics.entropy(found.counts)
     use = Use(int((found.counts > 0).sum()), entropy, entropy * len(vectors))
     return Piece(record, found.digest, tuple(entries), error=found.error, use=use)
@@ -90,35 +93,41 @@ def _piece(record: Record, weights: Weights, options: em.Options) -> Piece:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a last pass over the tensor finds out: how it comes back, and what is held of it."""
+    """What a last pass over the tensor finds: how it comes back, what is packed, a bit for each of its zeros."""
 
     error: metrics.Error
     digest: bytes
     counts: torch.Tensor
     packed: NDArray[np.uint8]
-    zeros: bytes | None
+    zeros: NDArray[np.uint8]
+    n_zeros: int
 
 
 def _compared(vectors: Far, encoded: far.Encoded, record: Record) -> _Found:
     codebook = pq.saturated(encoded.codebook, getattr(torch, record.info.dtype))
     digest, counts = hashlib.blake2b(digest_size=HASH_BYTES), torch.zeros(len(codebook), dtype=torch.int64)
     bits = packing.n_bits(len(codebook))
-    packed, masks, n_zeros = [], [], 0
+    # made first, for the same reason as in `Far.picked`
+    packed = np.empty(packing.packed_bytes(len(vectors), bits), np.uint8)
+    masks, n_zeros = np.empty(packing.packed_bytes(vectors.numel(), 1), np.uint8), 0
 
     def pieces() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal n_zeros
         for start, original in vectors.pieces():
             assignments = encoded.assignments[start : start + len(original)]
             counts.add_(torch.bincount(assignments, minlength=len(codebook)))
-            packed.append(packing.pack(assignments.numpy(), bits))
+            _put(packed, start * bits, packing.pack(assignments.numpy(), bits))
             decoded = codebook.index_select(0, assignments)
             is_zero = original == 0
             n_zeros += int(is_zero.sum())
-            masks.append(np.packbits(is_zero.numpy(), bitorder="little"))
+            _put(masks, start * vectors.shape[1], np.packbits(is_zero.numpy(), bitorder="little"))
             decoded[is_zero] = 0
             digest.update(tensor_bytes(decoded).data)
             yield original, decoded
 
     error = metrics.compare_pieces(pieces())
-    held = zeros.held_by_bits(np.concatenate(masks), n_zeros, record) if n_zeros else None
-    return _Found(error, digest.digest(), counts, np.concatenate(packed), held)
+    return _Found(error, digest.digest(), counts, packed, masks, n_zeros)
+
+
+def _put(into: NDArray[np.uint8], bit: int, data: NDArray[np.uint8]) -> None:
+    into[bit // 8 : bit // 8 + len(data)] = data

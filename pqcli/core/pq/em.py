@@ -159,6 +159,7 @@ def lloyd(
             codebook = _moved(codebook, sweep, steps[:, None])[sweep.population > 0]
         else:
             codebook = _moved(codebook, sweep, step)
+        del sweep  # its assignments: the next one's take their place in memory
         if len(objective) > 1 and objective[-2] - objective[-1] <= CONVERGED * objective[-2]:
             break
     return Fit(codebook, tuple(objective))

@@ -9,6 +9,7 @@ Shapes: vectors (n, d), codebook (k, d), assignments (n,) int32.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from pqcli.core.pq.blocks import Blocks
 
 PIECE: Final = 1 << 17
 """Vectors read at a time where nothing else says how many; a multiple of what `metrics.compare` takes at a time."""
+
+
+TRIMMED: Final = 1 << 22
+"""So many vectors further on, the memory of pieces that are no longer needed is given back."""
 
 
 class NotHeldError(Exception):
@@ -54,6 +59,8 @@ class Far:
         if not isinstance(place, slice):
             raise NotHeldError
         start, stop, _ = place.indices(len(self))
+        if start // TRIMMED < stop // TRIMMED:
+            give_back()
         return self.read(start, stop)
 
     def __add__(self, other: object) -> NoReturn:
@@ -72,12 +79,13 @@ class Far:
         """The vectors of these places (m,), which rise, in float32."""
         edges = torch.arange(0, len(self) + PIECE, PIECE)
         bounds = torch.searchsorted(chosen, edges).tolist()
-        found = [torch.zeros(0, self.shape[1])]
+        # made first: small results between the large pieces that are read would keep the memory of these from reuse
+        found = torch.empty(len(chosen), self.shape[1])
         for i, (begin, end) in enumerate(pairwise(bounds)):
             if begin < end:
                 piece = self[i * PIECE : (i + 1) * PIECE]
-                found.append(piece.index_select(0, chosen[begin:end] - i * PIECE).float())
-        return torch.cat(found)
+                found[begin:end] = piece.index_select(0, chosen[begin:end] - i * PIECE)
+        return found
 
     def sweep(self, codebook: Tensor, bias: Tensor, *, accumulate: bool) -> kernels.Pass:
         """`kernels.sweep` over all vectors."""
@@ -87,7 +95,7 @@ class Far:
         assignments = torch.empty(len(self), dtype=torch.int32)
 
         def work(place: tuple[int, int]) -> kernels.Pass:
-            found = cpu.sweep(self.read(*place), codebook, bias, None, accumulate, is_slab=True)
+            found = cpu.sweep(self[slice(*place)], codebook, bias, None, accumulate, is_slab=True)
             assignments[slice(*place)] = found.assignments
             return found
 
@@ -124,6 +132,13 @@ class Encoded:
 
     codebook: Tensor
     assignments: Tensor
+
+
+def give_back() -> None:
+    """Give the system what the C library keeps of freed memory: between passes over a gigabyte it may be as much."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def peak(far: Far) -> float:
