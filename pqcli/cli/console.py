@@ -131,6 +131,9 @@ class Console:
         if report.parts:
             for line in readable.part_lines(report):
                 self.note(line)
+        state = readable.state_line(report)
+        if state is not None:
+            self.note(f"training state: {state}")
         base = readable.base_line(report)
         if base is not None:
             self.note(f"base {base}")

@@ -215,7 +215,7 @@ def _opened(source: Path, component: Component, recipe: Recipe, limits: Limits |
 
 def _without_training(parts: Components, recipe: Recipe) -> Components:
     """Without the files of a trainer, where the recipe wants the model alone."""
-    if not recipe.model_only:
+    if recipe.state != "drop":
         return parts
     gone = [path for path in parts.side if is_of_training(posixpath.basename(path))]
     return replace(
