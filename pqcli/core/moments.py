@@ -9,6 +9,8 @@ squares, and so is the square root of a second moment v, which then is spaced by
 That leaves a second moment 32 octaves below the largest one of its block. A second moment that is not zero never
 becomes zero, by which a step would be divided: what is smaller still takes the smallest step.
 
+torch is imported late, because plans, which tell sizes, do without it.
+
 Shapes: values (n,), codes (n,) uint8, scales (ceil(n / BLOCK),) uint16: the high half of a float32, rounded up.
 """
 
@@ -18,10 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from pqcli.core.pq import pq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +59,8 @@ def n_bytes(n: int) -> int:
 
 def can_code(moments: Tensor, form: str) -> bool:
     """Whether a tensor holds what moments of this form may be: finite numbers, and no negative second moments."""
+    from pqcli.core.pq import pq
+
     if not pq.is_finite(moments):
         return False
     return form == FIRST or bool((moments >= 0).all())
@@ -84,6 +85,8 @@ def encode(moments: Tensor, form: str) -> Coded:
 
 def decode(coded: Coded, form: str) -> Tensor:
     """The values, float32 (n,). Raises ValueError for codes and scales that `encode` does not give."""
+    import torch
+
     if coded.scales.size and int(coded.scales.max()) > _LARGEST_SCALE:
         raise ValueError("a scale of moments that is negative or not finite")
     if form == FIRST and coded.codes.size and not coded.codes.all():
@@ -131,6 +134,10 @@ def _nearest(values: NDArray[np.float32], scales: NDArray[np.uint16], form: str)
 
 def _raise_vanished(codes: NDArray[np.uint8], scales: NDArray[np.uint16], moments: Tensor) -> None:
     """Raise, in place, the codes of those that are not zero and would become zero in the tensor's dtype."""
+    import torch
+
+    from pqcli.core.pq import pq
+
     spread = _spread(scales, codes.size)
     is_something = (moments != 0).numpy()
     (at,) = np.nonzero(is_something)
