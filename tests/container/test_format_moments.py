@@ -124,8 +124,8 @@ def test_payloads_that_no_writer_makes_end_in_an_error(tmp_path, data, message):
 def test_moments_that_would_fill_memory_are_refused(tmp_path):
     forgery = taken_apart(FILE)
     of(forgery, "optimizer.state.2.momentum_buffer").update(shape=[1 << 20, 1 << 20])
+    (tmp_path / "x.pq.safetensors").write_bytes(forgery.bytes())
     with pytest.raises(DamagedError, match="more than the"):
-        (tmp_path / "x.pq.safetensors").write_bytes(forgery.bytes())
         pqcli.open(tmp_path / "x.pq.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Moments in eight bits: what comes back is near, second moments stay positive, and equal bytes come of equal moments."""
+"""Moments in eight bits: what comes back is near, and second moments stay positive."""
 
 import numpy as np
 import pytest

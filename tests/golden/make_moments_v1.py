@@ -2,8 +2,8 @@
 
     python -m tests.golden.make_moments_v1
 
-Training checkpoints with moments in eight bits: both forms, all dtypes, blocks cut short, zeros, numbers that hardly are
-none, state that is no moment, and moments that share memory or bytes.
+Training checkpoints with moments in eight bits: both forms, all dtypes, blocks cut short, zeros and what is near them,
+state that is no moment, and moments that share memory or bytes.
 """
 
 import json
