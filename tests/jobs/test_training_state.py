@@ -3,9 +3,11 @@
 import json
 from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from typer.testing import CliRunner
@@ -342,3 +344,52 @@ def test_a_flag_has_the_last_word_over_a_recipe():
     assert flags.override(Recipe(model_only=True), training_state="keep").state == "keep"
     with pytest.raises(UsageError, match="'keep' or 'drop' or '8bit'"):
         flags.override(Recipe(), training_state="4bit")
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainers(tmp_path):
+    """A folder as transformers' Trainer leaves it."""
+    training = Training(OPTIMIZERS["AdamW"])
+    training.steps(3)
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    save_file(training.model.state_dict(), folder / "model.safetensors")
+    torch.save(training.optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save({"python": 1}, folder / "rng_state.pth")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_the_optimizer_in_a_trainers_folder_is_held_in_eight_bits_and_comes_back(trainers, tmp_path):
+    recipe = replace(EIGHT, codec="trellis", effort=4)
+    report = pqcli.compress(trainers, recipe=recipe)
+    assert {path.name for path in (tmp_path / "checkpoint-3.pq").iterdir()} == {
+        "model.pq.safetensors", "optimizer.pq.safetensors", "rng_state.pth", "config.json",
+    }  # fmt: skip
+    assert report.state.n_moments == 4
+    assert pqcli.verify(report.output, trainers) == []
+    back = pqcli.decode(report.output)
+    assert {path.name for path in back.iterdir()} == {path.name for path in trainers.iterdir()}
+    found, state = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in (back, trainers))
+    assert found["param_groups"] == state["param_groups"]
+    assert torch.equal(found["state"][0]["step"], state["state"][0]["step"])
+    torch.testing.assert_close(found["state"][0]["exp_avg"], state["state"][0]["exp_avg"], rtol=0.2, atol=1e-3)
+    assert pqcli.preview(trainers, recipe=recipe).predicted_bytes == report.compressed_bytes
+
+
+def test_without_eight_bits_the_optimizer_in_a_trainers_folder_is_copied(trainers):
+    folder = Path(pqcli.compress(trainers, recipe=SMALL).output)
+    assert (folder / "optimizer.pt").read_bytes() == (trainers / "optimizer.pt").read_bytes()
+    dropped = folder.with_name("dropped.pq")
+    pqcli.compress(trainers, dropped, replace(SMALL, training_state="drop"))
+    assert not (dropped / "optimizer.pt").exists()
+
+
+def test_a_size_of_a_trainers_folder_counts_its_optimizer(trainers):
+    recipe = Recipe(codec="trellis", effort=4, training_state="8bit", target_bytes=75_000)
+    assert 72_000 < pqcli.compress(trainers, recipe=recipe).compressed_bytes <= 75_000
+    with pytest.raises(BudgetError, match=r"optimizer\.pq\.safetensors: --training-state drop leaves it out"):
+        pqcli.compress(trainers, recipe=replace(recipe, target_bytes=40_000), force=True)
