@@ -441,12 +441,13 @@ class Compression:
     def expected_bytes(self) -> int:
         """The size of the file, as far as it is known before a weight is read.
 
-        Plain PQ: from the headers. A budget of bytes is spent. Else 0: nothing is known of what streams will take.
+        Plain PQ: from the headers, or no more than they say. A budget of bytes is spent. Else 0: nothing is known of
+        what streams will take.
         """
         goal = Goal.of(self.recipe, self.original_bytes)
         if goal is not None and goal.quantity == "bytes":
             return int(goal.value)
-        if self.codec.is_compact:
+        if self.codec.is_compact and not self.quick_state:
             return 0
         records = [record_of(entry) for entry in self.plan.entries]
         return lay_out(self.writer.about.manifest(records)).n_bytes

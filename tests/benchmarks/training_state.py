@@ -1,6 +1,7 @@
 """Training goes on after a checkpoint was compressed with its training state: spacings, bytes, loss curves.
 
 usage: training_state.py [--folder OUT] [--only {spacing,bytes,curves} ...] [--tasks NAME ...] [--steps 150]
+                         [--after 100]
 
 Three runs of small real networks: ResNet-20 on the kit's 1,500 CIFAR-10 images with AdamW and with SGD and momentum,
 and a transformer on bytes of WikiText-2 with AdamW. Each trains for `--steps` steps and saves a whole checkpoint:
@@ -8,7 +9,7 @@ model, optimizer, schedule, generator state. Then
 
     spacing   what spacings of eight bits do to moments, and to the step that AdamW takes with them, and their entropy
     bytes     what the training state takes: raw, without loss, in eight bits, and as bitsandbytes has eight bits
-    curves    `pqcli compress`, `pqcli decode`, and as many steps again with the same data in the same order: losses
+    curves    `pqcli compress`, `pqcli decode`, and `--after` more steps with the same data in the same order: losses
               beside those of the run that was never interrupted, of one whose optimizer starts anew, and of one whose
               weights were off by a millionth (training is chaotic: so much separates runs at any rate)
 
@@ -332,7 +333,7 @@ def resumed(
     return losses, torch.cat([weight.detach().reshape(-1) for weight in run.model.parameters()])
 
 
-def curves(files: dict[str, Path], folder: Path, steps: int) -> bool:
+def curves(files: dict[str, Path], folder: Path, start_step: int, steps: int) -> bool:
     """A column a way: mean losses; then how far losses and weights are from those of the uninterrupted run."""
     good = True
     for name, path in files.items():
@@ -346,7 +347,9 @@ def curves(files: dict[str, Path], folder: Path, steps: int) -> bool:
         expected, weights = found["uninterrupted"]
         start = torch.cat([w.reshape(-1) for w in (lambda run: run.load(path) or run.model.parameters())(Run.of(name))])
         moved = (weights - start.detach()).norm()
-        print(f"\n{name}, steps {steps} to {2 * steps}: mean loss" + "".join(f"{way:>15}" for way in found))
+        print(
+            f"\n{name}, steps {start_step} to {start_step + steps}: mean loss" + "".join(f"{way:>15}" for way in found)
+        )
         for at in range(0, steps, WINDOW):
             means = "".join(f"{np.mean(losses[at : at + WINDOW]):15.4f}" for losses, _ in found.values())
             print(f"{f'  {at} to {at + WINDOW}':46}{means}")
@@ -376,6 +379,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=["spacing", "bytes", "curves"])
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--after", type=int, default=100)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     parts = asked.only or ["spacing", "bytes", "curves"]
@@ -387,7 +391,7 @@ def main() -> None:
             spacings(files)
         if "bytes" in parts:
             sizes(files, folder)
-        good = curves(files, folder, asked.steps) if "curves" in parts else True
+        good = curves(files, folder, asked.steps, asked.after) if "curves" in parts else True
     sys.exit(not good)
 
 
