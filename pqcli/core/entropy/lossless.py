@@ -49,8 +49,8 @@ _START_COUNT = 24
 def compress(arrays: Sequence[NDArray[np.generic]], *, quick: bool = False) -> bytes:
     """`arrays` as bytes, at most a few more than they have (one per byte of item size, and a handful).
 
-    A `quick` compression is some fifty times faster, to read ten times, and a few percent larger: each group is arranged
-    as a sample of it asks for, and bytes that hardly get fewer are left as they are.
+    A `quick` compression is some fifty times faster, to read ten times, and a few percent larger: each group is
+    arranged as a sample of it asks for, and bytes that hardly get fewer are left as they are.
     """
     parts: list[bytes] = []
     for size in ITEM_SIZES:
