@@ -142,7 +142,8 @@ class Console:
             self.note(readable.side_line(report))
         for warning in report.warnings:
             self.warn(warning)
-        if not report.quantized and report.base is None:
+        has_moments = report.state is not None and report.state.n_moments > 0
+        if not report.quantized and report.base is None and not has_moments:
             self.warn("nothing was quantized; `pqcli plan` tells why for each tensor")
         else:
             file = shlex.quote(visible(report.output))
