@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_QUICK_COPIES = 5
+"""Memory that coding a large tensor takes, in copies of it: itself, byte planes, and those coded, twice."""
+
+
 @dataclass(frozen=True)
 class KeptJob(TensorTask):
     """Read a tensor to be kept; `is_compact`: code it without loss, unless it is so small that it will be bundled.
@@ -35,7 +39,7 @@ class KeptJob(TensorTask):
     @property
     def n_bytes(self) -> int:
         """The tensor, and its copy without loss."""
-        return 2 * self.record.info.n_bytes
+        return (_QUICK_COPIES if self.quick else 2) * self.record.info.n_bytes
 
     def run(self, device: torch.device) -> Piece:  # noqa: ARG002 - nothing to compute
         """The tensor's bytes."""

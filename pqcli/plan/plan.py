@@ -35,7 +35,7 @@ LEAST_CODED = 64
 """Tensors of fewer weights gain nothing from a codec for whole checkpoints."""
 LEAST_MOMENTS = 1024
 """Fewer moments are kept as they are: to tell of their form would take a good part of what it saves."""
-STATE_KEPT = f"training state, but no {LEAST_MOMENTS:,} moments of a known optimizer: kept exactly"
+STATE_KEPT = f"training state, but no moments (of a known optimizer, at least {LEAST_MOMENTS:,}): kept exactly"
 BOOKKEEPING_BYTES = 200
 """About what a quantized tensor costs beside its payload: headers and its record in the manifest."""
 

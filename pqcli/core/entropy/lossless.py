@@ -12,6 +12,7 @@ Only bytes matter here: a spec is (item size in bytes, number of elements), and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,8 @@ _QUICK_SAMPLE = 1 << 16
 """Words from which a quick compression tells how to arrange them."""
 _WORTH_BITS = 7.9
 """Planes of more bits a byte at their order-0 entropy stay raw in a quick compression, unlooked at."""
+_CHUNK = 1 << 20
+"""Words that are rearranged at a time."""
 _START_COUNT = 24
 """Lower planes' models start as if they had seen this much, lest they learn from noise."""
 
@@ -59,7 +62,7 @@ def compress(arrays: Sequence[NDArray[np.generic]], *, quick: bool = False) -> b
         if unknown is not None:
             raise ValueError(f"elements of {unknown} bytes")
         if group:
-            words = np.concatenate([a.view(np.uint8) for a in group])
+            words = group[0].view(np.uint8) if len(group) == 1 else np.concatenate([a.view(np.uint8) for a in group])
             starts = _starts([a.size for a in group])
             if quick:
                 parts.append(_pack(words, size, starts, _likely_arrangement(words, size), quick=True))
@@ -128,19 +131,28 @@ def _entropy(plane: NDArray[np.uint8]) -> float:
 
 def _rearrange(words: NDArray[np.uint8], size: int, arrangement: int, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Planes (size, n), the most significant first."""
-    if arrangement == _AS_IS:
-        return np.ascontiguousarray(words.reshape(-1, size).T[::-1])
-    unsigned = words.view(f"<u{size}")
     if arrangement == _DIFFERENCES:
+        unsigned = words.view(f"<u{size}")
         moved = np.diff(unsigned, prepend=unsigned.dtype.type(0))
         moved[starts[:-1]] = unsigned[starts[:-1]]
-    else:
-        n_bits = 8 * size
-        sign = unsigned >> (n_bits - 1)
-        exponent = (unsigned >> (n_bits - 9)) & 255
-        rest = unsigned & ((1 << (n_bits - 9)) - 1)
-        moved = (exponent << (n_bits - 8)) | (sign << (n_bits - 9)) | rest
-    return np.ascontiguousarray(moved.view(np.uint8).reshape(-1, size).T[::-1])
+        return np.ascontiguousarray(moved.view(np.uint8).reshape(-1, size).T[::-1])
+    planes = np.empty((size, words.size // size), np.uint8)
+    for start in range(0, planes.shape[1], _CHUNK):  # what is worked with on the way is larger than the words
+        part = words[start * size : (start + _CHUNK) * size]
+        if arrangement == _FLOAT:
+            part = _exponent_first(part.view(f"<u{size}")).view(np.uint8)
+        planes[:, start : start + _CHUNK] = part.reshape(-1, size).T[::-1]
+    return planes
+
+
+def _exponent_first(unsigned: NDArray[Any]) -> NDArray[Any]:
+    """Words with the sign behind the exponent's eight bits, or what lies where a float32 has these."""
+    n_bits = 8 * unsigned.itemsize
+    sign = unsigned >> (n_bits - 1)
+    exponent = (unsigned >> (n_bits - 9)) & 255
+    rest = unsigned & ((1 << (n_bits - 9)) - 1)
+    moved: NDArray[Any] = (exponent << (n_bits - 8)) | (sign << (n_bits - 9)) | rest
+    return moved
 
 
 def _restore(planes: NDArray[np.uint8], arrangement: int, starts: NDArray[np.int64]) -> NDArray[np.uint8]:
