@@ -132,6 +132,9 @@ class Console:
         if report.parts:
             for line in readable.part_lines(report):
                 self.note(line)
+        state = readable.state_line(report)
+        if state is not None:
+            self.note(f"training state: {state}")
         base = readable.base_line(report)
         if base is not None:
             self.note(f"base {base}")
@@ -140,7 +143,8 @@ class Console:
             self.note(readable.side_line(report))
         for warning in report.warnings:
             self.warn(warning)
-        if not report.quantized and report.base is None:
+        has_moments = report.state is not None and report.state.n_moments > 0
+        if not report.quantized and report.base is None and not has_moments:
             self.warn("nothing was quantized; `pqcli plan` tells why for each tensor")
         else:
             file = shlex.quote(visible(report.output))

@@ -40,6 +40,7 @@ KNOWN: Final = frozenset({
     "pqcli.tensors.records:Coded",
     "pqcli.tensors.records:Copy",
     "pqcli.tensors.records:Kept",
+    "pqcli.tensors.records:Moments",
     "pqcli.tensors.records:Plain",
     "pqcli.tensors.records:Record",
     "pqcli.tensors.records:Same",
