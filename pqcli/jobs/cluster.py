@@ -7,13 +7,19 @@ driver, this process, writes the file. Where it dies, its workers do, and its jo
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self
 
 from pqcli.codecs.base import Found, Task
+from pqcli.core.threads import n_threads
 from pqcli.errors import MissingExtraError, UsageError
 from pqcli.jobs import remote
 from pqcli.jobs.devices import WORKERS_PER_GPU
@@ -22,7 +28,14 @@ from pqcli.jobs.remote import Answer, LostWorkerError
 LOCAL: Final = "local"
 """The address that means: start a cluster on this machine, for this run."""
 INSTALL: Final = "pip install 'pqcli[ray]'"
-_QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+LOOPBACK: Final = "127.0.0.1"
+_ENVIRONMENT: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else a loopback address would be replaced by that of a network
+}
+"""Read when Ray is imported."""
+_MEMORY_GRAIN: Final = 1 << 28
 
 
 @dataclass
@@ -37,22 +50,26 @@ class Cluster:
     device: str
     in_flight_bytes: int
     _ray: Any = field(default=None, init=False)
+    _is_ours: bool = field(default=True, init=False)
+    _temporary: str | None = field(default=None, init=False)
     _run: Any = field(default=None, init=False)
     _options: dict[str, float] = field(default_factory=dict, init=False)
     _n_workers: int = field(default=1, init=False)
     _node_bytes: int = field(default=0, init=False)
 
     def __enter__(self) -> Self:
-        for name, value in _QUIET.items():
+        for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
-            import ray
+            ray: Any = importlib.import_module("ray")  # some of it is typed, and only where it is installed
         except ImportError:
             raise MissingExtraError(f"--ray needs Ray; {INSTALL}") from None
         self._ray = ray
-        own: dict[str, Any] = {"include_dashboard": False} if self.address == LOCAL else {"address": self.address}
+        self._is_ours = not ray.is_initialized()  # a program that uses Ray itself stays connected, there and afterwards
         try:
-            ray.init(logging_level="ERROR", log_to_driver=False, configure_logging=False, **own)
+            if self._is_ours:
+                with contextlib.redirect_stdout(sys.stderr):  # stdout is for what the user asked for
+                    ray.init(**self._settings(), log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(
@@ -71,7 +88,20 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ray.shutdown()
+        if self._is_ours:
+            self._ray.shutdown()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _settings(self) -> dict[str, Any]:
+        """How to reach the cluster, or to start one that ends with this run."""
+        if self.address != LOCAL:
+            return {"address": self.address}
+        self._temporary = tempfile.mkdtemp(prefix="pqcli-ray-")
+        return {
+            "address": "local", "num_cpus": n_threads(), "include_dashboard": False, "_node_ip_address": LOOPBACK,
+            "_temp_dir": self._temporary,
+        }  # fmt: skip
 
     def results(self, tasks: Sequence[Task[Found]]) -> Iterator[tuple[int, Found]]:
         """The largest are sent first; results as they come."""
@@ -85,7 +115,8 @@ class Cluster:
 
     def send(self, task: bytes, n_bytes: int) -> Any:
         """To a node with so much memory left; one that no node has room for goes where there is most."""
-        options = {**self._options, "memory": min(n_bytes, self._node_bytes)}
+        # few sizes, since Ray keeps workers apart by what they were asked for
+        options = {**self._options, "memory": min(_MEMORY_GRAIN * -(-n_bytes // _MEMORY_GRAIN), self._node_bytes)}
         return self._run.options(**options).remote(task, self.device, 1)
 
     def first(self, handles: Sequence[Any]) -> Any:

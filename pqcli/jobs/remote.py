@@ -18,6 +18,7 @@ import torch
 from pqcli.codecs.base import Found, Task
 from pqcli.core import threads
 from pqcli.errors import PQError, UsageError, WorkerError
+from pqcli.version import __version__
 
 MOST_ATTEMPTS: Final = 4
 """A task whose worker is lost so many times ends the run: it may be what kills them."""
@@ -31,11 +32,12 @@ class LostWorkerError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker sends back: what its task found, or the error that ended it, and where it was."""
+    """What a worker sends back: what its task found, or the error that ended it, where it was, and its pqcli."""
 
     found: Any = None
     error: BaseException | None = None
     host: str = ""
+    version: str = __version__
 
 
 class Pool(Protocol):
@@ -92,6 +94,10 @@ def results(pool: Pool, tasks: Sequence[Task[Found]], in_flight_bytes: int) -> I
                 left.appendleft(place)
                 held -= tasks[place].n_bytes
                 continue
+            if answer.version != __version__:
+                raise WorkerError(
+                    f"{answer.host} has pqcli {answer.version}, this is {__version__}; install the same everywhere"
+                )
             if answer.error is not None:
                 raise _with_host(answer.error, answer.host)
             yield place, answer.found
@@ -113,9 +119,9 @@ def run_pickled(task: bytes, device: str, n_threads: int | None = None) -> Answe
 
         on = torch.device(device)
         with at_work(on):
-            return Answer(pickle.loads(task).run(on), host=host)  # noqa: S301 - made by `results`, of this run
+            return Answer(pickle.loads(task).run(on), None, host, __version__)  # noqa: S301 - made by `results`, of this run
     except PQError as error:
-        return Answer(error=error, host=host)
+        return Answer(None, error, host, __version__)
 
 
 def _pickled(task: Task[Any]) -> bytes:

@@ -9,7 +9,6 @@ files must have the same bytes.
 
 import argparse
 import hashlib
-import os
 import resource
 import tempfile
 import time
@@ -45,7 +44,6 @@ def main():
 
         started = time.perf_counter()
         ray.init(num_cpus=n_threads(), include_dashboard=False, log_to_driver=False)
-        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         print(f"a cluster of {n_threads()} cores starts in {time.perf_counter() - started:.1f} s")
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in RECIPES.items():
@@ -55,7 +53,7 @@ def main():
             for place in given.places:
                 target = Path(folder) / f"{place}.pq.safetensors"
                 before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-                pqcli.compress(source, target, recipe, **options[place])
+                pqcli.compress(source, target, recipe, force=True, **options[place])
                 took, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
                 own = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
                 usual = usual or took

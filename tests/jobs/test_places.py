@@ -107,6 +107,12 @@ def test_an_error_arrives_as_it_was_and_names_another_host(monkeypatch):
         list(remote.results(FakePool(), tasks, 1000))
 
 
+def test_a_worker_with_another_pqcli_ends_the_run(monkeypatch):
+    monkeypatch.setattr(FakePool, "take", lambda self, handle: Answer(1, host="elsewhere", version="0.0"))
+    with pytest.raises(WorkerError, match=r"elsewhere has pqcli 0\.0, this is"):
+        list(remote.results(FakePool(), [Number(0)], 1000))
+
+
 def test_what_cannot_be_sent_is_told():
     with pytest.raises(UsageError, match="cannot be given to another process"):
         list(remote.results(FakePool(), [Number(lambda: None)], 1000))
