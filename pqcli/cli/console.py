@@ -134,6 +134,9 @@ class Console:
         base = readable.base_line(report)
         if base is not None:
             self.note(f"base {base}")
+        felt = readable.felt_line(report)
+        if felt is not None:
+            self.note(felt)
         self._dropped(report.dropped, "folder" if report.parts else "file")
         if report.side_bytes:
             self.note(readable.side_line(report))

@@ -211,6 +211,7 @@ def _notes(report: Report) -> list[Text]:
     notes += [
         f"{word:<10}{line}"
         for word, line in (
+            ("felt", readable.felt_line(report)),
             ("base", readable.base_line(report)),
             ("entropy", readable.entropy_line(report)),
             ("int4", readable.int4_line(report)),

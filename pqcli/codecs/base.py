@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pqcli.core.metrics import Error
     from pqcli.plan.plan import PlanEntry
     from pqcli.recipe.recipe import Recipe
+    from pqcli.stats.damage import Damage
 
 Matrix = NDArray[np.float32]
 
@@ -152,7 +153,8 @@ class Use:
 class Piece:
     """One finished tensor: its record, the bytes of its own entries by key, and what was measured.
 
-    `bundled` are the bytes of a small kept tensor, which shares an entry with others.
+    `bundled` are the bytes of a small kept tensor, which shares an entry with others. `damage` is what statistics
+    predict of the error.
     """
 
     record: Record
@@ -161,6 +163,7 @@ class Piece:
     bundled: NDArray[np.uint8] | None = None
     error: Error | None = None
     use: Use | None = None
+    damage: Damage | None = None
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,11 @@ from pqcli.core.second_order import Moments, RowImportance, SecondOrder, prepare
 from pqcli.core.second_order import Weights as Plain
 from pqcli.core.trellis.feedback import Feedback
 from pqcli.errors import StatsError
+from pqcli.stats.damage import Damage, predicted
 
 if TYPE_CHECKING:
+    import torch
+
     from pqcli.codecs.base import Survey, Tell, Weights
     from pqcli.stats.sums import WeightSums
     from pqcli.tensors.records import Record
@@ -121,6 +124,11 @@ class Reading:
             return None
         inputs = self._inputs(record, seen)
         return inputs if seen.row_frequency is None else self._looked_up(record, seen, inputs)
+
+    def damage(self, record: Record, original: torch.Tensor, decoded: torch.Tensor) -> Damage | None:
+        """What comes of the error of a tensor, as far as the statistics tell; they are believed whole here."""
+        seen = self._file.moments(self._name(record))
+        return None if seen is None else predicted(seen, original, decoded)
 
     def axis(self, record: Record) -> int:
         """The axis of the tensor's matrix that its inputs belong to."""

@@ -30,7 +30,7 @@ from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Strea
 from pqcli.codecs.kept import KeptJob, reference_piece
 from pqcli.codecs.rate.budget import Goal, error_bound
 from pqcli.codecs.rate.level import Frame, first_level, reach
-from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
+from pqcli.codecs.rate.measuring import Predict, measured_pieces, relative_mse
 from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.container.bases import Base, Search
@@ -226,7 +226,8 @@ def about(checkpoint: Checkpoint, recipe: Recipe, naming: Naming | None = None, 
         "side_bytes": sum(_beside(checkpoint, files).values()),
     }
     names = tuple(info.name for info in checkpoint.tensors)
-    return About(names, source, documents.to_json(recipe), naming, pack(files) if files else None)
+    packed, predicts = pack(files) if files else None, recipe.stats is not None
+    return About(names, source, documents.to_json(recipe), naming, packed, predicts)
 
 
 def dropped(checkpoint: Checkpoint, files: Files = NO_FILES) -> tuple[str, ...]:
@@ -404,10 +405,19 @@ class Compression:
             measuring = self._stage("measuring", survey.records)
             bound = error_bound(self.recipe)
             watch = None if bound is None else Watch(bound)
-            for piece in measured_pieces(self.codec, streams, survey, self.weights, measuring, watch):
+            predict = self._predict(survey)
+            for piece in measured_pieces(self.codec, streams, survey, self.weights, measuring, watch, predict):
                 self.writer.add(piece)
             self.warnings = () if watch is None else watch.warnings()
         return streams
+
+    def _predict(self, survey: Survey) -> Predict | None:
+        """What tells the damage of errors; None without statistics."""
+        if self.recipe.stats is None:
+            return None
+        from pqcli.codecs.statistics import opened as statistics_of
+
+        return statistics_of(self.recipe.stats, survey.records, self.weights).damage
 
     def expected_bytes(self) -> int:
         """The size of the file, as far as it is known before a weight is read.
@@ -451,8 +461,9 @@ class Compression:
         """What became of every tensor of the finished file."""
         pieces, records = self.writer.pieces, self.records
         errors = {piece.record.name: StoredError.of(piece.error) for piece in pieces if piece.error}
+        damages = {piece.record.name: piece.damage for piece in pieces}
         return tuple(
-            tensor_report(record, errors.get(record.held_by), piece.use)
+            tensor_report(record, errors.get(record.held_by), piece.use, damages.get(record.held_by))
             for record, piece in zip(records, pieces, strict=True)
         )
 

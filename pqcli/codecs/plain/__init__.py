@@ -99,7 +99,8 @@ class PlainJob(TensorJob):
         ]
         if held is not None:
             entries.append((zeros.key(record.name), held))
-        return Piece(record, tensor_hash(decoded), tuple(entries), error=error, use=use_of(tensor))
+        damage = None if self.statistics is None else self.statistics.damage(record, weight, decoded)
+        return Piece(record, tensor_hash(decoded), tuple(entries), error=error, use=use_of(tensor), damage=damage)
 
     def _encoded(self, weight: torch.Tensor, device: torch.device) -> pq.Encoded:
         coding = self.record.coding
