@@ -362,6 +362,8 @@ class Codec(ABC):
 
     is_compact: bool = True
     """Whether its files code kept tensors without loss and have short hashes."""
+    takes_blocks: bool = False
+    """Whether it can use second moments of which only blocks along the diagonal are known."""
 
     def compacted(self) -> Codec:
         """The same codec, for a file that is compact."""

@@ -30,9 +30,11 @@ from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Strea
 from pqcli.codecs.kept import KeptJob, reference_piece
 from pqcli.codecs.rate.budget import Goal, error_bound
 from pqcli.codecs.rate.level import Frame, first_level, reach
-from pqcli.codecs.rate.measuring import Predict, measured_pieces, relative_mse
+from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
 from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import NOT_FINITE
+from pqcli.codecs.statistics import Reading, warning_of
+from pqcli.codecs.statistics import opened as statistics_of
 from pqcli.container.bases import Base, Search
 from pqcli.container.files import pack
 from pqcli.container.layout import lay_out
@@ -390,6 +392,10 @@ class Compression:
 
     def coded(self, survey: Survey) -> Streams | None:
         """Code what was surveyed: tensors set apart, then the rest at the level, or to the budget, asked for."""
+        reading = self._reading(survey)
+        if reading is not None:
+            unused = warning_of(reading, survey.records)
+            self.warnings = () if unused is None else (unused,)
         apart, survey = self.codec.set_apart(survey, self.weights, self.recipe, self.first_level(survey))
         self._write(apart, "encoding")
         if not survey.entries:
@@ -405,19 +411,17 @@ class Compression:
             measuring = self._stage("measuring", survey.records)
             bound = error_bound(self.recipe)
             watch = None if bound is None else Watch(bound)
-            predict = self._predict(survey)
+            predict = None if reading is None else reading.damage
             for piece in measured_pieces(self.codec, streams, survey, self.weights, measuring, watch, predict):
                 self.writer.add(piece)
-            self.warnings = () if watch is None else watch.warnings()
+            self.warnings += () if watch is None else watch.warnings()
         return streams
 
-    def _predict(self, survey: Survey) -> Predict | None:
-        """What tells the damage of errors; None without statistics."""
-        if self.recipe.stats is None:
+    def _reading(self, survey: Survey) -> Reading | None:
+        """What statistics tell of the tensors; None without."""
+        if self.recipe.stats is None or not survey.entries:
             return None
-        from pqcli.codecs.statistics import opened as statistics_of
-
-        return statistics_of(self.recipe.stats, survey.records, self.weights).damage
+        return statistics_of(self.recipe.stats, survey.records, in_blocks=self.codec.takes_blocks)
 
     def expected_bytes(self) -> int:
         """The size of the file, as far as it is known before a weight is read.

@@ -12,7 +12,7 @@ from pqcli import checkpoint as checkpoints
 from pqcli.atomic import atomic_writer
 from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import registry
-from pqcli.codecs.base import Use, Weights
+from pqcli.codecs.base import Use
 from pqcli.codecs.plain import use_of
 from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.protection import warnings_of_tensors
@@ -64,7 +64,7 @@ def report(
         else:
             stage = Stage(progress or ignore, "measuring", n_weights(container))
             with original_of(container, against, limits, weights) as original:
-                known = None if stats is None else opened(str(stats), records, Weights(original))
+                known = None if stats is None else opened(str(stats), records)
                 tensors = tuple(_measured_reports(container, records, original, stage, known))
         source = container.manifest.source
         return Report(

@@ -211,7 +211,7 @@ class PlainCodec(Codec):
             return PlainSession(survey, weights, recipe, self.is_compact)
         from pqcli.codecs.statistics import opened
 
-        reading = opened(recipe.stats, survey.records, weights)
+        reading = opened(recipe.stats, survey.records)
         return PlainSession(survey, weights, recipe, self.is_compact, reading)
 
 
