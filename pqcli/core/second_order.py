@@ -7,7 +7,9 @@ are to have the same damage, so with H = F D F' (`trellis.feedback`)
 
     step of input j of a layer ~ (N g d_j)^(-1/2),     step of row v of an embedding ~ (g n_v)^(-1/2)
 
-and one number, the level, moves all of them together. Statistics are samples and perhaps of other data than the network
+and one number, the level, moves all of them together. Between tensors that is believed in part only, by `TRUST`: the
+gradient numbers hold for small errors, a step that is large for its weights makes errors that are not small, and other
+data would have other gradients. Statistics are samples and perhaps of other data than the network
 will meet, so moments are believed in part only: they are shrunk towards their diagonal, by as much as serves one half
 of the samples when the other half is what the encoder knew.
 
@@ -35,6 +37,8 @@ SHRINKAGES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 LEAST_SHRINKAGE = 0.05
 """The share where there are no two halves to find out, and the least where there are: halves may agree and still be of
 other data than the network will meet."""
+TRUST = 0.5
+"""How far a tensor's typical step goes, in octaves, from the one without data (0) to the one of least damage (1)."""
 FEWEST_LOOKUPS = (0.05, 0.5)
 """An embedding's row that was never seen counts as seen so many times, as the number of those seen once suggests."""
 FEWEST_DRAWS = (0.01, 0.5)
@@ -189,7 +193,9 @@ def prepare(
         if about.gradient is not None:
             exact[key] = typical / math.sqrt(max(about.gradient * about.n_samples, 1e-30))
     unit = _typical({key: exact[key] / tensors[key].plain_step for key in exact}, tensors)
-    steps = {key: exact[key] / unit if key in exact else about.plain_step for key, about in tensors.items()}
+    steps = {key: about.plain_step for key, about in tensors.items()}
+    for key, step in exact.items():
+        steps[key] *= (step / unit / steps[key]) ** TRUST
     return SecondOrder(steps, rows, shrinkage)
 
 
