@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pqcli.codecs.base import Piece, TensorJob, Weights
+from pqcli.codecs.base import Piece, TensorTask, Weights
 from pqcli.codecs.difference import exact_difference
 from pqcli.core.digests import HASH_BYTES, tensor_bytes, tensor_hash
 from pqcli.core.entropy import lossless
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class KeptJob(TensorJob):
+class KeptJob(TensorTask):
     """Read a tensor to be kept; `is_compact`: code it without loss, unless it is so small that it will be bundled."""
 
     record: Record

@@ -26,7 +26,19 @@ from pqcli.checkpoint import Checkpoint
 from pqcli.checkpoint.hub import located
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
-from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
+from pqcli.codecs.base import (
+    Codec,
+    Job,
+    Piece,
+    Run,
+    StreamCodec,
+    StreamPiece,
+    Streams,
+    Survey,
+    Weights,
+    load,
+    record_of,
+)
 from pqcli.codecs.kept import KeptJob, reference_piece
 from pqcli.codecs.rate.budget import Goal, error_bound
 from pqcli.codecs.rate.level import Frame, first_level, reach
@@ -43,11 +55,11 @@ from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
 from pqcli.errors import CheckpointError, ContainerError, OutputError
-from pqcli.jobs import executors
 from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
-from pqcli.jobs.devices import at_work, resolve_device, workers
+from pqcli.jobs.devices import resolve_device
 from pqcli.jobs.events import Event, Hook, Stage, ignore
+from pqcli.jobs.executors import Executor, Threads, running
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import goes_to_folder
 from pqcli.jobs.report import base_report, paper_bytes_of, tensor_report
@@ -71,8 +83,6 @@ NO_FILES: Files = {}
 """Small files that go into the container, by their paths."""
 NOT_CODED = frozenset({"keep", "alias", "base"})
 """Actions of a plan that no codec takes part in."""
-BASE_MEMORY_BYTES = 400 << 20
-"""Memory of a process that has torch loaded and kernels compiled."""
 
 
 def compress(
@@ -108,6 +118,7 @@ def compress(
     Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
     """
     recipe = recipe or Recipe()
+    executor = Threads.within(resolve_device(device), recipe.max_memory)
     place = located(source)
     source, output = place.path, output or place.output()
     if embed_files:
@@ -119,7 +130,7 @@ def compress(
             source,
             Path(output) if output else None,
             recipe,
-            resolve_device(device),
+            executor,
             with_copies=with_copies,
             shard_bytes=shard_bytes,
             base=base,
@@ -134,7 +145,7 @@ def compress(
             checkpoint,
             output,
             recipe,
-            resolve_device(device),
+            executor,
             files=files,
             force=force,
             verify=verify,
@@ -258,7 +269,7 @@ def compress_opened(
     checkpoint: Checkpoint,
     output: str | Path | None,
     recipe: Recipe,
-    device: torch.device,
+    executor: Executor,
     *,
     others: Sequence[TensorInfo] = (),
     files: Files = NO_FILES,
@@ -285,7 +296,7 @@ def compress_opened(
             checkpoint,
             plan,
             recipe,
-            device,
+            executor,
             target,
             files=files,
             shard_bytes=shard_bytes,
@@ -320,7 +331,7 @@ def compression(
     checkpoint: Checkpoint,
     plan: Plan,
     recipe: Recipe,
-    device: torch.device,
+    executor: Executor,
     target: Path,
     *,
     files: Files = NO_FILES,
@@ -344,17 +355,13 @@ def compression(
             codec, plan, weights = codec.compacted(), beside.plan, beside.weights
         said = about(checkpoint, recipe, beside.naming if beside else None, files)
         writer = stack.enter_context(Writer(target, said, force, compact=codec.is_compact, shard_bytes=shard_bytes))
-        run = _runner(device, recipe)
+        run = running(executor, hook)
         yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook, beside)
-
-
-Result = Piece | StreamPiece | list[StreamPiece]
-Run = Callable[[Sequence[Job], Stage], Iterator[Result]]
 
 
 @dataclass
 class Compression:
-    """The steps of the loop, over what they all need. `run` is the executor's: jobs in, results out as they come."""
+    """The steps of the loop, over what they all need. `run` is the executor's."""
 
     plan: Plan
     recipe: Recipe
@@ -382,9 +389,7 @@ class Compression:
                 self.writer.add(Piece(record, self.beside.digests[record.name]))
             elif record.action != "keep":
                 self.writer.add(reference_piece(record))
-        survey = self.codec.survey(
-            entries, self.weights, Stage(self.hook, "reading", sum(entry.info.numel for entry in entries))
-        )
+        survey = self.codec.survey(entries, self.weights, self.run)
         kept = [record for record in [*records, *survey.rejected] if record.action == "keep"]
         keeping = [KeptJob(record, self.weights, self.codec.is_compact) for record in kept]
         self._write([*keeping, *survey.exact], "keeping")
@@ -500,7 +505,7 @@ class Compression:
         streams: list[StreamPiece] = []
         if not jobs:
             return streams
-        for piece in self.run(jobs, Stage(self.hook, stage, sum(job.n_weights for job in jobs))):
+        for _, piece in self.run(jobs, stage):
             if isinstance(piece, StreamPiece):
                 streams.append(piece)
             elif isinstance(piece, list):
@@ -556,21 +561,3 @@ def check_written(
             if container.coded(start, start + len(meant)) != meant:
                 raise ContainerError(f"{path}: the streams on the disk are not those that were coded")
             start += len(meant)
-
-
-def _runner(device: torch.device, recipe: Recipe) -> Run:
-    """Jobs on threads, one a worker, within the memory that the recipe allows."""
-    in_flight = executors.IN_FLIGHT_BYTES
-    if recipe.max_memory is not None:
-        in_flight = max(recipe.max_memory - BASE_MEMORY_BYTES, 0)
-
-    def work(job: Job, device: torch.device) -> tuple[Job, Result]:
-        with at_work(device):
-            return job, job.run(device)
-
-    def run(jobs: Sequence[Job], done: Stage) -> Iterator[Result]:
-        for job, piece in executors.largest_first(jobs, work, lambda job: job.n_bytes, workers(device), in_flight):
-            yield piece
-            done(job.n_weights, job.name)
-
-    return run

@@ -17,6 +17,7 @@ from pqcli.container.shards import cut
 from pqcli.jobs import compress as compressing
 from pqcli.jobs.compress import NO_FILES, SHARD_BYTES, Files
 from pqcli.jobs.devices import resolve_device
+from pqcli.jobs.executors import Threads
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
 from pqcli.limits import Limits
@@ -124,8 +125,8 @@ def explain(
     recipe = replace(recipe or Recipe(), codec="auto")
     with compressing.opened(located(source).path, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
-        bases, device = compressing.bases_of(base), torch.device("cpu")
-        with compressing.compression(checkpoint, plan, recipe, device, _nowhere(), bases=bases) as work:
+        bases = compressing.bases_of(base)
+        with compressing.compression(checkpoint, plan, recipe, _here(recipe), _nowhere(), bases=bases) as work:
             survey = work.prepared()
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
@@ -160,13 +161,12 @@ def _rehearsed(
     files: Files,
     shard_bytes: int | None,
 ) -> Preview:
-    device = torch.device("cpu")
     target = _nowhere(seen.output.name)
     with compressing.compression(
         checkpoint,
         seen.plan,
         recipe,
-        device,
+        _here(recipe),
         target,
         files=files,
         shard_bytes=shard_bytes,
@@ -180,6 +180,10 @@ def _rehearsed(
         for entry, found in zip(seen.plan.entries, tensors, strict=True)
     )
     return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=n_bytes)
+
+
+def _here(recipe: Recipe) -> Threads:
+    return Threads.within(torch.device("cpu"), recipe.max_memory)
 
 
 def _nowhere(name: str = f"rehearsal{SUFFIX}") -> Path:

@@ -19,11 +19,12 @@ from pqcli.codecs.base import (
     Codec,
     Draft,
     Piece,
+    Run,
     Session,
     StreamPiece,
     Survey,
     Tell,
-    TensorJob,
+    TensorTask,
     Use,
     Weights,
     record_of,
@@ -51,7 +52,7 @@ FED_COPIES = 4
 
 
 @dataclass(frozen=True)
-class PlainJob(TensorJob):
+class PlainJob(TensorTask):
     """Learn a tensor's codebook, and keep the tensor where that turns out not to pay.
 
     `statistics` know what the inputs of some tensors' layers look like.
@@ -201,7 +202,7 @@ class PlainCodec(Codec):
         """The same codec, for a file that is compact."""
         return PlainCodec(is_compact=True)
 
-    def survey(self, entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:  # noqa: ARG002
+    def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:  # noqa: ARG002
         """All of them, unread: whether values can be quantized is found out by the jobs, which read anyway."""
         return Survey(tuple(entries))
 

@@ -13,8 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import atomic_folder
 from pqcli.checkpoint import Checkpoint
@@ -29,6 +27,7 @@ from pqcli.container.header import SUFFIX
 from pqcli.errors import CheckpointError, UsageError
 from pqcli.jobs.compress import bases_of, compress_opened, of_model
 from pqcli.jobs.events import Hook, ignore
+from pqcli.jobs.executors import Executor
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder
 from pqcli.jobs.preview import Preview, preview_opened
@@ -63,7 +62,7 @@ def compress_folder(
     source: Path,
     output: Path | None,
     recipe: Recipe,
-    device: torch.device,
+    executor: Executor,
     *,
     with_copies: bool = False,
     shard_bytes: int | None = None,
@@ -95,7 +94,7 @@ def compress_folder(
                     checkpoint,
                     temporary / path,
                     recipes[path],
-                    device,
+                    executor,
                     others=others,
                     shard_bytes=shard_bytes,
                     bases=_bases_for(folder, base),
