@@ -77,16 +77,21 @@ def _as_matrix(array: np.ndarray, axis: int) -> np.ndarray:
 
 def _energy(matrix: np.ndarray, seen: Moments) -> float:
     if seen.second is not None:
-        return float(np.einsum("ij,ij->", matrix @ seen.second, matrix, dtype=np.float64))
+        return _sum_of_products(matrix @ seen.second, matrix)
     if seen.blocks is not None:
         total, start = 0.0, 0
         for block in seen.blocks:
             part = matrix[:, start : start + len(block)]
-            total += float(np.einsum("ij,ij->", part @ block, part, dtype=np.float64))
+            total += _sum_of_products(part @ block, part)
             start += len(block)
         return total
-    return float((np.square(matrix, dtype=np.float64) @ np.asarray(seen.diagonal)).sum())
+    return float(np.einsum("ij,ij->j", matrix, matrix) @ np.asarray(seen.diagonal))
 
 
 def _looked_up(array: np.ndarray, frequency: np.ndarray) -> float:
-    return float(frequency @ np.square(array.reshape(len(array), -1), dtype=np.float64).sum(1))
+    rows = array.reshape(len(array), -1)
+    return float(frequency @ np.einsum("ij,ij->i", rows, rows))
+
+
+def _sum_of_products(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->i", a, b).sum(dtype=np.float64))
