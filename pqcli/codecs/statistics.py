@@ -23,6 +23,7 @@ from pqcli.core.second_order import Weights as Plain
 from pqcli.core.trellis.feedback import Blocks, Feedback
 from pqcli.errors import StatsError
 from pqcli.stats.damage import Damage, predicted
+from pqcli.tensors.prefixes import matched
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,7 @@ def opened(path: str, records: Sequence[Record], *, in_blocks: bool = False) -> 
     Raises StatsError where the file is none, or knows none of the tensors; `Reading` does where shapes differ.
     """
     file = statistics.open(path)
-    names = _matched([record.name for record in records], list(file.names))
+    names = matched([record.name for record in records], list(file.names))
     if not names and not any(record.name in file for record in records):
         ours = ", ".join(record.name for record in records[:2])
         theirs = ", ".join(list(file.names)[:2])
@@ -111,22 +112,6 @@ def _named(names: Sequence[str]) -> str:
     """`12 tensors, a, b, c and 9 more`."""
     more = f" and {len(names) - _N_NAMED:,} more" if len(names) > _N_NAMED else ""
     return f"{len(names):,} tensor{'s' * (len(names) > 1)}, {', '.join(names[:_N_NAMED])}{more}"
-
-
-def _matched(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
-    """Their names by ours where all of one side begin with what the other side lacks, as DataParallel's `module.`.
-
-    Empty where some name is known as it is, or where nothing makes the names the same.
-    """
-    if set(ours) & set(theirs):
-        return {}
-    for first, second, is_ours in ((ours, theirs, True), (theirs, ours, False)):
-        prefixes = {name[: -len(other)] for name in first for other in second if name.endswith(f".{other}")}
-        for prefix in prefixes:
-            longer = {name: name.removeprefix(prefix) for name in first if name.removeprefix(prefix) in set(second)}
-            if longer and all(name.startswith(prefix) for name in first):
-                return longer if is_ours else {other: name for name, other in longer.items()}
-    return {}
 
 
 class Reading:

@@ -28,6 +28,11 @@ _MODEL_LIMIT = 1 << 21
 _ZSTD_EFFORT = ((1 << 22, 22), (1 << 25, 12))
 """... and itself works less hard on large planes: (bytes at most, level)."""
 _ZSTD_LEAST = 5
+_ZSTD_QUICK = 12
+_REGULAR = 1 / 16
+_REGULAR_BYTES = 1 << 13
+"""A larger plane of which the quick level leaves so little, such as a mask, repeats itself: the best level finds no
+more there, and takes a hundred times as long."""
 _MODEL_BYTES_PER_BYTE = 1_500
 """No model codes more bytes in one."""
 _CONSTANT_LIMIT = 1 << 24
@@ -200,8 +205,14 @@ def _parse_varint(data: bytes, at: int) -> tuple[int, int]:
 def _zstd(plane: NDArray[np.uint8]) -> bytes:
     import zstandard
 
+    def compressed(level: int) -> bytes:
+        return zstandard.ZstdCompressor(level=level, write_content_size=True).compress(plane.tobytes())
+
     level = next((level for limit, level in _ZSTD_EFFORT if plane.size <= limit), _ZSTD_LEAST)
-    return zstandard.ZstdCompressor(level=level, write_content_size=True).compress(plane.tobytes())
+    if level <= _ZSTD_QUICK or plane.size <= _REGULAR_BYTES:
+        return compressed(level)
+    quick = compressed(_ZSTD_QUICK)
+    return quick if len(quick) <= _REGULAR * plane.size else compressed(level)
 
 
 def _unzstd(body: bytes, n: int) -> NDArray[np.uint8]:
