@@ -25,7 +25,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pqcli.core.trellis.feedback import LEAST_MOMENT, Blocks, Feedback, RowSteps, by_block, one_matrix, triangle
+from pqcli.core.trellis.feedback import (
+    LEAST_BELIEVED,
+    LEAST_MOMENT,
+    Blocks,
+    Feedback,
+    RowSteps,
+    by_block,
+    one_matrix,
+    triangle,
+)
 from pqcli.core.trellis.rotation import Reader, Rotations, fit_rotations
 from pqcli.core.trellis.rows import OCTAVE_STEPS
 from pqcli.core.trellis.sources import Source
@@ -211,7 +220,8 @@ def coding_order(known: Matrix | Blocks) -> NDArray[np.int64]:
 def _of_inputs(known: Matrix | Blocks, shrinkage: float) -> tuple[Feedback, float]:
     """The feedback of a layer, its steps relative to the typical one; and the typical one."""
     order = coding_order(known)
-    pivots = np.concatenate([triangle(block, within, shrinkage)[1] for _, block, within in by_block(known, order)])
+    blocks = by_block(known, order)
+    pivots = np.concatenate([triangle(block, within, shrinkage, LEAST_BELIEVED)[1] for _, block, within in blocks])
     steps = np.empty(len(order))
     steps[order] = np.maximum(pivots, 1e-30) ** -0.5
     typical = float(np.exp(np.mean(np.log(steps))))

@@ -75,6 +75,12 @@ def test_blocks_along_the_diagonal_ask_for_what_one_matrix_with_zeros_beside_the
     assert [len(part.order) for part in found.rows["blocks"].feeding()] == [10, len(whole) - 10]
 
 
+def test_inputs_that_samples_do_not_use_keep_bits_for_other_data():
+    h = np.diag(np.array([1.0, 1, 1, 0], np.float32))
+    steps = prepare({"w": Weights(100, 1.0)}, {"w": Moments(h, 8.0, 1.0)}).rows["w"].steps
+    assert steps[3] / steps[0] == pytest.approx((0.05 * 0.75) ** -0.5, rel=1e-3)
+
+
 def test_tensors_of_which_nothing_is_known_keep_their_step():
     tensors = {"known": Weights(100, 2.0), "unknown": Weights(50, 0.7)}
     found = prepare(tensors, {"known": Moments(1000 * sampled(100), 100.0, 1.0)})

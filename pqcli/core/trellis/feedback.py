@@ -38,6 +38,9 @@ _COLUMN_GRAIN = 2
 """Steps of columns are told to half an octave."""
 LEAST_MOMENT = 1e-6
 """Second moments below this share of their mean are taken for this: inputs that a sample happens not to use."""
+LEAST_BELIEVED = 0.05
+"""Likewise where layers are coded: what samples hardly use, other data may. (It costs nothing where they do not: such
+inputs get next to no bits either way.)"""
 _LEAST_REPAIR = 0.01
 """The least shrinkage of moments that turned out not to be positive definite."""
 
@@ -90,7 +93,7 @@ class Feedback(RowSteps):
     def feeding(self) -> tuple[Feeding, ...]:
         """What is fed forward, block by block; takes rows^3 / 3 multiplications, and as much memory as they twice."""
         return tuple(
-            Feeding(self.order[start : start + len(block)], triangle(block, order, self.shrinkage)[0])
+            Feeding(self.order[start : start + len(block)], triangle(block, order, self.shrinkage, LEAST_BELIEVED)[0])
             for start, block, order in by_block(self.known, self.order)
         )
 
@@ -171,16 +174,18 @@ def _fill_part(weights: Matrix, steps: Matrix, part: Feeding, row_search: RowSea
             fed[later] += part.factor[first:last, later].T @ errors[: last - first]
 
 
-def triangle(moments: Matrix, order: NDArray[np.int64], shrinkage: float) -> tuple[Matrix, NDArray[np.float64]]:
+def triangle(
+    moments: Matrix, order: NDArray[np.int64], shrinkage: float, least: float = LEAST_MOMENT
+) -> tuple[Matrix, NDArray[np.float64]]:
     """(F, d) with F diag(d) F' = the moments, shrunk towards their diagonal, in that order; F unit upper triangular.
 
     They are factored in float32, on the scale of correlations. What stands on and below F's diagonal has no meaning.
-    Inputs that are always zero count next to nothing. Where rounding has left the moments short of positive definite,
-    they are shrunk more, until they are.
+    Inputs that are always zero count as `least` of the mean. Where rounding has left the moments short of positive
+    definite, they are shrunk more, until they are.
     Raises numpy.linalg.LinAlgError where they are not finite.
     """
     diagonal = np.maximum(np.diag(moments).astype(np.float64), 0.0)
-    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * LEAST_MOMENT))[order[::-1]]
+    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * least))[order[::-1]]
     while True:
         correlations = _correlations(moments, order[::-1], scale, shrinkage)
         try:
