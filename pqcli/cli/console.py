@@ -131,18 +131,20 @@ class Console:
         if report.parts:
             for line in readable.part_lines(report):
                 self.note(line)
-        base = readable.base_line(report)
-        if base is not None:
-            self.note(f"base {base}")
-        felt = readable.felt_line(report)
-        if felt is not None:
-            self.note(felt)
+        for word, said in (
+            ("training state: ", readable.state_line(report)),
+            ("base ", readable.base_line(report)),
+            ("", readable.felt_line(report)),
+        ):
+            if said is not None:
+                self.note(word + said)
         self._dropped(report.dropped, "folder" if report.parts else "file")
         if report.side_bytes:
             self.note(readable.side_line(report))
         for warning in report.warnings:
             self.warn(warning)
-        if not report.quantized and report.base is None:
+        has_moments = report.state is not None and report.state.n_moments > 0
+        if not report.quantized and report.base is None and not has_moments:
             self.warn("nothing was quantized; `pqcli plan` tells why for each tensor")
         else:
             file = shlex.quote(visible(report.output))

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from pqcli.codecs import registry
 from pqcli.core.pq import pq
 from pqcli.core.trellis.sources import Source
-from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record, Same
+from pqcli.tensors.moments import form_of
+from pqcli.tensors.records import Alias, Coded, Coding, Kept, Moments, Plain, Record, Same
 
 if TYPE_CHECKING:
     from pqcli.core.importance import Importance
@@ -112,6 +113,8 @@ def record_of(entry: PlanEntry) -> Record:
         coding = Kept()
     elif entry.action == "base":
         coding = Same()
+    elif entry.action == Moments.action:
+        coding = Moments(form_of(info) or "", entry.predicted_bytes)
     elif scheme is not None:
         coding = Plain(scheme.block_size, scheme.n_centroids, scheme.codebook_dtype, rows)
     else:

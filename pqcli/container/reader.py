@@ -10,7 +10,7 @@ from typing import Self, overload
 
 import torch
 
-from pqcli.codecs import zeros
+from pqcli.codecs import moments, zeros
 from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
 from pqcli.codecs.difference import as_base, exact_sum, restored
 from pqcli.container import checksum
@@ -28,7 +28,7 @@ from pqcli.core.pq import packing, pq
 from pqcli.errors import BaseError, ContainerError
 from pqcli.stats.damage import Damage
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
-from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record, Same, StoredError
+from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Moments, Plain, Record, Same, StoredError
 
 
 class Container:
@@ -238,6 +238,12 @@ class Container:
         data = torch.from_numpy(exact_sum(tensor_bytes(stored), base, record.info.dtype))
         return data.view(stored.dtype).reshape(record.info.shape)
 
+    def _moments(self, record: Record, _base: torch.Tensor | None) -> torch.Tensor:
+        try:
+            return moments.restored(record, bytes(self._entries.read(moments.key(record.name))))
+        except ValueError as error:
+            raise self._entries.damaged(f"moments of {record.name!r}: {error}") from None
+
     def _kept_bytes(self, record: Record) -> torch.Tensor:
         """What is kept, as a tensor: the tensor itself, or its difference."""
         if record.is_bundled:
@@ -321,6 +327,7 @@ _DECODERS: dict[type[Coding], Callable[[Container, Record, torch.Tensor | None],
     Plain: Container._plain,  # noqa: SLF001 - the table of this module
     Kept: Container._kept,  # noqa: SLF001
     Coded: Container._coded,  # noqa: SLF001
+    Moments: Container._moments,  # noqa: SLF001
     Same: Container._same,  # noqa: SLF001
 }
 """How each kind of tensor is decoded, given the base's where it needs that; an alias and a copy are decoded as the

@@ -40,6 +40,7 @@ from pqcli.codecs.base import (
     record_of,
 )
 from pqcli.codecs.kept import KeptJob, reference_piece
+from pqcli.codecs.moments import MomentsJob
 from pqcli.codecs.rate.budget import Goal, error_bound
 from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
@@ -70,7 +71,17 @@ from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Copy, Record, Same, StoredError, with_bundle_shares
+from pqcli.tensors.records import (
+    BUNDLED_BYTES,
+    Alias,
+    Coded,
+    Copy,
+    Moments,
+    Record,
+    Same,
+    StoredError,
+    with_bundle_shares,
+)
 
 COPIES = 2
 """What the disk holds of a file while it is written: the spool, and the file itself."""
@@ -81,7 +92,7 @@ SHARD_BYTES = 5 * 10**9
 Files = Mapping[str, bytes]
 NO_FILES: Files = {}
 """Small files that go into the container, by their paths."""
-NOT_CODED = frozenset({"keep", "alias", "base"})
+NOT_CODED = frozenset({"keep", "moments", "alias", "base"})
 """Actions of a plan that no codec takes part in."""
 
 
@@ -193,7 +204,7 @@ def opened(source: str | Path, recipe: Recipe, limits: Limits | None = None) -> 
 
 def of_model(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     """The checkpoint, without training state where the recipe asks for that."""
-    if not recipe.model_only:
+    if recipe.state != "drop":
         return checkpoint
     try:
         return checkpoint.model_only()
@@ -353,15 +364,22 @@ def compression(
         if bases:
             beside = stack.enter_context(compared(checkpoint, plan, bases, target, rehearsed or target, hook, limits))
             codec, plan, weights = codec.compacted(), beside.plan, beside.weights
+        quick_state = not codec.is_compact and has_state(plan)
+        codec = codec.compacted() if quick_state else codec
         said = about(checkpoint, recipe, beside.naming if beside else None, files)
         writer = stack.enter_context(Writer(target, said, force, compact=codec.is_compact, shard_bytes=shard_bytes))
         run = running(executor, hook)
-        yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook, beside)
+        yield Compression(
+            plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook, beside, quick_state
+        )
 
 
 @dataclass
 class Compression:
-    """The steps of the loop, over what they all need. `run` is the executor's."""
+    """The steps of the loop, over what they all need. `run` is the executor's.
+
+    With `quick_state`, training state is coded without loss where else nothing would be, and so with little effort.
+    """
 
     plan: Plan
     recipe: Recipe
@@ -373,6 +391,7 @@ class Compression:
     run: Run
     hook: Hook
     beside: Compared | None = None
+    quick_state: bool = False
     warnings: tuple[str, ...] = ()
 
     def prepared(self) -> Survey:
@@ -387,12 +406,17 @@ class Compression:
         for record in records:
             if record.action == "base" and self.beside:
                 self.writer.add(Piece(record, self.beside.digests[record.name]))
-            elif record.action != "keep":
+            elif record.action not in ("keep", Moments.action):
                 self.writer.add(reference_piece(record))
+        is_compact = self.codec.is_compact
         survey = self.codec.survey(entries, self.weights, self.run)
         kept = [record for record in [*records, *survey.rejected] if record.action == "keep"]
-        keeping = [KeptJob(record, self.weights, self.codec.is_compact) for record in kept]
-        self._write([*keeping, *survey.exact], "keeping")
+        keeping = [
+            KeptJob(record, self.weights, is_compact, quick=self.quick_state and record.info.role != "model")
+            for record in kept
+        ]
+        held = [MomentsJob(record, self.weights, is_compact) for record in records if record.action == Moments.action]
+        self._write([*keeping, *held, *survey.exact], "keeping")
         return survey if Goal.of(self.recipe, self.original_bytes) else survey.fine_for_differences()
 
     def coded(self, survey: Survey) -> Streams | None:
@@ -431,12 +455,13 @@ class Compression:
     def expected_bytes(self) -> int:
         """The size of the file, as far as it is known before a weight is read.
 
-        Plain PQ: from the headers. A budget of bytes is spent. Else 0: nothing is known of what streams will take.
+        Plain PQ: from the headers, or no more than they say. A budget of bytes is spent. Else 0: nothing is known of
+        what streams will take.
         """
         goal = Goal.of(self.recipe, self.original_bytes)
         if goal is not None and goal.quantity == "bytes":
             return int(goal.value)
-        if self.codec.is_compact:
+        if self.codec.is_compact and not self.quick_state:
             return 0
         records = [record_of(entry) for entry in self.plan.entries]
         return lay_out(self.writer.about.manifest(records)).n_bytes
@@ -444,6 +469,10 @@ class Compression:
     def file_bytes(self, streams: Streams | None) -> int:
         """The size of the file if it were finished with these streams."""
         return self.writer.layout(self.codec_name, streams).n_bytes
+
+    def bytes_with(self, planned: Sequence[Record]) -> int:
+        """The size of the file if these tensors, which need no streams, became what is planned."""
+        return self.writer.layout(self.codec_name, None, planned).n_bytes
 
     def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> tuple[Path, int]:
         """Write the file; what to open, and its size in bytes. With `verify`, read it again first."""
@@ -486,7 +515,7 @@ class Compression:
         def file_bytes(streams: Streams, records: Sequence[Record]) -> int:
             return self.writer.layout(self.codec_name, streams, records).n_bytes
 
-        kept = [record for record in self.writer.records if record.action == "keep"]
+        kept = [record for record in self.records if record.action in ("keep", Moments.action)]
         return Frame(self.original_bytes, len(self.writer.bundle), kept, file_bytes)
 
     def _drafted(self, n: int, most: int) -> None:
@@ -524,6 +553,12 @@ class Compression:
 
     def _stage(self, stage: str, records: Sequence[Record]) -> Stage:
         return Stage(self.hook, stage, sum(record.info.numel for record in records))
+
+
+def has_state(plan: Plan) -> bool:
+    """Whether so much training state is kept that coding it is worth a file whose kept tensors are all coded."""
+    kept = [entry.info for entry in plan.entries if entry.action == "keep" and entry.info.role != "model"]
+    return sum(info.n_bytes for info in kept) > BUNDLED_BYTES
 
 
 def _copy_of(entry: PlanEntry, name: str) -> Record:

@@ -100,7 +100,10 @@ def preview_opened(
     seen = _from_headers(checkpoint, output, recipe, others, files, shard_bytes)
     coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
     is_known = all(entry.scheme for entry in coded) and not bases
-    return seen if is_known else _rehearsed(checkpoint, seen, recipe, bases, files, shard_bytes)
+    has_state = compressing.has_state(seen.plan) or any(entry.action == "moments" for entry in seen.plan.entries)
+    if is_known and not has_state:
+        return seen
+    return _rehearsed(checkpoint, seen, recipe, bases, files, shard_bytes, of_state=is_known)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
@@ -160,7 +163,10 @@ def _rehearsed(
     bases: Sequence[Path],
     files: Files,
     shard_bytes: int | None,
+    *,
+    of_state: bool,
 ) -> Preview:
+    """What comes of compressing, without a file; `of_state`: of training state alone, headers tell of the rest."""
     target = _nowhere(seen.output.name)
     with compressing.compression(
         checkpoint,
@@ -173,11 +179,14 @@ def _rehearsed(
         bases=bases,
         rehearsed=seen.output,
     ) as work:
-        n_bytes = work.file_bytes(work.coded(work.prepared()))
-        tensors = work.tensor_reports()
+        survey = work.prepared()
+        n_bytes = work.bytes_with(survey.records) if of_state else work.file_bytes(work.coded(survey))
+        tensors = {tensor.name: tensor for tensor in work.tensor_reports()}
     entries = tuple(
         replace(entry, action=found.action, reason=found.reason, predicted_bytes=found.bytes)
-        for entry, found in zip(seen.plan.entries, tensors, strict=True)
+        if (found := tensors.get(entry.info.name))
+        else entry
+        for entry in seen.plan.entries
     )
     return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=n_bytes)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import atomic_folder
 from pqcli.checkpoint import Checkpoint
-from pqcli.checkpoint.components import Component, Components, components_of
+from pqcli.checkpoint.components import Component, Components, components_of, with_optimizers
 from pqcli.checkpoint.folder import is_of_training
 from pqcli.checkpoint.opened import LEFT_OUT
 from pqcli.checkpoint.pt.tree import Dropped
@@ -97,7 +97,7 @@ def compress_folder(
                     executor,
                     others=others,
                     shard_bytes=shard_bytes,
-                    bases=_bases_for(folder, base),
+                    bases=_bases_for(folder, checkpoint, base),
                     verify=verify,
                     hook=hook,
                     limits=limits,
@@ -135,7 +135,7 @@ def preview_folder(
                 recipes[path],
                 others=folder.tensors_beside(path),
                 shard_bytes=shard_bytes,
-                bases=_bases_for(folder, base),
+                bases=_bases_for(folder, checkpoint, base),
             )
             for path, checkpoint in folder.checkpoints.items()
         }
@@ -157,6 +157,7 @@ def opened_folder(
 ) -> Iterator[OpenFolder]:
     """The folder with the weights of all its components open, or as much of them as the recipe asks for."""
     parts = _without_training(components_of(source, limits=limits, with_copies=with_copies), recipe)
+    parts = with_optimizers(source, parts) if recipe.state == "8bit" else parts
     with ExitStack() as stack:
         checkpoints: dict[str, Checkpoint] = {}
         side, left_out = dict(parts.side), dict(parts.left_out)
@@ -184,28 +185,41 @@ def shared_recipes(folder: OpenFolder, recipe: Recipe) -> dict[str, Recipe]:
         total = int(folder.original_bytes / recipe.target_ratio)
     if total is None:
         return dict.fromkeys(folder.checkpoints, recipe)
-    left = total - folder.parts.side_bytes
+    recipes, left = {}, total - folder.parts.side_bytes
+    for path, one in folder.checkpoints.items():
+        if not _has_model(one):
+            recipes[path] = replace(recipe, target_ratio=None, target_bytes=None)
+            left -= preview_opened(one, None, recipes[path], others=folder.tensors_beside(path)).predicted_bytes
     if left <= 0:
         raise BudgetError(
             f"'{folder.path}' cannot come to {total:,} bytes: the {len(folder.parts.side):,} files beside its weights "
-            f"are copied and take {folder.parts.side_bytes:,}; allow more, or name a lone file with -o x{SUFFIX}"
+            f"are copied and take {folder.parts.side_bytes:,}{_beside_optimizers(recipes)}; allow more, or name a lone "
+            f"file with -o x{SUFFIX}"
         )
-    weights = sum(one.n_bytes for one in folder.checkpoints.values())
-    return {
-        path: replace(recipe, target_ratio=None, target_bytes=left * one.n_bytes // max(weights, 1))
-        for path, one in folder.checkpoints.items()
-    }
+    shared = {path: one.n_bytes for path, one in folder.checkpoints.items() if path not in recipes}
+    for path, n_bytes in shared.items():
+        share = left * n_bytes // max(sum(shared.values()), 1)
+        recipes[path] = replace(recipe, target_ratio=None, target_bytes=share)
+    return recipes
 
 
-def _bases_for(folder: OpenFolder, base: str | Path | Sequence[str | Path]) -> Sequence[Path]:
-    """The bases of the lone component. Raises UsageError where there are several, whose bases nobody can tell apart."""
+def _beside_optimizers(recipes: dict[str, Recipe]) -> str:
+    return f", beside {', '.join(recipes)}: --training-state drop leaves it out" if recipes else ""
+
+
+def _bases_for(folder: OpenFolder, checkpoint: Checkpoint, base: str | Path | Sequence[str | Path]) -> Sequence[Path]:
+    """The bases of the lone component, and none of optimizers.
+
+    Raises UsageError where there are several, whose bases nobody can tell apart.
+    """
     bases = bases_of(base)
-    if bases and len(folder.checkpoints) > 1:
+    weights = [path for path, one in folder.checkpoints.items() if _has_model(one)]
+    if bases and len(weights) > 1:
         raise UsageError(
-            f"--base: '{folder.path}' has {len(folder.checkpoints)} components ({', '.join(folder.checkpoints)}); "
+            f"--base: '{folder.path}' has {len(weights)} components ({', '.join(weights)}); "
             "compress them one by one, each with its own base"
         )
-    return bases
+    return bases if _has_model(checkpoint) else ()
 
 
 def _opened(source: Path, component: Component, recipe: Recipe, limits: Limits | None) -> Checkpoint:
@@ -215,7 +229,7 @@ def _opened(source: Path, component: Component, recipe: Recipe, limits: Limits |
 
 def _without_training(parts: Components, recipe: Recipe) -> Components:
     """Without the files of a trainer, where the recipe wants the model alone."""
-    if not recipe.model_only:
+    if recipe.state != "drop":
         return parts
     gone = [path for path in parts.side if is_of_training(posixpath.basename(path))]
     return replace(
@@ -223,6 +237,11 @@ def _without_training(parts: Components, recipe: Recipe) -> Components:
         side={path: n_bytes for path, n_bytes in parts.side.items() if path not in gone},
         left_out={**parts.left_out, **{path: f"{LEFT_OUT}: {parts.side[path]:,} B" for path in gone}},
     )
+
+
+def _has_model(checkpoint: Checkpoint) -> bool:
+    """Whether a component is weights, and not the state of an optimizer alone."""
+    return any(info.role == "model" for info in checkpoint.tensors)
 
 
 def _paths(component: Component) -> Sequence[str]:
