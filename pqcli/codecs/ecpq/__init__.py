@@ -180,7 +180,7 @@ class EcpqCodec(StreamCodec):
             return EcpqSession(survey, weights, recipe.seed, steps)
         from pqcli.codecs.statistics import learned
 
-        plan, steps = learned(recipe.stats, survey, weights, steps, tell)
+        plan, steps = learned(recipe.stats, survey, steps, tell)
         shapes = {record.name: record.matrix_shape for record in survey.records}
         with lone_blas():
             felt = {name: _felt(rows, shapes[name]) for name, rows in plan.rows.items()}

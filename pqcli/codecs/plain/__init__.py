@@ -107,7 +107,8 @@ class PlainJob(TensorTask):
         ]
         if held is not None:
             entries.append((zeros.key(record.name), held))
-        return Piece(record, tensor_hash(decoded), tuple(entries), error=error, use=use_of(tensor))
+        damage = None if self.statistics is None else self.statistics.damage(record, weight, decoded)
+        return Piece(record, tensor_hash(decoded), tuple(entries), error=error, use=use_of(tensor), damage=damage)
 
     @property
     def _is_alone(self) -> bool:
@@ -223,7 +224,7 @@ class PlainCodec(Codec):
             return PlainSession(survey, weights, recipe, self.is_compact)
         from pqcli.codecs.statistics import opened
 
-        reading = opened(recipe.stats, survey.records, weights)
+        reading = opened(recipe.stats, survey.records)
         return PlainSession(survey, weights, recipe, self.is_compact, reading)
 
 
