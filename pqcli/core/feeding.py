@@ -9,7 +9,7 @@ so the weights of an input are best coded as if they were what they are plus the
 by groups GPTVQ, arXiv 2402.15319). What an error costs then is d_j, less than its own mean square: the inputs after it
 make up for the rest.
 
-Shapes: weights (outputs, inputs) float32 with inputs in coded order; moments (inputs, inputs); groups are runs of
+Shapes: weights (inputs, outputs) float32 with inputs in coded order; moments (inputs, inputs); groups are runs of
 inputs. Products of matrices are BLAS's: the caller sees to it that BLAS has one thread, or results depend on how many.
 """
 
@@ -90,33 +90,30 @@ def bundles(groups: Sequence[slice]) -> Iterator[tuple[slice, list[tuple[int, sl
             run = []
 
 
-Code = Callable[[int, slice, Matrix, Matrix], Matrix]
-"""`code(i, group, target, metric)`: what group i's target (outputs, group) decodes to once it is coded.
+Code = Callable[[int, slice, Matrix], Matrix]
+"""`code(i, group, reached)`: what group i decodes to (group, outputs) once it is coded.
 
-Errors e (1, group) against the target cost |e metric|^2.
+`reached` (group, outputs) are the errors of earlier groups that its inputs meet; the group is best coded as if its
+weights were what they are plus inv(own') reached, where own is its part of F.
 """
 
 
 def factored(moments: Matrix) -> tuple[Matrix, NDArray[np.float64]]:
     """(F, d) of moments in coded order: F D F'."""
-    return triangle(moments, np.arange(len(moments)), 0.0)
+    factor, pivots = triangle(moments, np.arange(len(moments)), 0.0)
+    return np.ascontiguousarray(factor), pivots
 
 
-def fed_forward(
-    weights: Matrix, factor: Matrix, pivots: NDArray[np.float64], groups: Sequence[slice], code: Code
-) -> None:
+def fed_forward(weights: Matrix, factor: Matrix, groups: Sequence[slice], code: Code) -> None:
     """Code group after group, each with the errors of those before fed forward to it."""
     fed = np.zeros_like(weights)
     errors = np.empty_like(weights)
     for together, run in bundles(groups):
         for i, group in run:
             before = slice(together.start, group.start)
-            own = within(factor, group)
-            reached = fed[:, group] + errors[:, before] @ factor[before, group]
-            target = weights[:, group] + (reached @ np.linalg.inv(own) if len(own) > 1 else reached)
-            metric = own * np.sqrt(pivots[group]).astype(np.float32)
-            errors[:, group] = weights[:, group] - code(i, group, target, metric)
-        fed[:, together.stop :] += errors[:, together] @ factor[together, together.stop :]
+            reached = fed[group] + factor[before, group].T @ errors[before]
+            np.subtract(weights[group], code(i, group, reached), out=errors[group])
+        fed[together.stop :] += factor[together, together.stop :].T @ errors[together]
 
 
 def within(factor: Matrix, group: slice) -> Matrix:

@@ -128,12 +128,14 @@ def code(weights: Matrix, parts: Sequence[Part], of: Scales, grid: float, rate_w
     order = _Order.of(felt.inputs)
     is_by_column = felt.inputs.axis == 1
     coder = (_Columns if is_by_column else _Rows)(parts, of, grid, rate_weight, felt, np.empty_like(weights))
+    ordered = np.ascontiguousarray((weights.T if is_by_column else weights)[order.places])
 
-    def one(_i: int, group: slice, target: Matrix, _metric: Matrix) -> Matrix:
-        return coder.code(int(order.places[group.start]), target)
+    def one(_i: int, group: slice, reached: Matrix) -> Matrix:
+        own = within(order.factor, group)
+        target = ordered[group] + (np.linalg.inv(own).T @ reached if len(own) > 1 else reached)
+        return coder.code(int(order.places[group.start]), target.T).T
 
-    ordered = np.ascontiguousarray((weights if is_by_column else weights.T)[:, order.places])
-    fed_forward(ordered, order.factor, order.pivots, order.groups(parts[0].codebook.block_size), one)
+    fed_forward(ordered, order.factor, order.groups(parts[0].codebook.block_size), one)
     return Fed(coder.targets, tuple(found.reshape(-1) for found in coder.symbols), coder.scales)
 
 

@@ -40,7 +40,7 @@ def decoded(matrix, block_size, layer, found):
 def started(matrix, block_size, inputs, k=16):
     layer = Layer.of(matrix, block_size, inputs)
     codebook = np.random.default_rng(1).standard_normal((k, block_size)).astype(np.float32)
-    return layer, Assigned(codebook, layer.fed_forward(codebook))
+    return layer, layer.fed_forward(codebook)
 
 
 @pytest.mark.parametrize(("shape", "block_size", "axis"), SHAPES)
@@ -92,9 +92,9 @@ def test_the_codebook_is_that_of_least_squares(monkeypatch):
     codebook = layer.fitted(found).codebook
     root = np.linalg.cholesky(layer.moments.astype(np.float64))
     unknowns = [
-        (layer._decoded(unit.reshape(5, 4).astype(np.float32), found.assignments) @ root).ravel() for unit in np.eye(20)
+        (root.T @ layer._decoded(unit.reshape(5, 4).astype(np.float32), found.assignments)).ravel() for unit in np.eye(20)
     ]
-    exact = np.linalg.lstsq(np.stack(unknowns, 1), (layer.weights @ root).ravel(), rcond=None)[0]
+    exact = np.linalg.lstsq(np.stack(unknowns, 1), (root.T @ layer.weights).ravel(), rcond=None)[0]
     assert codebook.ravel() == pytest.approx(exact, abs=2e-3)
 
 
@@ -108,7 +108,7 @@ def test_inputs_that_do_not_vary_together_ask_for_the_nearest_centroids():
 
 
 def test_a_codebook_is_fitted_to_some_outputs_of_a_large_layer(monkeypatch):
-    monkeypatch.setattr("pqcli.core.pq.feedback.FITTED_WEIGHTS", 400)
+    monkeypatch.setattr("pqcli.core.pq.feedback.FITTED_VECTORS", 6)
     matrix, inputs = drawn((40, 36), 1)
     layer, found = started(matrix, 4, inputs)
     assert layer.damage(layer.refined(found.codebook)) < layer.damage(found)
