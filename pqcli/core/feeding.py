@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,7 +117,11 @@ def fed_forward(weights: Matrix, factor: Matrix, groups: Sequence[slice], code: 
         fed[together.stop :] += factor[together, together.stop :].T @ errors[together]
 
 
-def within(factor: Matrix, group: slice) -> Matrix:
-    """The part of F that is a group's own, (group, group), unit upper triangular."""
-    own: Matrix = np.triu(factor[group, group], 1) + np.eye(group.stop - group.start, dtype=np.float32)
-    return own
+def within(factor: Matrix, groups: Sequence[slice]) -> list[Matrix]:
+    """The part of F that is each group's own, (group, group), unit upper triangular."""
+    found: list[Matrix] = []
+    for width, run in groupby(groups, key=lambda group: group.stop - group.start):
+        places = np.array([group.start for group in run])[:, None] + np.arange(width)
+        own = np.triu(factor[places[:, :, None], places[:, None, :]], 1) + np.eye(width, dtype=np.float32)
+        found.extend(own)
+    return found

@@ -267,8 +267,7 @@ class _Fed:
     def of(cls, moments: Matrix, groups: tuple[slice, ...]) -> _Fed:
         factor, pivots = factored(moments)
         metrics, reaches = [], []
-        for group in groups:
-            own = within(factor, group)
+        for group, own in zip(groups, within(factor, groups), strict=True):
             reach = own * pivots[group].astype(np.float32)
             metrics.append(reach @ own.T)
             reaches.append(reach)
