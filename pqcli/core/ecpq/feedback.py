@@ -227,9 +227,7 @@ class _Columns:
         shares = of.base + of.rows[self.order].astype(np.int32)
         self.loudness = 1 / (grid**2 * 2.0 ** (shares / 2.0))
         n_rows = weights.shape[0]
-        self.searched = [
-            _Searched(part.codebook, shares, grid, rate_weight, n_rows * part.per_row) for part in parts
-        ]
+        self.searched = [_Searched(part.codebook, shares, grid, rate_weight, n_rows * part.per_row) for part in parts]
         self.targets = np.empty(weights.shape[::-1], np.float32)
         self.symbols = [np.empty((part.per_row, n_rows), np.uint16) for part in parts]
 

@@ -92,7 +92,8 @@ def test_the_codebook_is_that_of_least_squares(monkeypatch):
     codebook = layer.fitted(found).codebook
     root = np.linalg.cholesky(layer.moments.astype(np.float64))
     unknowns = [
-        (root.T @ layer._decoded(unit.reshape(5, 4).astype(np.float32), found.assignments)).ravel() for unit in np.eye(20)
+        (root.T @ layer._decoded(unit.reshape(5, 4).astype(np.float32), found.assignments)).ravel()
+        for unit in np.eye(20)
     ]
     exact = np.linalg.lstsq(np.stack(unknowns, 1), (root.T @ layer.weights).ravel(), rcond=None)[0]
     assert codebook.ravel() == pytest.approx(exact, abs=2e-3)
