@@ -175,7 +175,7 @@ def fed(
         rows, columns = np.arange(n_rows), (starts[:, None] + np.arange(PIECE)).reshape(-1)
         some = weights[:, columns]
         of = replace(plan.scales, blocks=plan.scales.blocks[columns[:: plan.block_size] // plan.block_size])
-    parts = _parts(*some.shape, plan.block_size, model)
+    parts = _parts(some.shape[0], some.shape[1], plan.block_size, model)
     found = code(some, parts, of, model.grid, bit_price / model.grid**2, felt).targets
     at_rows = np.repeat(rows, len(columns) // PIECE)
     at_columns = np.tile(columns[::PIECE], len(rows))

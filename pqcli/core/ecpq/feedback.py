@@ -128,10 +128,10 @@ def code(weights: Matrix, parts: Sequence[Part], of: Scales, grid: float, rate_w
     coder = (_Columns if felt.inputs.axis == 1 else _Rows)(weights, parts, of, grid, rate_weight, felt)
     ordered = coder.inputs_of(weights)[order.places]
     groups = order.groups(parts[0].codebook.block_size)
-    felt_as = [np.linalg.inv(own).T for own in within(order.factor, groups)]
+    felt_as: list[Matrix] = [np.linalg.inv(own).T for own in within(order.factor, groups)]
 
     def one(i: int, group: slice, reached: Matrix) -> Matrix:
-        target = ordered[group] + (felt_as[i] @ reached if len(reached) > 1 else reached)
+        target: Matrix = ordered[group] + (felt_as[i] @ reached if len(reached) > 1 else reached)
         return coder.code(int(order.places[group.start]), target)
 
     fed_forward(ordered, order.factor, groups, one)
@@ -171,7 +171,7 @@ class _Searched:
         tables = self.codebook.classes(self.shares + own)
         symbols = np.empty(len(vectors), np.uint16)
         start = 0
-        for table, stop, following in zip(tables, self.ends, [*tables[1:], None], strict=True):
+        for table, stop, following in zip(tables, self.ends.tolist(), [*tables[1:], None], strict=True):
             if table != following:
                 bias = self.prices[table] + lengths
                 symbols[start:stop] = self.search.assigned(weighed[start:stop], bias) + 1
@@ -225,7 +225,7 @@ class _Columns:
         self.importance = [felt.importance[part.codebook.block_size] for part in parts]
         self.order = _in_order(of.rows)
         shares = of.base + of.rows[self.order].astype(np.int32)
-        self.loudness = 1 / (grid**2 * 2.0 ** (shares / 2.0))
+        self.loudness: NDArray[np.float64] = 1 / (grid**2 * 2.0 ** (shares / 2.0))
         n_rows = weights.shape[0]
         self.searched = [_Searched(part.codebook, shares, grid, rate_weight, n_rows * part.per_row) for part in parts]
         self.targets = np.empty(weights.shape[::-1], np.float32)
@@ -233,7 +233,8 @@ class _Columns:
 
     def inputs_of(self, weights: Matrix) -> Matrix:
         """The weights (columns, rows), rows in order."""
-        return weights.T[:, self.order]
+        found: Matrix = weights.T[:, self.order]
+        return found
 
     def code(self, column: int, target: Matrix) -> Matrix:
         """Code the columns (d, rows) from `column` on; what they decode to."""
@@ -245,7 +246,7 @@ class _Columns:
             relative = float(np.square(target).mean(0) @ self.loudness) / max(len(self.loudness), 1)
             self.scales.blocks[block] = quarter_octaves(np.array([relative]))[0]
         of = self.importance[number]
-        importance = of.columns[column : column + d] * of.rows[0]
+        importance = np.asarray(of.columns[column : column + d] * of.rows[0], np.float32)
         own = int(self.scales.blocks[block])
         symbols, decoded = self.searched[number].chosen(np.ascontiguousarray(target.T), own, importance)
         if number == 0:
@@ -290,7 +291,7 @@ class _Rows:
         own = int(quarter_octaves(np.array([mean_square]))[0]) - self.scales.base
         own = min(max(own, LOWEST_SCALE), HIGHEST_SCALE)
         self.scales.rows[row] = own
-        found = np.empty_like(values)
+        found: Matrix = np.empty_like(target)
         for number, (part, order) in enumerate(zip(self.parts, self.orders, strict=True)):
             d = part.codebook.block_size
             inside = slice(part.first_column, part.first_column + part.per_row * d)
@@ -298,8 +299,8 @@ class _Rows:
             importance = np.full(d, of.rows[row] * of.columns[0], np.float32)
             symbols, decoded = self.searched[number].chosen(values[inside].reshape(-1, d)[order], own, importance)
             self.symbols[number][row, order] = symbols
-            found[inside].reshape(-1, d)[order] = decoded
-        return found[None, :]
+            found[0, inside].reshape(-1, d)[order] = decoded
+        return found
 
     def fed(self) -> Fed:
         """All of it."""

@@ -37,7 +37,7 @@ class Repeated:
         vectors = np.ascontiguousarray(vectors, np.float32)
         if self._is_compiled:
             return self._laid_out(vectors, bias, counts, self.sums)
-        found = np.argmax(vectors @ self.codebook.T + bias, axis=1).astype(np.int32)
+        found: NDArray[np.int32] = np.argmax(vectors @ self.codebook.T + bias, axis=1).astype(np.int32)
         if counts is not None:
             counts += np.bincount(found, minlength=len(counts))
             np.add.at(self.sums, found, vectors)
@@ -52,14 +52,16 @@ class _LaidOut:
     """A codebook as the processor's own kernel reads it, with the kernel's scratch memory."""
 
     def __init__(self, codebook: Matrix) -> None:
+        from pqcli.core.compiled.ir import host_lanes
         from pqcli.core.kernels import cpu
 
         self.k, self.d = codebook.shape
-        self.lanes = cpu.host_lanes()
+        self.lanes = host_lanes()
         nothing = torch.zeros(self.k)
         self.rows, bias, self.columns = cpu.layouts(torch.from_numpy(codebook), nothing, self.lanes)
         self.bias = bias.copy()
-        self.call = cpu.compiled(self.d, torch.float32, self.lanes).call
+        # held whole: of two that threads make at once the cache keeps one, and machine code goes with its engine
+        self.compiled = cpu.compiled(self.d, torch.float32, self.lanes)
         block = cpu.block_vectors(self.lanes)
         self.scratch = torch.empty(block * (self.d + 2))
         self.ones, self.score = torch.ones(self.lanes), np.zeros(self.lanes)
@@ -87,7 +89,7 @@ class _LaidOut:
         self.columns[:, self.d] = self.bias.reshape(-1, self.lanes)
         found = np.empty(len(vectors), np.int32)
         if len(vectors):
-            self.call(
+            self.compiled.call(
                 vectors.ctypes.data,
                 self.d,
                 len(vectors),

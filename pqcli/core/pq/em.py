@@ -296,8 +296,8 @@ def _sweep(blocks: Blocks, codebook: Tensor, energy: float) -> _Sweep:
 def _pass(part: Tensor, importance: Tensor | None, codebook: Tensor, *, accumulate: bool = True) -> kernels.Pass:
     """The sweep over one part.
 
-    With `importance` by value, sums are (k, 2 * d): of weighted values, and of their weights; by vector, counts are sums
-    of importance.
+    With `importance` by value, sums are (k, 2 * d): of weighted values, and of their weights; by vector, counts are
+    sums of importance.
     """
     centroids = _leading(codebook, part)
     if importance is None:

@@ -219,9 +219,9 @@ class Layer:
         else:
             missing = len(assignments) * self.block_size - len(values)
             padded = np.pad(values, ((0, missing), (0, 0))) if missing else values
-            vectors = padded.reshape(len(assignments), self.block_size, -1).transpose(1, 0, 2)
+            vectors = padded.reshape(len(assignments), self.block_size, -1).swapaxes(0, 1).reshape(self.block_size, -1)
         flat = assignments.reshape(-1)
-        return np.stack([np.bincount(flat, of.reshape(-1), minlength=k) for of in vectors], axis=1)
+        return np.stack([np.bincount(flat, of, minlength=k) for of in vectors], axis=1)
 
     def _preconditioner(self, assignments: Assignments, k: int) -> NDArray[np.float64]:
         """The inverse (k, d, d) of what a centroid's squared shifts cost if blocks did not interact."""

@@ -8,7 +8,7 @@ import torch
 
 from pqcli.core.feeding import Inputs
 from pqcli.core.pq import em, pq
-from pqcli.core.pq.feedback import Assigned, Layer, suits
+from pqcli.core.pq.feedback import Layer, suits
 
 SHAPES = [((40, 36), 4, 1), ((40, 30), 4, 1), ((30, 40), 4, 0)]
 """(matrix, block size, axis of the inputs): blocks that divide, a short last block, weights stored transposed."""
