@@ -32,18 +32,12 @@ _TOGETHER = 128
 """Inputs whose errors reach each other one by one; beyond, they are added by one product of matrices for all."""
 
 
-DOUBT = 0.3
-"""What is added to every mean square, in units of the geometric mean of all. Measured with
-tests/benchmarks/pq_statistics.py: statistics of noise then harm no network of images, and statistics
-of its own kind lose 0.2 to 0.4 dB of 5."""
-
-
 @dataclass(frozen=True)
 class Inputs:
     """Second moments of a layer's inputs; `shrinkage` is the share of what is off their diagonal that is not believed.
 
-    Nor is it believed that some inputs hardly matter, which other data may refute: a share of the typical mean square,
-    the geometric mean, is added to all (`DOUBT`). Inputs far above the others stay far above.
+    That some inputs hardly matter other data may refute: `doubt`, in units of the geometric mean of all mean squares,
+    is added to each. Inputs far above the others stay far above.
 
     Inputs belong to the columns of the matrix, `axis` 1, or where weights are stored transposed to its rows, 0.
     """
@@ -51,13 +45,14 @@ class Inputs:
     moments: Matrix
     shrinkage: float
     axis: int = 1
+    doubt: float = 0.0
 
     @property
     def mean_squares(self) -> NDArray[np.float64]:
         """Of every input, relative to the mean of all, with the share that is added."""
         diagonal = np.maximum(np.diag(self.moments).astype(np.float64), 0.0)
         relative = np.maximum(diagonal / max(float(diagonal.mean()), 1e-30), LEAST_MOMENT)
-        return np.asarray(relative + DOUBT * math.exp(float(np.log(relative).mean())))
+        return np.asarray(relative + self.doubt * math.exp(float(np.log(relative).mean())))
 
     def believed(self) -> Matrix:
         """The moments as they are minimised: shrunk, on the scale of `mean_squares`."""

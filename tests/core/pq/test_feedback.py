@@ -124,8 +124,8 @@ def test_short_blocks_along_the_outputs_are_left_to_em():
         Layer.of(matrix, 4, inputs)
 
 
-def test_inputs_of_which_nothing_was_seen_still_count_and_loud_ones_stay_loud():
+def test_in_doubt_inputs_of_which_nothing_was_seen_still_count_and_loud_ones_stay_loud():
     diagonal = np.array([1.0] * 6 + [0.0, 1000.0], np.float32)
-    mean_squares = Inputs(np.diag(diagonal), 0.0).mean_squares
+    mean_squares = Inputs(np.diag(diagonal), 0.0, doubt=0.3).mean_squares
     assert mean_squares[6] > 0.05 * mean_squares[0]
     assert mean_squares[7] > 500 * mean_squares[0]
