@@ -5,6 +5,7 @@
     report = pqcli.compress("model.pt")                 # -> model.pq.safetensors
     pqcli.decode("model.pq.safetensors")                # -> model.decoded.pt
     state_dict = pqcli.load("model.pq.safetensors")     # dense tensors, nothing written
+    pqcli.load_into(model, "model.pq.safetensors")      # the same, one by one into a model
     pqcli.save(model.state_dict(), "model.pq.safetensors")
 
 Names are loaded when first used: `import pqcli` does not import torch.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pqcli.jobs.compare import compare
     from pqcli.jobs.compress import compress, save
     from pqcli.jobs.decode import decode, load
+    from pqcli.jobs.loading import load_into
     from pqcli.jobs.preview import preview
     from pqcli.jobs.report import report
     from pqcli.jobs.verify import verify
@@ -51,6 +53,7 @@ _LAZY = {
     "compress": ("pqcli.jobs.compress", "compress"),
     "decode": ("pqcli.jobs.decode", "decode"),
     "load": ("pqcli.jobs.decode", "load"),
+    "load_into": ("pqcli.jobs.loading", "load_into"),
     "open": ("pqcli.container.folder", "open_compressed"),
     "preview": ("pqcli.jobs.preview", "preview"),
     "report": ("pqcli.jobs.report", "report"),
@@ -60,7 +63,8 @@ _LAZY = {
 
 __all__ = [
     "PQ", "Container", "Containers", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__",
-    "calibrate", "collect", "compare", "compress", "decode", "load", "open", "preview", "report", "save", "verify",
+    "calibrate", "collect", "compare", "compress", "decode", "load", "load_into", "open", "preview", "report", "save",
+    "verify",
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import io
 import os
 import re
@@ -54,6 +55,8 @@ _ADVICE = {
 }
 LOCK_ENDING: Final = ".pqcli-lock"
 """How the files end that `pqcli.claim` locks."""
+JOURNAL_ENDING: Final = ".pqcli-journal"
+"""How the files end that long runs leave when they are killed (`pqcli.jobs.journal`)."""
 _CANNOT_SYNC: Final = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF}
 """What file systems say that cannot fsync a folder, or do not let it be opened for that."""
 _PIECE_BYTES: Final = 1 << 20
@@ -339,6 +342,12 @@ def move_folder(temporary: Path, real: Path) -> None:
                 raise
             aside.rename(temporary)
         _PLACED.append(real)
+
+
+def hidden_name(real: Path, ending: str) -> str:
+    """The name of a hidden file that belongs to `real`, and that every run on it knows."""
+    digest = hashlib.blake2b(os.fsencode(real.name), digest_size=4).hexdigest()
+    return f".{real.name[:50]}.{digest}{ending}"
 
 
 def placed() -> int:

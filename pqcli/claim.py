@@ -7,11 +7,10 @@ so a killed run never blocks the next one; the file itself means nothing and is 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from typing import TYPE_CHECKING
 
-from pqcli.atomic import LOCK_ENDING, final_path, lock, output_errors, remembered
+from pqcli.atomic import LOCK_ENDING, final_path, hidden_name, lock, output_errors, remembered
 from pqcli.errors import OutputError
 
 if TYPE_CHECKING:
@@ -51,8 +50,7 @@ def check_space(target: Path, n_bytes: int) -> None:
 
 def _lock_path(real: Path) -> Path:
     """Beside the output; a folder that holds something already is filled in place, and may lie where nobody writes."""
-    digest = hashlib.blake2b(os.fsencode(real.name), digest_size=4).hexdigest()
-    name = f".{real.name[:50]}.{digest}{LOCK_ENDING}"
+    name = hidden_name(real, LOCK_ENDING)
     with contextlib.suppress(OSError):
         if real.is_dir() and any(real.iterdir()):
             return real / name

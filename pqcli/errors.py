@@ -53,6 +53,16 @@ class OutputError(PQError):
     """An output that exists already, or cannot be written."""
 
 
+class JournalError(PQError):
+    """An output that a killed run, of another command, was at: its journal does not fit. Exit code 4."""
+
+    exit_code = 4
+
+
+class WorkerError(PQError):
+    """Workers in other processes, or on other machines, that are lost again and again."""
+
+
 class MissingExtraError(PQError):
     """An optional package is needed and not installed; the message names the pip command."""
 

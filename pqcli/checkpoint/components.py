@@ -29,6 +29,7 @@ from pqcli.checkpoint.folder import (
     find_weights,
     index_name,
     is_checkpoint,
+    is_of_optimizer,
     is_of_training,
     is_of_training_framework,
     single_name,
@@ -38,7 +39,7 @@ from pqcli.errors import CheckpointError
 from pqcli.limits import Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 COPY = "the same model in another format"
 """Why a file is not carried that holds what another one holds already."""
@@ -151,6 +152,19 @@ def components_of(folder: Path, *, limits: Limits | None = None, with_copies: bo
     left_out = {**found.refused, **ours, **({} if with_copies else dict.fromkeys(sorted(copies), COPY))}
     side = {path: n_bytes for path, n_bytes in found.files.items() if path not in taken and path not in left_out}
     return Components(tuple(components), side, found.folders, found.links, left_out)
+
+
+def with_optimizers(folder: Path, parts: Components, stems: Collection[str] | None = None) -> Components:
+    """The folder, whose optimizers, as trainers save them, are components too; with `stems`, those of these paths."""
+    found = []
+    for path in parts.side:
+        place, name = posixpath.split(path)
+        is_meant = stems is None or posixpath.join(place, Path(name).stem) in stems
+        if is_meant and is_of_optimizer(name) and is_checkpoint(folder / path):
+            found.append(Component(place, Path(name).stem, (name,), is_main=False))
+    taken = {posixpath.join(one.place, *one.weights) for one in found}
+    side = {path: n_bytes for path, n_bytes in parts.side.items() if path not in taken}
+    return replace(parts, components=(*parts.components, *found), side=side)
 
 
 def _in_place(folder: Path, place: str, names: list[str], limits: Limits) -> tuple[list[Component], list[str]]:

@@ -34,6 +34,7 @@ _TRAINING_FILE = re.compile(
     r"training_args\.bin|(optimizer|scheduler|scaler|rng_state|random_states|trainer_state)(_\d+)*\.(pt|pth|bin|pkl|json)"
 )
 """What a trainer leaves beside the weights in the format of weights."""
+_OPTIMIZER_FILE = re.compile(r"optimizer(_\d+)*\.(pt|pth|bin)")
 
 _EXPORT = "export the weights with its own library first (for instance with transformers' save_pretrained)"
 _OTHER_WEIGHTS = {
@@ -261,6 +262,11 @@ def _holds_weights(folder: Path) -> bool:
     if index_name(names) is not None or any(name.endswith(".distcp") for name in names):
         return True
     return any(not is_of_training(name) and is_checkpoint(folder / name) for name in names)
+
+
+def is_of_optimizer(name: str) -> bool:
+    """Whether a file is called as trainers call the state of an optimizer."""
+    return _OPTIMIZER_FILE.fullmatch(name) is not None
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -10,7 +10,7 @@ from pqcli.checkpoint import formats
 from pqcli.checkpoint.asked import Asked
 from pqcli.checkpoint.bytesource import ByteSource
 from pqcli.checkpoint.dcp import ENDING, is_distributed, open_distributed
-from pqcli.checkpoint.folder import check_index, find_weights, names_in, sizes_in
+from pqcli.checkpoint.folder import FolderFiles, check_index, find_weights, names_in, sizes_in
 from pqcli.checkpoint.opened import Checkpoint, Layout, check_layout
 from pqcli.checkpoint.reopening import stamp_of
 from pqcli.checkpoint.sniff import sniff
@@ -72,7 +72,10 @@ def _open_folder(folder: Path, asked: Asked) -> Checkpoint:
         own = {name for name in names if name.endswith(ENDING)}
         sizes = {name: n_bytes for name, n_bytes in sizes_in(folder).items() if name not in own}
         return open_distributed(folder, names, sizes, asked)
-    files = find_weights(folder, names, asked.limits)
+    if asked.weights is not None and len(names) == 1:  # one that is named may also be called like a trainer's
+        files = FolderFiles(tuple(names), None, {})
+    else:
+        files = find_weights(folder, names, asked.limits)
     parts: list[tuple[ByteSource, Layout]] = []
     shards: list[Json] = []
     owner: dict[str, str] = {}

@@ -19,6 +19,7 @@ from pqcli.checkpoint.opened import Layout
 from pqcli.checkpoint.rawbytes import write_bytes
 from pqcli.errors import CheckpointError, OutputError
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
+from pqcli.tensors.moments import is_moment_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -84,7 +85,7 @@ def read_safetensors(source: ByteSource) -> Layout:
                 "the file is damaged"
             )
         end = stop
-        infos.append(TensorInfo(name, shape, dtype))
+        infos.append(TensorInfo(name, shape, dtype, role="other" if is_moment_name(name) else "model"))
         views[name] = Strided(Region(start + begin, stop - begin), dtype, shape)
     if start + end != source.n_bytes:
         problem = (

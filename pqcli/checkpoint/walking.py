@@ -19,8 +19,8 @@ Value = TypeVar("Value")
 
 MOST_FILES = 20_000
 
-_OWN_ENDINGS = (".pqcli", ".pqcli-lock")
-"""What pqcli itself may have lying about while it works (`pqcli.atomic`, `pqcli.claim`)."""
+_OWN_ENDINGS = (".pqcli", ".pqcli-lock", ".pqcli-journal")
+"""What pqcli itself may have lying about while it works, or when it was killed (`pqcli.atomic`, `pqcli.claim`)."""
 _BOOKKEEPING = {".git": "what git keeps for itself", ".cache/huggingface": "what the download keeps for itself"}
 
 

@@ -36,7 +36,7 @@ from pqcli.cli.tables import (
     report_table,
     statistics_table,
 )
-from pqcli.jobs.events import Hook, ignore
+from pqcli.jobs.events import Event, Hook, ignore
 from pqcli.reports.figures import Report
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class Console:
             self.json(report.to_json())
         elif not self._quiet:
             took = f"  in {readable.duration(report.seconds)}" if report.seconds is not None else ""
+            took += " (resumed)" if report.resumed else ""
             before, after = readable.headline(report).split(" -> ", 1)
             source = f"{visible(Path(report.source).name)} " if report.source else ""
             self._lines([Text(f"{source}{before} -> {visible(report.output)} {after}{took}", style="bold")])
@@ -131,6 +132,9 @@ class Console:
         if report.parts:
             for line in readable.part_lines(report):
                 self.note(line)
+        state = readable.state_line(report)
+        if state is not None:
+            self.note(f"training state: {state}")
         base = readable.base_line(report)
         if base is not None:
             self.note(f"base {base}")
@@ -139,7 +143,8 @@ class Console:
             self.note(readable.side_line(report))
         for warning in report.warnings:
             self.warn(warning)
-        if not report.quantized and report.base is None:
+        has_moments = report.state is not None and report.state.n_moments > 0
+        if not report.quantized and report.base is None and not has_moments:
             self.warn("nothing was quantized; `pqcli plan` tells why for each tensor")
         else:
             file = shlex.quote(visible(report.output))
@@ -230,17 +235,27 @@ class Console:
     def progress(self, label: str) -> Iterator[Hook]:
         """A hook that shows, while the body runs, the stage, how much of it is done, the rate and the time left.
 
-        Shows nothing without a terminal, when quiet, or when JSON is asked for; the hook may be called all the same.
+        Shows no progress without a terminal, when quiet, or when JSON is asked for; the hook may be called all the
+        same. That a killed run is gone on with is noted in any case.
         """
         if self._quiet or self._json or not (self._stderr.isatty() and self._err.is_interactive):
-            yield ignore
+            yield self._noting(ignore)
             return
         from pqcli.cli.progress import bar
 
         with bar(self._err, elide(visible(label), self._err.width // 3), self._clock) as hook:
-            yield hook
+            yield self._noting(hook)
 
     # --- how ------------------------------------------------------------------------------------------------------
+
+    def _noting(self, hook: Hook) -> Hook:
+        def noting(event: Event) -> None:
+            if event.stage == "resuming":
+                self.note(f"resumed: {event.name}")
+            else:
+                hook(event)
+
+        return noting
 
     def _dropped(self, dropped: Sequence[str], kind: str) -> None:
         plainer = [item for item in dropped if readable.COMES_BACK in item]

@@ -106,7 +106,12 @@ def render(report: Report) -> str:
         kept=readable.kept_reasons(report, most=20),
         compared=[
             line
-            for line in (readable.base_line(report), readable.entropy_line(report), readable.int4_line(report))
+            for line in (
+                readable.state_line(report),
+                readable.base_line(report),
+                readable.entropy_line(report),
+                readable.int4_line(report),
+            )
             if line is not None
         ],
         recipe=json.dumps(report.to_json()["recipe"], indent=2),

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from pqcli.atomic import abandon, placed
+from pqcli.jobs.journal.live import what_is_left
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 0.5
@@ -74,10 +75,11 @@ def exit_code(number: int) -> int:
 
 def message() -> str:
     """What is true of the output when the work is interrupted."""
-    n_files = placed()
-    if not n_files:
-        return "interrupted; nothing was written"
-    return f"interrupted; {n_files} {'file was' if n_files == 1 else 'files were'} already written whole"
+    n_files, left = placed(), what_is_left()
+    written = f"{n_files} {'file was' if n_files == 1 else 'files were'} already written whole"
+    if not left:
+        return f"interrupted; {written if n_files else 'nothing was written'}"
+    return f"interrupted; {written if n_files else 'no output was written'}; the same command goes on from here: {left}"
 
 
 class _Once:

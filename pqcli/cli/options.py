@@ -23,6 +23,8 @@ from pqcli.recipe.settings import MAIN, PLAIN, Setting, options_of
 
 RUNNING = "Files and messages"
 """The panel of options that every command has some of."""
+PLACE = "Where the work is done"
+"""The panel of options about processes and machines."""
 NETWORK = "Running the network"
 """The panel of options about a model and the text that it runs on."""
 LIMITS = "For experts: what a file may cost to understand"
@@ -153,6 +155,21 @@ Device = Annotated[
         help="Where the EM of plain PQ runs: auto, cpu, cuda, cuda:0, mps.",
     ),
 ]  # fmt: skip
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", metavar="ADDRESS", rich_help_panel=PLACE, autocompletion=lambda: ["auto", "local"],
+        help="Have a Ray cluster do the work: auto for the one that this machine belongs to, local for one of its own, "
+        "or its address. All nodes must see the checkpoint under the same path.",
+    ),
+]  # fmt: skip
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", metavar="N", rich_help_panel=PLACE,
+        help="Have N processes of this machine do the work, in turn on the GPUs there are, in place of threads.",
+    ),
+]  # fmt: skip
 WithCopies = Annotated[bool, flag("--with-copies", help="Of a folder, copy the same model in other formats as well.")]
 ShardSize = Annotated[
     str,
@@ -165,6 +182,7 @@ EmbedFiles = Annotated[
     bool, flag("--embed-files", help="Of a folder and with -o x.pq.safetensors, put its small files into the file.")
 ]
 Force = Annotated[bool, flag("--force", "-f", help="Replace an existing output.")]
+Fresh = Annotated[bool, flag("--fresh", help="Start anew where a killed run of this output could be gone on with.")]
 NoVerify = Annotated[bool, flag("--no-verify", help="Do not read the output again to check it.")]
 Json = Annotated[bool, flag("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, flag("--quiet", "-q", help="Print nothing but errors and the asked-for result.")]

@@ -35,7 +35,10 @@ def bar(console: Console, label: str, clock: Callable[[], float]) -> Iterator[Ho
 
         def render(self, task: Any) -> Text:
             started, latest = task.fields["started"], task.fields["latest"]
-            text = speed(task.completed, task.total, latest - started, clock() - started, task.fields["unit"])
+            resumed = task.fields["resumed"]  # what was done before says nothing of the rate
+            text = speed(
+                task.completed - resumed, task.total - resumed, latest - started, clock() - started, task.fields["unit"]
+            )
             return Text(text, style="cyan", no_wrap=True)
 
     progress = Progress(
@@ -50,16 +53,19 @@ def bar(console: Console, label: str, clock: Callable[[], float]) -> Iterator[Ho
         redirect_stdout=False,  # results are printed after the bar has gone
     )
     now = clock()
-    task = progress.add_task(label, total=1, stage="", unit="", started=now, latest=now, current="")
+    task = progress.add_task(label, total=1, stage="", unit="", started=now, latest=now, current="", resumed=0)
     stage = ""
 
     def hook(event: Event) -> None:
         nonlocal stage
         now = clock()
-        if event.stage != stage or not event.done:
+        if event.stage != stage or event.done == event.resumed:
             stage = event.stage
             unit = _UNITS.get(stage, "weights")
-            progress.update(task, stage=stage, unit=unit, started=now, total=max(event.total, 1), completed=0)
+            total = max(event.total, 1)
+            progress.update(
+                task, stage=stage, unit=unit, started=now, total=total, completed=event.done, resumed=event.resumed
+            )
         current = elide(visible(event.name), room) if room >= LEAST_NAME else ""
         progress.update(task, completed=event.done, total=max(event.total, 1), latest=now, current=current)
 

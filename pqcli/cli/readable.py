@@ -179,6 +179,23 @@ def base_line(report: Report) -> str | None:
     return f"{visible(elide(name, 60))}({base.hash}): {'; '.join(parts)}"
 
 
+def state_line(report: Report) -> str | None:
+    """What training state takes, and how it is held; None where there is none."""
+    state = report.state
+    if state is None:
+        return None
+    parts = []
+    if state.n_moments:
+        parts.append(f"{state.n_moments:,} in eight bits a value (relative MSE {error(state.relative_mse)})")
+    if state.n_kept:
+        parts.append(f"{state.n_kept:,} bit for bit")
+    others = state.n_tensors - state.n_moments - state.n_kept
+    if others:
+        parts.append(f"{others:,} otherwise")
+    sizes = f"{size(state.original_bytes)} -> {size(state.bytes)}"
+    return f"{plural(state.n_tensors, 'tensor')}, {sizes}: {', '.join(parts)}"
+
+
 def int4_line(report: Report) -> str | None:
     """What the quantized tensors would cost as int4 in groups; None where nothing is quantized."""
     n_bytes, weights = report.int4_bytes, report.n_quantized_weights

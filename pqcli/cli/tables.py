@@ -123,10 +123,13 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
     tensors = report.tensors
     kept = [tensor for tensor in tensors if tensor.action == "keep"]
     n_same = report.base.n_same if report.base else 0
+    n_moments = report.state.n_moments if report.state else 0
+    moments_bytes = sum(tensor.bytes for tensor in tensors if tensor.action == "moments")
     totals = [
         (f"{readable.plural(len(report.quantized), 'tensor')} quantized", sum(one.bytes for one in report.quantized)),
         (f"{readable.plural(len(kept), 'tensor')} kept", sum(one.bytes for one in kept)),
         *([(f"{readable.plural(n_same, 'tensor')} as in the base", 0)] if n_same else []),
+        *([(f"{readable.plural(n_moments, 'tensor')} of moments", moments_bytes)] if n_moments else []),
         ("header and manifest", report.overhead_bytes),
         *([(_beside(report.n_carried), report.carried_bytes)] if report.parts else []),
         ("folder" if report.parts else "file", report.compressed_bytes),
@@ -140,7 +143,7 @@ def report_table(report: Report, width: int | None, *, ascii_only: bool = False)
     def figures(attribute: str, shown: Callable[[float | None], str]) -> tuple[list[str], list[str]]:
         """The cells of quantized tensors, and the total where the report has one."""
         total = getattr(report, attribute, None)
-        cells = [shown(getattr(tensor, attribute)) if tensor.quantized else "" for tensor in tensors]
+        cells = [shown(getattr(tensor, attribute)) if tensor.has_error else "" for tensor in tensors]
         return cells, ["" if total is None else shown(total), *blank[1:]]
 
     def two(value: float | None) -> str:
@@ -211,6 +214,7 @@ def _notes(report: Report) -> list[Text]:
     notes += [
         f"{word:<10}{line}"
         for word, line in (
+            ("state", readable.state_line(report)),
             ("base", readable.base_line(report)),
             ("entropy", readable.entropy_line(report)),
             ("int4", readable.int4_line(report)),
@@ -252,7 +256,8 @@ def plan_table(preview: Preview, width: int | None, *, ascii_only: bool = False)
             N_NOTES,
         )
     ]
-    is_coded = [entry.action not in ("keep", "alias", "copy", "base") for entry in entries]
+    is_coded = [entry.action not in ("keep", "moments", "alias", "copy", "base") for entry in entries]
+    why += _planned_state(entries)
     styles = ["" if coded else "dim" for coded in is_coded]
     quantized = sum(is_coded)
     ratio = preview.original_bytes / preview.predicted_bytes if preview.predicted_bytes else 0.0
@@ -265,6 +270,18 @@ def plan_table(preview: Preview, width: int | None, *, ascii_only: bool = False)
         *([Text()] if why else []),
         *(Text(f"{word:<10}{line}", style="dim") for word, line in why),
     ]
+
+
+def _planned_state(entries: Sequence[PlanEntry]) -> list[tuple[str, str]]:
+    """A line on the training state of a plan; none where there is none."""
+    state = [entry for entry in entries if entry.info.role != "model" and entry.action != "alias"]
+    if not state:
+        return []
+    dense, planned = (sum(sizes) for sizes in zip(*((e.info.n_bytes, e.predicted_bytes) for e in state), strict=True))
+    n_moments = sum(entry.action == "moments" for entry in state)
+    held = f"{n_moments:,} in eight bits a value" if n_moments else "bit for bit"
+    sizes = f"{readable.size(dense)} -> {readable.size(planned)}"
+    return [("state", f"{readable.plural(len(state), 'tensor')}, {sizes}: {held}")]
 
 
 def _planned_action(entry: PlanEntry) -> str:

@@ -20,10 +20,10 @@ from __future__ import annotations
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from pqcli.codecs import registry
 from pqcli.core.pq import pq
 from pqcli.core.trellis.sources import Source
-from pqcli.tensors.records import Alias, Coded, Coding, Kept, Plain, Record, Same
+from pqcli.tensors.moments import form_of
+from pqcli.tensors.records import Alias, Coded, Coding, Kept, Moments, Plain, Record, Same
 
 if TYPE_CHECKING:
     from pqcli.core.importance import Importance
@@ -111,6 +112,8 @@ def record_of(entry: PlanEntry) -> Record:
         coding = Kept()
     elif entry.action == "base":
         coding = Same()
+    elif entry.action == Moments.action:
+        coding = Moments(form_of(info) or "", entry.predicted_bytes)
     elif scheme is not None:
         coding = Plain(scheme.block_size, scheme.n_centroids, scheme.codebook_dtype, rows)
     else:
@@ -202,7 +205,11 @@ class Draft:
 # --- the verbs --------------------------------------------------------------------------------------------------------
 
 
-class Job(Protocol):
+Found = TypeVar("Found")
+Found_co = TypeVar("Found_co", covariant=True)
+
+
+class Task(Protocol[Found_co]):
     """A unit of work. It can be pickled, and depends on nothing but its fields."""
 
     @property
@@ -217,12 +224,24 @@ class Job(Protocol):
     def n_bytes(self) -> int:
         """Memory that it takes while it runs and until its result is written."""
 
-    def run(self, device: torch.device) -> Piece | StreamPiece | list[StreamPiece]:
+    def run(self, device: torch.device) -> Found_co:
         """Do it; `device` is where matrix work may run."""
 
 
-class TensorJob:
-    """What jobs on one tensor have in common: they are called like it, and are as much work as it has weights."""
+Result = Piece | StreamPiece | list[StreamPiece]
+Job = Task[Result]
+"""A task whose result goes into the file."""
+
+
+class Run(Protocol):
+    """Runs tasks wherever there is room for them."""
+
+    def __call__(self, tasks: Sequence[Task[Found]], stage: str) -> Iterator[tuple[int, Found]]:
+        """The result of every task with its place among them, in any order; the hook is told of the stage."""
+
+
+class TensorTask:
+    """What tasks on one tensor have in common: they are called like it, and are as much work as it has weights."""
 
     record: Record
 
@@ -365,7 +384,7 @@ class Codec(ABC):
         return self
 
     @abstractmethod
-    def survey(self, entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:
+    def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:
         """Which of the planned tensors can be coded, and what levels must know of them."""
 
     def set_apart(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pqcli.codecs.base import Piece, TensorJob, Weights
+from pqcli.codecs.base import Piece, TensorTask, Weights
 from pqcli.codecs.difference import exact_difference
 from pqcli.core.digests import HASH_BYTES, tensor_bytes, tensor_hash
 from pqcli.core.entropy import lossless
@@ -20,38 +20,54 @@ if TYPE_CHECKING:
     import torch
 
 
+_QUICK_COPIES = 5
+"""Memory that coding a large tensor takes, in copies of it: itself, byte planes, and those coded, twice."""
+
+
 @dataclass(frozen=True)
-class KeptJob(TensorJob):
-    """Read a tensor to be kept; `is_compact`: code it without loss, unless it is so small that it will be bundled."""
+class KeptJob(TensorTask):
+    """Read a tensor to be kept; `is_compact`: code it without loss, unless it is so small that it will be bundled.
+
+    `quick`: with little effort.
+    """
 
     record: Record
     weights: Weights
     is_compact: bool
+    quick: bool = False
 
     @property
     def n_bytes(self) -> int:
         """The tensor, and its copy without loss."""
-        return 2 * self.record.info.n_bytes
+        return (_QUICK_COPIES if self.quick else 2) * self.record.info.n_bytes
 
     def run(self, device: torch.device) -> Piece:  # noqa: ARG002 - nothing to compute
         """The tensor's bytes."""
         name = self.record.name
         base = self.weights.base(name) if self.is_compact else None
-        return kept_piece(self.record, self.weights.original(name), is_compact=self.is_compact, base=base)
+        tensor = self.weights.original(name)
+        return kept_piece(self.record, tensor, is_compact=self.is_compact, base=base, quick=self.quick)
 
 
-def kept_piece(record: Record, tensor: torch.Tensor, *, is_compact: bool, base: torch.Tensor | None = None) -> Piece:
+def kept_piece(
+    record: Record,
+    tensor: torch.Tensor,
+    *,
+    is_compact: bool,
+    base: torch.Tensor | None = None,
+    quick: bool = False,
+) -> Piece:
     """A tensor bit for bit: its bytes, or where that takes less, what they differ by from those of the `base`."""
     data, digest = tensor_bytes(tensor), tensor_hash(tensor)
     if base is not None and base.element_size() == tensor.element_size():
         difference = exact_difference(data, base, record.info.dtype)
-        if len(_coded(difference, record)) < len(_coded(data, record)):
+        if len(_coded(difference, record, quick=quick)) < len(_coded(data, record, quick=quick)):
             record, data = replace(record, difference=True), difference
     if record.is_bundled:
         return Piece(record, digest, bundled=data.copy())
     if not is_compact:
         return Piece(record, digest, ((f"keep/{record.name}", data),))
-    coded = _coded(data, record)
+    coded = _coded(data, record, quick=quick)
     return Piece(replace(record, coding=Kept(len(coded))), digest, ((f"keep/{record.name}", coded),))
 
 
@@ -68,8 +84,8 @@ def bundle(pieces: Iterable[Piece], *, is_compact: bool) -> bytes:
     return lossless.compress([as_words(data, dtype) for data, dtype in bundled])
 
 
-def _coded(data: NDArray[np.uint8], record: Record) -> bytes:
-    return lossless.compress([as_words(data, record.info.dtype)])
+def _coded(data: NDArray[np.uint8], record: Record, *, quick: bool) -> bytes:
+    return lossless.compress([as_words(data, record.info.dtype)], quick=quick)
 
 
 def as_words(data: NDArray[np.uint8], dtype: str) -> NDArray[np.generic]:

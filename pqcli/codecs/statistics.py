@@ -22,6 +22,7 @@ from pqcli.core.second_order import Moments, RowImportance, SecondOrder, prepare
 from pqcli.core.second_order import Weights as Plain
 from pqcli.core.trellis.feedback import Feedback
 from pqcli.errors import StatsError
+from pqcli.tensors.prefixes import matched
 
 if TYPE_CHECKING:
     from pqcli.codecs.base import Survey, Tell, Weights
@@ -70,7 +71,7 @@ def opened(path: str, records: Sequence[Record], weights: Weights) -> Reading:
     Raises StatsError where the file is none, or knows none of the tensors; `Reading` does where shapes differ.
     """
     file = statistics.open(path)
-    names = _matched([record.name for record in records], list(file.names))
+    names = matched([record.name for record in records], list(file.names))
     if not names and not any(record.name in file for record in records):
         ours = ", ".join(record.name for record in records[:2])
         theirs = ", ".join(list(file.names)[:2])
@@ -79,22 +80,6 @@ def opened(path: str, records: Sequence[Record], weights: Weights) -> Reading:
             f"({ours}, ...) to be coded; collect them from this model"
         )
     return Reading(path, file, weights, names)
-
-
-def _matched(ours: Sequence[str], theirs: Sequence[str]) -> dict[str, str]:
-    """Their names by ours where all of one side begin with what the other side lacks, as DataParallel's `module.`.
-
-    Empty where some name is known as it is, or where nothing makes the names the same.
-    """
-    if set(ours) & set(theirs):
-        return {}
-    for first, second, is_ours in ((ours, theirs, True), (theirs, ours, False)):
-        prefixes = {name[: -len(other)] for name in first for other in second if name.endswith(f".{other}")}
-        for prefix in prefixes:
-            longer = {name: name.removeprefix(prefix) for name in first if name.removeprefix(prefix) in set(second)}
-            if longer and all(name.startswith(prefix) for name in first):
-                return longer if is_ours else {other: name for name, other in longer.items()}
-    return {}
 
 
 class Reading:

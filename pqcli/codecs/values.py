@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pqcli.codecs.base import Piece, TensorJob, Use, Weights
+from pqcli.codecs.base import Piece, TensorTask, Use, Weights
 from pqcli.codecs.kept import KeptJob, as_words, kept_piece
 from pqcli.core import metrics
 from pqcli.core.digests import tensor_bytes, tensor_hash
@@ -58,7 +58,7 @@ class Few:
 
 
 @dataclass(frozen=True)
-class ExactJob(TensorJob):
+class ExactJob(TensorTask):
     """Hold a tensor of few values exactly, as plain PQ with the blocks that the record says."""
 
     record: Record

@@ -41,6 +41,15 @@ def held(record: Record, weight: torch.Tensor) -> bytes | None:
     return _coded(_ROWS, in_rows) if n_zeros == int(in_rows.sum()) * columns else _coded(_ELEMENTS, mask)
 
 
+def held_by_bits(packed: NDArray[np.uint8], n_zeros: int, record: Record) -> bytes:
+    """The same of a tensor of which `packed` has a bit an element, set for each of its `n_zeros` zeros."""
+    rows, columns = record.matrix_shape
+    n_rows = np.fromiter((_is_set(packed, row * columns, (row + 1) * columns) for row in range(rows)), bool, rows)
+    if n_zeros == int(n_rows.sum()) * columns:
+        return _coded(_ROWS, n_rows)
+    return bytes([_ELEMENTS]) + lossless.compress([packed])
+
+
 def restored(tensor: torch.Tensor, record: Record, data: bytes) -> torch.Tensor:
     """The tensor with its zeros, in place. Raises ValueError for bytes that `held` did not give."""
     rows, columns = record.matrix_shape
@@ -56,6 +65,13 @@ def restored(tensor: torch.Tensor, record: Record, data: bytes) -> torch.Tensor:
     else:
         matrix[mask.view(rows, columns)] = 0
     return tensor
+
+
+def _is_set(packed: NDArray[np.uint8], start: int, stop: int) -> bool:
+    """Whether all bits [start, stop) are set."""
+    first = start // 8
+    bits = np.unpackbits(packed[first : -(-stop // 8)], bitorder="little")
+    return bool(bits[start - 8 * first : stop - 8 * first].all())
 
 
 def _coded(kind: int, mask: NDArray[np.bool_]) -> bytes:

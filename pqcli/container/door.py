@@ -29,11 +29,12 @@ from pqcli.container.layout import KEPT, SHARDS_FEATURE, entries_of, known_featu
 from pqcli.container.limits import DENSE_BYTES_PER_BYTE, TENSOR_BYTES, TEXT_SHARE, Limits, inflate, parse_json
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, parse_manifest
 from pqcli.core.digests import HASH_BYTES
+from pqcli.core.moments import FORMS
 from pqcli.core.pq import packing
 from pqcli.errors import ContainerError, DamagedError
 from pqcli.limits import OverLimitError, hint
 from pqcli.tensors.info import ITEM_BYTES
-from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, Same, StoredError
+from pqcli.tensors.records import Alias, Coded, Copy, Kept, Moments, Plain, Record, Same, StoredError
 
 QUANTIZED_DTYPES: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 _ROLES: Final = frozenset({"model", "other"})
@@ -163,14 +164,17 @@ def _problem(record: Record, manifest: Manifest) -> str:
         return f"unknown dtype {info.dtype!r:.40}"
     if info.role not in _ROLES:
         return f"unknown role {info.role!r:.40}"
-    if record.zero_bytes is not None and (not record.quantized or zeros.FEATURE not in manifest.features):
+    is_of_weights = isinstance(coding, Plain | Coded)
+    if record.zero_bytes is not None and (not is_of_weights or zeros.FEATURE not in manifest.features):
         return "zeros told of what is not quantized, or in a file without that feature"
-    if record.difference and isinstance(coding, Alias | Copy | Same):
+    if record.difference and isinstance(coding, Alias | Copy | Same | Moments):
         return f"a difference of what is coded as {record.action!r}"
     if isinstance(coding, Alias | Same):
         return ""
     if isinstance(coding, Copy):
         return "" if Copy.action in manifest.features else "a copy in a file without that feature"
+    if isinstance(coding, Moments):
+        return _problem_of_moments(record, coding, manifest)
     if isinstance(coding, Kept):
         if record.difference and KEPT_CODED not in manifest.features:
             return "a kept difference in a file that codes nothing of what it keeps"
@@ -179,6 +183,14 @@ def _problem(record: Record, manifest: Manifest) -> str:
     return _problem_of_quantized(record, coding) or (
         "" if record.action in manifest.features else f"action {record.action!r:.40} is not among the features"
     )
+
+
+def _problem_of_moments(record: Record, coding: Moments, manifest: Manifest) -> str:
+    if Moments.action not in manifest.features:
+        return "moments in a file without that feature"
+    if record.info.dtype not in QUANTIZED_DTYPES:
+        return f"moments of the dtype {record.info.dtype}"
+    return "" if coding.form in FORMS else f"moments of the form {coding.form!r:.40}"
 
 
 def _problem_of_quantized(record: Record, coding: Plain | Coded) -> str:

@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pqcli.codecs import difference, registry, zeros
+from pqcli.codecs import difference, moments, registry, zeros
 from pqcli.container import checksum, files
 from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
 from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, manifest_bytes
 from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.info import ITEM_BYTES
-from pqcli.tensors.records import Coded, Copy, Kept, Plain, Record
+from pqcli.tensors.records import Coded, Copy, Kept, Moments, Plain, Record
 
 SHORT_HASH_BYTES: Final = 4
 """Bytes of a hash in files made to be small: one corrupted tensor in four billion goes unnoticed."""
@@ -32,8 +32,8 @@ _ENTRY_BYTES: Final = 80
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    own = {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, difference.FEATURE, Copy.action, files.FEATURE, SHARDS_FEATURE}
-    return registry.features() | own
+    own = {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, difference.FEATURE, files.FEATURE, SHARDS_FEATURE}
+    return registry.features() | own | {Copy.action, moments.FEATURE}
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ def own_entries(record: Record, features: Iterable[str]) -> list[Entry]:
     if isinstance(coding, Plain):
         codebook = Entry(f"pq/{info.name}/codebook", coding.codebook_dtype, (coding.n_centroids, coding.block_size))
         return [codebook, Entry(f"pq/{info.name}/assignments", "uint8", (record.assignment_bytes,))]
+    if isinstance(coding, Moments):
+        return [Entry(moments.key(info.name), "uint8", (coding.n_bytes,))]
     if not isinstance(coding, Kept) or record.is_bundled:
         return []
     if KEPT_CODED in features:

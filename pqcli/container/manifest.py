@@ -21,7 +21,7 @@ from pqcli.container.files import Files
 from pqcli.container.header import LARGEST, is_shape, is_size
 from pqcli.container.naming import BaseName, Naming
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record, Same
+from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Moments, Plain, Record, Same
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -123,6 +123,7 @@ class StoredRecord:
     coded_bytes: int | None = None
     zero_bytes: int | None = None
     difference: bool = False
+    form: str | None = None
 
     @staticmethod
     def of(record: Record) -> StoredRecord:
@@ -138,6 +139,8 @@ class StoredRecord:
             given = {"rows": coding.rows, "kernel": coding.kernel, "coded_bytes": coding.n_bytes}
         elif isinstance(coding, Kept):
             given = {"coded_bytes": coding.n_bytes}
+        elif isinstance(coding, Moments):
+            given = {"form": coding.form, "coded_bytes": coding.n_bytes}
         elif isinstance(coding, Copy):
             given = {"copy_of": coding.of}
         return StoredRecord(
@@ -158,12 +161,18 @@ class StoredRecord:
             raise ValueError(f"action {self.action!r} of an alias of {self.alias_of!r}")
         if (self.action == Copy.action) != (self.copy_of is not None):
             raise ValueError(f"action {self.action!r} of a copy of {self.copy_of!r}")
+        if (self.action == Moments.action) != (self.form is not None):
+            raise ValueError(f"action {self.action!r} with moments of the form {self.form!r:.40}")
         if self.alias_of is not None:
             return Alias(self.alias_of)
         if self.copy_of is not None:
             return Copy(self.copy_of)
         if self.action == Kept.action:
             return Kept(self.coded_bytes)
+        if self.form is not None:
+            if self.coded_bytes is None:
+                raise ValueError("moments of which it is not said how many bytes they take")
+            return Moments(self.form, self.coded_bytes)
         if self.action == Same.action:
             return Same()
         if self.action != Plain.action:

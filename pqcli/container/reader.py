@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Self, overload
+from typing import Any, Self, overload
 
 import torch
+from numpy.typing import NDArray
 
-from pqcli.codecs import zeros
+from pqcli.codecs import moments, zeros
 from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
 from pqcli.codecs.difference import as_base, exact_sum, restored
 from pqcli.container import checksum
@@ -27,7 +28,7 @@ from pqcli.core.entropy import lossless
 from pqcli.core.pq import packing, pq
 from pqcli.errors import BaseError, ContainerError
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
-from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Plain, Record, Same, StoredError
+from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Moments, Plain, Record, Same, StoredError
 
 
 class Container:
@@ -110,13 +111,16 @@ class Container:
 
     def pq_tensor(self, name: str) -> pq.PQTensor:
         """Codebook and assignments of a tensor that plain PQ quantized, unpacked."""
+        return self._pq_tensor(name, packing.unpack)
+
+    def _pq_tensor(self, name: str, unpack: Callable[[Any, int, int], NDArray[Any]]) -> pq.PQTensor:
         record = self.record(name)
         if not isinstance(record.coding, Plain):
             raise ContainerError(f"{self.path}: tensor {name!r} has no codebook, its action is {record.action!r}")
         codebook = self._entries.tensor(f"pq/{name}/codebook")
         packed = self._entries.tensor(f"pq/{name}/assignments").numpy()
         try:
-            assignments = packing.unpack(packed, record.n_vectors, packing.n_bits(len(codebook)))
+            assignments = unpack(packed, record.n_vectors, packing.n_bits(len(codebook)))
         except ValueError as error:
             raise self._entries.damaged(f"assignments of {name!r}: {error}") from None
         if assignments.size and int(assignments.max()) >= len(codebook):
@@ -212,7 +216,7 @@ class Container:
     # --- tensors ------------------------------------------------------------------------------------------------------
 
     def _plain(self, record: Record, base: torch.Tensor | None) -> torch.Tensor:
-        tensor = self.pq_tensor(record.name)
+        tensor = self._pq_tensor(record.name, packing.unpack_narrow)
         return pq.decode(tensor) if base is None else restored(record, pq.decode(tensor, torch.float32), base)
 
     def _same(self, record: Record, base: torch.Tensor | None) -> torch.Tensor:
@@ -232,6 +236,12 @@ class Container:
             return stored
         data = torch.from_numpy(exact_sum(tensor_bytes(stored), base, record.info.dtype))
         return data.view(stored.dtype).reshape(record.info.shape)
+
+    def _moments(self, record: Record, _base: torch.Tensor | None) -> torch.Tensor:
+        try:
+            return moments.restored(record, bytes(self._entries.read(moments.key(record.name))))
+        except ValueError as error:
+            raise self._entries.damaged(f"moments of {record.name!r}: {error}") from None
 
     def _kept_bytes(self, record: Record) -> torch.Tensor:
         """What is kept, as a tensor: the tensor itself, or its difference."""
@@ -316,6 +326,7 @@ _DECODERS: dict[type[Coding], Callable[[Container, Record, torch.Tensor | None],
     Plain: Container._plain,  # noqa: SLF001 - the table of this module
     Kept: Container._kept,  # noqa: SLF001
     Coded: Container._coded,  # noqa: SLF001
+    Moments: Container._moments,  # noqa: SLF001
     Same: Container._same,  # noqa: SLF001
 }
 """How each kind of tensor is decoded, given the base's where it needs that; an alias and a copy are decoded as the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
@@ -26,6 +27,7 @@ from pqcli.container.manifest import KEPT_CODED, CodedStreams, Manifest, make_ma
 from pqcli.container.naming import Naming
 from pqcli.container.shards import Cut, cut, digest, is_piece
 from pqcli.core.digests import HASH_BYTES
+from pqcli.errors import OutputError
 from pqcli.tensors.records import Coded, Record, StoredError
 
 _COPY_BYTES = 1 << 24
@@ -57,6 +59,7 @@ class Writer:
     only when all are there. Nothing appears at `target` before `finish`. A `compact` file codes kept tensors without
     loss and has shorter hashes. One of more than `shard_bytes` is cut into several (`pqcli.container.shards`), which
     do not appear together: write them where it does not matter, as into a folder that is put in its place as a whole.
+    Where the disk is full, `make_room` is asked for some, and what was to be written is written again if it gave any.
     Raises OutputError where the disk does not take what is written.
     """
 
@@ -65,13 +68,15 @@ class Writer:
     force: bool = False
     compact: bool = False
     shard_bytes: int | None = None
+    make_room: Callable[[], bool] = lambda: False
     _pieces: dict[str, Piece] = field(default_factory=dict)
     _spooled: dict[str, tuple[int, int]] = field(default_factory=dict)
     _bundle: tuple[int, bytes] = (-1, b"")
 
     def __post_init__(self) -> None:
         with output_errors(self.target):
-            self._spool = tempfile.TemporaryFile(dir=self.target.parent)  # noqa: SIM115 - closed by __exit__
+            # without a buffer, which would hold on to what a full disk has refused
+            self._spool = tempfile.TemporaryFile(dir=self.target.parent, buffering=0)  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> Self:
         return self
@@ -136,9 +141,18 @@ class Writer:
             self._put(ENTROPIES, [_entropy_densities(pieces)])
         if len(found.layouts) > 1:
             return self._write_shards(found, check), found.n_bytes
-        with atomic_writer(self.target, force=self.force, check=check) as out:
-            self._write(out, found.layouts[0])
+        self._write_file(self.target, found.layouts[0], check)
         return self.target, found.n_bytes
+
+    def _write_file(self, path: Path, layout: Layout, check: Callable[[Path], None] | None) -> bytes:
+        """Write a file to its place; the hash of its data."""
+        try:
+            with atomic_writer(path, force=self.force, check=check) as out:
+                return self._write(out, layout)
+        except OutputError as error:
+            if not (_is_full(error.__cause__) and self.make_room()):
+                raise
+        return self._write_file(path, layout, check)
 
     def _write_shards(self, found: Cut, check: Callable[[Path], None] | None) -> Path:
         """Write all files and their index: the first one last but for the index, as it tells of the others."""
@@ -147,12 +161,9 @@ class Writer:
         read_again = None if check is None else _nothing
         told = []
         for path, layout in zip(paths[1:], found.layouts[1:], strict=True):
-            with atomic_writer(path, force=self.force, check=read_again) as out:
-                rest = self._write(out, layout)
-            told.append(digest([layout.header]) + rest)
+            told.append(digest([layout.header]) + self._write_file(path, layout, read_again))
         self._put(SHARDS, told)
-        with atomic_writer(paths[0], force=self.force, check=read_again) as out:
-            self._write(out, found.layouts[0])
+        self._write_file(paths[0], found.layouts[0], read_again)
         index = self.target.with_name(self.target.name + ".index.json")
         with atomic_writer(index, force=self.force) as out:
             out.write(found.index_text())
@@ -199,10 +210,18 @@ class Writer:
 
     def _put(self, key: str, pieces: Iterable[bytes | NDArray[np.uint8]]) -> None:
         with output_errors(self.target):
-            start = self._spool.seek(0, os.SEEK_END)
+            start = end = self._spool.seek(0, os.SEEK_END)
             for piece in pieces:
-                self._spool.write(piece if isinstance(piece, bytes) else piece.data)
-            self._spooled[key] = (start, self._spool.tell() - start)
+                left = memoryview(piece if isinstance(piece, bytes) else piece.data).cast("B")
+                while left:
+                    try:
+                        written = self._spool.write(left)
+                    except OSError as error:
+                        if not (_is_full(error) and self.make_room()):
+                            raise
+                        continue
+                    end, left = end + written, left[written:]
+            self._spooled[key] = (start, end - start)
 
 
 def _error_rows(pieces: Sequence[Piece]) -> bytes:
@@ -219,6 +238,10 @@ def _entropy_densities(pieces: Sequence[Piece]) -> bytes:
         if piece.use and isinstance(piece.record.coding, Coded)
     ]
     return np.array([bits / max(numel, 1) for bits, numel in coded], "<f2").tobytes()
+
+
+def _is_full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
 
 
 def _nothing(_path: Path) -> None:

@@ -6,7 +6,7 @@ All sums are taken in float64 over bounded chunks, so that a weight of any size 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,10 +64,13 @@ NO_ERROR = Error(0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 def compare(weight: Tensor, decoded: Tensor) -> Error:
     """The error of `decoded` against `weight`, two tensors of one shape and of any floating dtypes."""
-    a, b = weight.reshape(-1), decoded.reshape(-1)
+    return compare_pieces([(weight, decoded)])
+
+
+def compare_pieces(pieces: Iterable[tuple[Tensor, Tensor]]) -> Error:
+    """The error of two tensors of which pieces come one after another; of all but the last, whole `CHUNK`s."""
     total = NO_ERROR
-    for start in range(0, a.numel(), CHUNK):
-        x, y = (part[start : start + CHUNK].to(torch.float64, copy=True) for part in (a, b))
+    for x, y in _chunks(pieces):
         difference, dot = x - y, float((x * y).sum())
         low, high = difference.aminmax()
         total += Error(
@@ -79,6 +82,17 @@ def compare(weight: Tensor, decoded: Tensor) -> Error:
             max_abs_error=max(-float(low), float(high)),
         )
     return total
+
+
+def _chunks(pieces: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Copies in float64, `CHUNK` elements at a time."""
+    for weight, decoded in pieces:
+        a, b = weight.reshape(-1), decoded.reshape(-1)
+        for start in range(0, a.numel(), CHUNK):
+            yield (
+                a[start : start + CHUNK].to(torch.float64, copy=True),
+                b[start : start + CHUNK].to(torch.float64, copy=True),
+            )
 
 
 def weighted_squared_error(weight: Tensor, decoded: Tensor, importance: Importance | None) -> float:

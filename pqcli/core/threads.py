@@ -12,11 +12,19 @@ from threadpoolctl import threadpool_limits
 _counting = threading.Lock()
 _limited: list[threadpool_limits] = []
 _users = 0
+_most: int | None = None
 
 
 def n_threads() -> int:
     """Threads that work side by side; no result depends on them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if _most is None else min(cores, _most)
+
+
+def limit(most: int) -> None:
+    """This process is one of several workers of a machine, and has so many of its cores."""
+    global _most
+    _most = max(1, most)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def _judged(entry: PlanEntry, weight: torch.Tensor, base: torch.Tensor) -> PlanE
     if _is_as(weight, base):
         return replace(entry, action="base", reason="as in the base", scheme=None, predicted_bytes=0)
     dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (weight, base)]
-    if entry.action == "keep" or not may_be_difference(dtypes[0], dtypes[1]):
+    if entry.action in ("keep", "moments") or not may_be_difference(dtypes[0], dtypes[1]):
         return entry
     difference = subtracted(weight, base)
     is_sound = all(map(pq.is_finite, (weight, base, difference)))

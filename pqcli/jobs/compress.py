@@ -26,8 +26,21 @@ from pqcli.checkpoint import Checkpoint
 from pqcli.checkpoint.hub import located
 from pqcli.claim import check_space, claimed
 from pqcli.codecs import registry
-from pqcli.codecs.base import Codec, Job, Piece, StreamCodec, StreamPiece, Streams, Survey, Weights, load, record_of
+from pqcli.codecs.base import (
+    Codec,
+    Job,
+    Piece,
+    Run,
+    StreamCodec,
+    StreamPiece,
+    Streams,
+    Survey,
+    Weights,
+    load,
+    record_of,
+)
 from pqcli.codecs.kept import KeptJob, reference_piece
+from pqcli.codecs.moments import MomentsJob
 from pqcli.codecs.rate.budget import Goal, error_bound
 from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
@@ -41,13 +54,15 @@ from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
 from pqcli.errors import CheckpointError, ContainerError, OutputError
-from pqcli.jobs import executors
 from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
-from pqcli.jobs.devices import at_work, resolve_device, workers
 from pqcli.jobs.events import Event, Hook, Stage, ignore
+from pqcli.jobs.executors import Executor, resuming, running
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import goes_to_folder
+from pqcli.jobs.journal.journal import Journal
+from pqcli.jobs.journal.keeping import Keeping, told
+from pqcli.jobs.places import place_of_work
 from pqcli.jobs.report import base_report, paper_bytes_of, tensor_report
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
@@ -56,7 +71,17 @@ from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Copy, Record, Same, StoredError, with_bundle_shares
+from pqcli.tensors.records import (
+    BUNDLED_BYTES,
+    Alias,
+    Coded,
+    Copy,
+    Moments,
+    Record,
+    Same,
+    StoredError,
+    with_bundle_shares,
+)
 
 COPIES = 2
 """What the disk holds of a file while it is written: the spool, and the file itself."""
@@ -67,10 +92,8 @@ SHARD_BYTES = 5 * 10**9
 Files = Mapping[str, bytes]
 NO_FILES: Files = {}
 """Small files that go into the container, by their paths."""
-NOT_CODED = frozenset({"keep", "alias", "base"})
+NOT_CODED = frozenset({"keep", "moments", "alias", "base"})
 """Actions of a plan that no codec takes part in."""
-BASE_MEMORY_BYTES = 400 << 20
-"""Memory of a process that has torch loaded and kernels compiled."""
 
 
 def compress(
@@ -83,8 +106,12 @@ def compress(
     embed_files: bool = False,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
+    fresh: bool = False,
+    journal: bool = True,
     verify: bool = True,
     base: str | Path | Sequence[str | Path] = (),
+    ray: str | None = None,
+    workers: int | None = None,
     progress: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
@@ -103,9 +130,52 @@ def compress(
     so on. `progress` is told of every stage (`pqcli.jobs.events.Event`). `limits` bound what the structure of the
     checkpoint may cost to understand.
 
-    Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError.
+    The work is done by threads of this process, or by that many `workers`, processes of this machine, or by a `ray`
+    cluster: the one at this address, "auto" for the one that this machine belongs to, "local" for one of its own. None
+    of this changes a byte, if all of it is done on the same kind of processor.
+
+    A run that takes long keeps a `journal` beside the output (`pqcli.jobs.journal`): where it is killed, the same call
+    goes on from there and gives the same bytes. With `fresh` it does not, and starts anew.
+
+    Raises CheckpointError, RecipeError, OutputError, EmptyClusterResolveError or UsageError; JournalError where the
+    output is that of a killed run with other input or settings; WorkerError where workers are lost again and again.
     """
     recipe = recipe or Recipe()
+    with place_of_work(device, recipe.max_memory, ray=ray, workers=workers) as place:
+        return _compressed(
+            source,
+            output,
+            recipe,
+            place.executor,
+            Keeping(place.device, is_wanted=journal, fresh=fresh),
+            with_copies=with_copies,
+            embed_files=embed_files,
+            shard_bytes=shard_bytes,
+            force=force,
+            verify=verify,
+            base=base,
+            progress=progress,
+            limits=limits,
+        )
+
+
+def _compressed(
+    source: str | Path,
+    output: str | Path | None,
+    recipe: Recipe,
+    executor: Executor,
+    keeping: Keeping,
+    *,
+    with_copies: bool,
+    embed_files: bool,
+    shard_bytes: int,
+    force: bool,
+    verify: bool,
+    base: str | Path | Sequence[str | Path],
+    progress: Hook | None,
+    limits: Limits | None,
+) -> Report:
+    """What `compress` does, wherever the work is done."""
     place = located(source)
     source, output = place.path, output or place.output()
     if embed_files:
@@ -117,29 +187,40 @@ def compress(
             source,
             Path(output) if output else None,
             recipe,
-            resolve_device(device),
+            executor,
             with_copies=with_copies,
             shard_bytes=shard_bytes,
             base=base,
             force=force,
             verify=verify,
+            keeping=keeping,
             hook=progress,
             limits=limits,
         )
     files = small_files(source, limits) if embed_files else NO_FILES
+    bases = bases_of(base)
     with opened(source, recipe, limits) as checkpoint:
-        return compress_opened(
-            checkpoint,
-            output,
-            recipe,
-            resolve_device(device),
-            files=files,
-            force=force,
-            verify=verify,
-            bases=bases_of(base),
-            hook=progress,
-            limits=limits,
-        )
+        target = Path(output) if output else default_output(checkpoint.path)
+        check_stats(recipe)
+        check_place(target, checkpoint.path, force=force)
+        with (
+            claimed(target),
+            keeping.journal(target, progress or ignore, [checkpoint], recipe, bases=bases, files=files) as kept,
+        ):
+            report = compress_opened(
+                checkpoint,
+                target,
+                recipe,
+                executor,
+                files=files,
+                force=force,
+                verify=verify,
+                bases=bases,
+                journal=kept,
+                hook=progress,
+                limits=limits,
+            )
+        return told(report, kept)
 
 
 def save(
@@ -161,7 +242,8 @@ def save(
     with temporary_beside(final_path(target), suffix=".pt") as (dense, descriptor):
         with output_errors(target), os.fdopen(os.dup(descriptor), "wb") as saved:
             _torch_save(state_dict, saved)
-        return replace(compress(dense, file, recipe, device=device, force=force, base=base), source="")
+        # no journal: what it would go on from, the dense file, goes with the process
+        return replace(compress(dense, file, recipe, device=device, force=force, journal=False, base=base), source="")
 
 
 def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
@@ -180,7 +262,7 @@ def opened(source: str | Path, recipe: Recipe, limits: Limits | None = None) -> 
 
 def of_model(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     """The checkpoint, without training state where the recipe asks for that."""
-    if not recipe.model_only:
+    if recipe.state != "drop":
         return checkpoint
     try:
         return checkpoint.model_only()
@@ -255,7 +337,7 @@ def compress_opened(
     checkpoint: Checkpoint,
     output: str | Path | None,
     recipe: Recipe,
-    device: torch.device,
+    executor: Executor,
     *,
     others: Sequence[TensorInfo] = (),
     files: Files = NO_FILES,
@@ -263,35 +345,36 @@ def compress_opened(
     force: bool = False,
     verify: bool = True,
     bases: Sequence[Path] = (),
+    journal: Journal | None = None,
+    scope: str = "",
     hook: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
-    """Compress an open checkpoint, and put `files` into the container.
+    """Compress an open checkpoint, and put `files` into the container. Nobody else may write `output` meanwhile.
 
     The recipe's patterns may mean `others`, tensors that are compressed elsewhere. More than `shard_bytes` become
-    several files with an index, which do not appear together.
+    several files with an index, which do not appear together. `scope` is what the `journal` calls this checkpoint.
     """
     started = time.perf_counter()
     check_stats(recipe)
     target = Path(output) if output else default_output(checkpoint.path)
     plan = plans.make(recipe, checkpoint.tensors, others)
     check_place(target, checkpoint.path, force=force)
-    with (
-        claimed(target),
-        compression(
-            checkpoint,
-            plan,
-            recipe,
-            device,
-            target,
-            files=files,
-            shard_bytes=shard_bytes,
-            force=force,
-            bases=bases,
-            hook=hook,
-            limits=limits,
-        ) as work,
-    ):
+    with compression(
+        checkpoint,
+        plan,
+        recipe,
+        executor,
+        target,
+        files=files,
+        shard_bytes=shard_bytes,
+        force=force,
+        bases=bases,
+        journal=journal,
+        scope=scope,
+        hook=hook,
+        limits=limits,
+    ) as work:
         check_space(target, COPIES * work.expected_bytes())
         written, size = work.finish(work.coded(work.prepared()), verify=verify, limits=limits)
         records, tensors, warnings = work.writer.records, work.tensor_reports(), work.all_warnings()
@@ -317,7 +400,7 @@ def compression(
     checkpoint: Checkpoint,
     plan: Plan,
     recipe: Recipe,
-    device: torch.device,
+    executor: Executor,
     target: Path,
     *,
     files: Files = NO_FILES,
@@ -325,6 +408,8 @@ def compression(
     force: bool = False,
     bases: Sequence[Path] = (),
     rehearsed: Path | None = None,
+    journal: Journal | None = None,
+    scope: str = "",
     hook: Hook | None = None,
     limits: Limits | None = None,
 ) -> Iterator[Compression]:
@@ -339,19 +424,25 @@ def compression(
         if bases:
             beside = stack.enter_context(compared(checkpoint, plan, bases, target, rehearsed or target, hook, limits))
             codec, plan, weights = codec.compacted(), beside.plan, beside.weights
+        quick_state = not codec.is_compact and has_state(plan)
+        codec = codec.compacted() if quick_state else codec
         said = about(checkpoint, recipe, beside.naming if beside else None, files)
         writer = stack.enter_context(Writer(target, said, force, compact=codec.is_compact, shard_bytes=shard_bytes))
-        run = _runner(device, recipe)
-        yield Compression(plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook, beside)
-
-
-Result = Piece | StreamPiece | list[StreamPiece]
-Run = Callable[[Sequence[Job], Stage], Iterator[Result]]
+        run = running(executor, hook)
+        if journal is not None:
+            writer.make_room = journal.make_room
+            run = resuming(executor, hook, journal, scope, weights)
+        yield Compression(
+            plan, recipe, codec, row.action, weights, checkpoint.n_bytes, writer, run, hook, beside, quick_state
+        )
 
 
 @dataclass
 class Compression:
-    """The steps of the loop, over what they all need. `run` is the executor's: jobs in, results out as they come."""
+    """The steps of the loop, over what they all need. `run` is the executor's.
+
+    With `quick_state`, training state is coded without loss where else nothing would be, and so with little effort.
+    """
 
     plan: Plan
     recipe: Recipe
@@ -363,6 +454,7 @@ class Compression:
     run: Run
     hook: Hook
     beside: Compared | None = None
+    quick_state: bool = False
     warnings: tuple[str, ...] = ()
 
     def prepared(self) -> Survey:
@@ -377,14 +469,17 @@ class Compression:
         for record in records:
             if record.action == "base" and self.beside:
                 self.writer.add(Piece(record, self.beside.digests[record.name]))
-            elif record.action != "keep":
+            elif record.action not in ("keep", Moments.action):
                 self.writer.add(reference_piece(record))
-        survey = self.codec.survey(
-            entries, self.weights, Stage(self.hook, "reading", sum(entry.info.numel for entry in entries))
-        )
+        is_compact = self.codec.is_compact
+        survey = self.codec.survey(entries, self.weights, self.run)
         kept = [record for record in [*records, *survey.rejected] if record.action == "keep"]
-        keeping = [KeptJob(record, self.weights, self.codec.is_compact) for record in kept]
-        self._write([*keeping, *survey.exact], "keeping")
+        keeping = [
+            KeptJob(record, self.weights, is_compact, quick=self.quick_state and record.info.role != "model")
+            for record in kept
+        ]
+        held = [MomentsJob(record, self.weights, is_compact) for record in records if record.action == Moments.action]
+        self._write([*keeping, *held, *survey.exact], "keeping")
         return survey if Goal.of(self.recipe, self.original_bytes) else survey.fine_for_differences()
 
     def coded(self, survey: Survey) -> Streams | None:
@@ -412,12 +507,13 @@ class Compression:
     def expected_bytes(self) -> int:
         """The size of the file, as far as it is known before a weight is read.
 
-        Plain PQ: from the headers. A budget of bytes is spent. Else 0: nothing is known of what streams will take.
+        Plain PQ: from the headers, or no more than they say. A budget of bytes is spent. Else 0: nothing is known of
+        what streams will take.
         """
         goal = Goal.of(self.recipe, self.original_bytes)
         if goal is not None and goal.quantity == "bytes":
             return int(goal.value)
-        if self.codec.is_compact:
+        if self.codec.is_compact and not self.quick_state:
             return 0
         records = [record_of(entry) for entry in self.plan.entries]
         return lay_out(self.writer.about.manifest(records)).n_bytes
@@ -425,6 +521,10 @@ class Compression:
     def file_bytes(self, streams: Streams | None) -> int:
         """The size of the file if it were finished with these streams."""
         return self.writer.layout(self.codec_name, streams).n_bytes
+
+    def bytes_with(self, planned: Sequence[Record]) -> int:
+        """The size of the file if these tensors, which need no streams, became what is planned."""
+        return self.writer.layout(self.codec_name, None, planned).n_bytes
 
     def finish(self, streams: Streams | None, *, verify: bool = True, limits: Limits | None = None) -> tuple[Path, int]:
         """Write the file; what to open, and its size in bytes. With `verify`, read it again first."""
@@ -466,7 +566,7 @@ class Compression:
         def file_bytes(streams: Streams, records: Sequence[Record]) -> int:
             return self.writer.layout(self.codec_name, streams, records).n_bytes
 
-        kept = [record for record in self.writer.records if record.action == "keep"]
+        kept = [record for record in self.records if record.action in ("keep", Moments.action)]
         return Frame(self.original_bytes, len(self.writer.bundle), kept, file_bytes)
 
     def _drafted(self, n: int, most: int) -> None:
@@ -485,7 +585,7 @@ class Compression:
         streams: list[StreamPiece] = []
         if not jobs:
             return streams
-        for piece in self.run(jobs, Stage(self.hook, stage, sum(job.n_weights for job in jobs))):
+        for _, piece in self.run(jobs, stage):
             if isinstance(piece, StreamPiece):
                 streams.append(piece)
             elif isinstance(piece, list):
@@ -504,6 +604,12 @@ class Compression:
 
     def _stage(self, stage: str, records: Sequence[Record]) -> Stage:
         return Stage(self.hook, stage, sum(record.info.numel for record in records))
+
+
+def has_state(plan: Plan) -> bool:
+    """Whether so much training state is kept that coding it is worth a file whose kept tensors are all coded."""
+    kept = [entry.info for entry in plan.entries if entry.action == "keep" and entry.info.role != "model"]
+    return sum(info.n_bytes for info in kept) > BUNDLED_BYTES
 
 
 def _copy_of(entry: PlanEntry, name: str) -> Record:
@@ -541,21 +647,3 @@ def check_written(
             if container.coded(start, start + len(meant)) != meant:
                 raise ContainerError(f"{path}: the streams on the disk are not those that were coded")
             start += len(meant)
-
-
-def _runner(device: torch.device, recipe: Recipe) -> Run:
-    """Jobs on threads, one a worker, within the memory that the recipe allows."""
-    in_flight = executors.IN_FLIGHT_BYTES
-    if recipe.max_memory is not None:
-        in_flight = max(recipe.max_memory - BASE_MEMORY_BYTES, 0)
-
-    def work(job: Job, device: torch.device) -> tuple[Job, Result]:
-        with at_work(device):
-            return job, job.run(device)
-
-    def run(jobs: Sequence[Job], done: Stage) -> Iterator[Result]:
-        for job, piece in executors.largest_first(jobs, work, lambda job: job.n_bytes, workers(device), in_flight):
-            yield piece
-            done(job.n_weights, job.name)
-
-    return run

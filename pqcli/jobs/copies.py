@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from pqcli.core.digests import tensor_bytes
+from pqcli.tensors.moments import form_of
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ def _owners(equal: Sequence[PlanEntry]) -> dict[str, str]:
         others = [entry for entry in equal if entry is not kept[0] and entry.action != "base"]
         return {entry.info.name: kept[0].info.name for entry in others}
     pairs: dict[str, str] = {}
-    for first, *others in _grouped(equal, lambda entry: (entry.action, entry.scheme)):
+    for first, *others in _grouped(equal, lambda entry: (entry.action, entry.scheme, form_of(entry.info))):
         pairs |= {entry.info.name: first.info.name for entry in others}
     return pairs
 

@@ -3,6 +3,7 @@
 loading     a model being built                              calibrate
 naming      weights found in the model                       calibrate
 calibrating tokens that have run through the model           calibrate
+resuming    the journal of a killed run found              compress
 matching    weights compared with those of a base            compress
 reading     weights read, to find out about them             compress
 keeping     weights kept bit for bit                         compress
@@ -26,13 +27,15 @@ from dataclasses import dataclass
 class Event:
     """`done` of `total` units of a stage, the last of them on the tensor `name`.
 
-    The unit is weights, tokens, batches, or drafts.
+    The unit is weights, tokens, batches, or drafts. `resumed` of those done were done by an earlier run, whose journal
+    was found; of the stage "resuming" the `name` says in words what that one had done.
     """
 
     stage: str
     done: int
     total: int
     name: str = ""
+    resumed: int = 0
 
 
 Hook = Callable[[Event], None]
@@ -43,17 +46,20 @@ def ignore(event: Event) -> None:
 
 
 class Stage:
-    """Counts what is done of one stage, and tells the hook; from any thread. Its start is told too."""
+    """Counts what is done of one stage, and tells the hook; from any thread. Its start is told too.
 
-    def __init__(self, hook: Hook, stage: str, total: int) -> None:
-        self._hook, self._stage, self._total = hook, stage, total
-        self._done = 0
+    `resumed` units were done by an earlier run.
+    """
+
+    def __init__(self, hook: Hook, stage: str, total: int, resumed: int = 0) -> None:
+        self._hook, self._stage, self._total, self._resumed = hook, stage, total, resumed
+        self._done = resumed
         self._counting = threading.Lock()
-        hook(Event(stage, 0, total))
+        hook(Event(stage, resumed, total, resumed=resumed))
 
     def __call__(self, amount: int, name: str) -> None:
         """So much more is done."""
         with self._counting:
             self._done += amount
-            event = Event(self._stage, self._done, max(self._total, self._done), name)
+            event = Event(self._stage, self._done, max(self._total, self._done), name, self._resumed)
         self._hook(event)

@@ -1,51 +1,129 @@
 """Where the work runs. An executor changes how long compression takes, never a byte of what it writes.
 
-`largest_first` runs jobs on threads. The kernels release the interpreter lock, so reading one tensor, learning the
-codebook of another and writing a third overlap. Memory is bounded by bytes in flight, not by a number of jobs: many
-small tensors share the cores, a large one has the machine to itself. With several devices each job takes one that is
-free; the largest jobs start first, so that no device is left alone with a long one at the end.
+`Threads` runs tasks on the threads of one process. The kernels release the interpreter lock, so reading one tensor,
+learning the codebook of another and writing a third overlap. Memory is bounded by bytes in flight, not by a number of
+tasks: many small tensors share the cores, a large one has the machine to itself. With several devices each task takes
+one that is free; the largest tasks start first, so that no device is left alone with a long one at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+import torch
+
+from pqcli.codecs.base import Found, Run, Task, Weights
 from pqcli.core.lookahead import in_order
+from pqcli.jobs.devices import at_work, workers
+from pqcli.jobs.events import Hook, Stage
+from pqcli.jobs.journal.journal import Journal
 
-Job = TypeVar("Job")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 Device = TypeVar("Device")
 
 IN_FLIGHT_BYTES = 128 << 20
 """Dense bytes of the tensors being worked on at one time, unless a single tensor is larger."""
+BASE_MEMORY_BYTES = 400 << 20
+"""Memory of a process that has torch loaded and kernels compiled."""
+
+
+class Executor(Protocol):
+    """A place where tasks run."""
+
+    def results(self, tasks: Sequence[Task[Found]]) -> Iterator[tuple[int, Found]]:
+        """The result of every task with its place among them, in any order. The first exception ends it."""
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads of this process: as many as `device` has workers, within `in_flight_bytes` of memory."""
+
+    device: torch.device
+    in_flight_bytes: int = IN_FLIGHT_BYTES
+
+    @classmethod
+    def within(cls, device: torch.device, max_memory: int | None) -> Threads:
+        """Threads for a process that may take so much memory, in bytes; None: the usual."""
+        return cls(device) if max_memory is None else cls(device, max(max_memory - BASE_MEMORY_BYTES, 0))
+
+    def results(self, tasks: Sequence[Task[Found]]) -> Iterator[tuple[int, Found]]:
+        """The largest first."""
+
+        def work(item: tuple[int, Task[Found]], device: torch.device) -> tuple[int, Found]:
+            with at_work(device):
+                return item[0], item[1].run(device)
+
+        return largest_first(
+            list(enumerate(tasks)), work, lambda item: item[1].n_bytes, workers(self.device), self.in_flight_bytes
+        )
+
+
+def running(executor: Executor, hook: Hook) -> Run:
+    """Tasks run by the executor, while the hook is told of what is done of each stage."""
+
+    def run(tasks: Sequence[Task[Found]], stage: str) -> Iterator[tuple[int, Found]]:
+        done = Stage(hook, stage, sum(task.n_weights for task in tasks))
+        for place, found in executor.results(tasks):
+            yield place, found
+            done(tasks[place].n_weights, tasks[place].name)
+
+    return run
+
+
+def resuming(executor: Executor, hook: Hook, journal: Journal, scope: str, weights: Weights) -> Run:
+    """The same, where what the journal has is taken from it, and what is found goes into it.
+
+    `scope` tells what is compressed from other things in the same journal, `weights` are what its results mean.
+    """
+
+    def run(tasks: Sequence[Task[Found]], stage: str) -> Iterator[tuple[int, Found]]:
+        known = journal.round(tasks, stage, scope, weights)
+        left = [place for place in range(len(tasks)) if place not in known.found]
+        n_resumed = sum(tasks[place].n_weights for place in known.found)
+        done = Stage(hook, stage, sum(task.n_weights for task in tasks), n_resumed)
+        for place in known.found:
+            try:
+                found: Found = known.result(place)
+            except (ValueError, OSError):  # it is there no longer: the task runs again
+                left.append(place)
+                continue
+            yield place, found
+        for i, found in executor.results([tasks[place] for place in left]):
+            known.add(left[i], found)
+            yield left[i], found
+            done(tasks[left[i]].n_weights, tasks[left[i]].name)
+
+    return run
 
 
 def largest_first(
-    jobs: Sequence[Job],
-    run: Callable[[Job, Device], Result],
-    n_bytes: Callable[[Job], int],
+    items: Sequence[Item],
+    work: Callable[[Item, Device], Result],
+    n_bytes: Callable[[Item], int],
     devices: Sequence[Device],
     in_flight_bytes: int = IN_FLIGHT_BYTES,
 ) -> Iterator[Result]:
-    """`run(job, device)` for every job, the largest first; results in that order.
+    """`work(item, device)` for every item, the largest first; results in that order.
 
-    `devices` has an entry per worker. A job starts when it and all unfinished or not yet consumed ones together stay
-    within `in_flight_bytes`, or when it would be alone. The first exception ends the iteration; jobs that have not
+    `devices` has an entry per worker. An item starts when it and all unfinished or not yet consumed ones together stay
+    within `in_flight_bytes`, or when it would be alone. The first exception ends the iteration; items that have not
     started then never do.
     """
     free: SimpleQueue[Device] = SimpleQueue()
     for device in devices:
         free.put(device)
 
-    def work(job: Job) -> Result:
+    def on_free(item: Item) -> Result:
         device = free.get()
         try:
-            return run(job, device)
+            return work(item, device)
         finally:
             free.put(device)
 
-    ordered = sorted(jobs, key=n_bytes, reverse=True)
+    ordered = sorted(items, key=n_bytes, reverse=True)
     # without join: an interrupt does not wait for a long EM to end
-    return in_order(ordered, work, len(devices), cost=n_bytes, budget=in_flight_bytes, join=False)
+    return in_order(ordered, on_free, len(devices), cost=n_bytes, budget=in_flight_bytes, join=False)

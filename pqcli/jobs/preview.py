@@ -17,6 +17,7 @@ from pqcli.container.shards import cut
 from pqcli.jobs import compress as compressing
 from pqcli.jobs.compress import NO_FILES, SHARD_BYTES, Files
 from pqcli.jobs.devices import resolve_device
+from pqcli.jobs.executors import Threads
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
 from pqcli.limits import Limits
@@ -99,7 +100,10 @@ def preview_opened(
     seen = _from_headers(checkpoint, output, recipe, others, files, shard_bytes)
     coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
     is_known = all(entry.scheme for entry in coded) and not bases
-    return seen if is_known else _rehearsed(checkpoint, seen, recipe, bases, files, shard_bytes)
+    has_state = compressing.has_state(seen.plan) or any(entry.action == "moments" for entry in seen.plan.entries)
+    if is_known and not has_state:
+        return seen
+    return _rehearsed(checkpoint, seen, recipe, bases, files, shard_bytes, of_state=is_known)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
@@ -124,8 +128,8 @@ def explain(
     recipe = replace(recipe or Recipe(), codec="auto")
     with compressing.opened(located(source).path, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
-        bases, device = compressing.bases_of(base), torch.device("cpu")
-        with compressing.compression(checkpoint, plan, recipe, device, _nowhere(), bases=bases) as work:
+        bases = compressing.bases_of(base)
+        with compressing.compression(checkpoint, plan, recipe, _here(recipe), _nowhere(), bases=bases) as work:
             survey = work.prepared()
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
@@ -159,27 +163,36 @@ def _rehearsed(
     bases: Sequence[Path],
     files: Files,
     shard_bytes: int | None,
+    *,
+    of_state: bool,
 ) -> Preview:
-    device = torch.device("cpu")
+    """What comes of compressing, without a file; `of_state`: of training state alone, headers tell of the rest."""
     target = _nowhere(seen.output.name)
     with compressing.compression(
         checkpoint,
         seen.plan,
         recipe,
-        device,
+        _here(recipe),
         target,
         files=files,
         shard_bytes=shard_bytes,
         bases=bases,
         rehearsed=seen.output,
     ) as work:
-        n_bytes = work.file_bytes(work.coded(work.prepared()))
-        tensors = work.tensor_reports()
+        survey = work.prepared()
+        n_bytes = work.bytes_with(survey.records) if of_state else work.file_bytes(work.coded(survey))
+        tensors = {tensor.name: tensor for tensor in work.tensor_reports()}
     entries = tuple(
         replace(entry, action=found.action, reason=found.reason, predicted_bytes=found.bytes)
-        for entry, found in zip(seen.plan.entries, tensors, strict=True)
+        if (found := tensors.get(entry.info.name))
+        else entry
+        for entry in seen.plan.entries
     )
     return replace(seen, plan=replace(seen.plan, entries=entries), predicted_bytes=n_bytes)
+
+
+def _here(recipe: Recipe) -> Threads:
+    return Threads.within(torch.device("cpu"), recipe.max_memory)
 
 
 def _nowhere(name: str = f"rehearsal{SUFFIX}") -> Path:

@@ -28,10 +28,21 @@ from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
 from pqcli.recipe import documents
-from pqcli.reports.figures import INT4_GROUP, BaseReport, Report, TensorReport
+from pqcli.reports.figures import INT4_GROUP, BaseReport, Report, TensorReport, state_of
 from pqcli.stats.damage import predicted
 from pqcli.tensors.info import TensorInfo
-from pqcli.tensors.records import Alias, Coded, Copy, Kept, Plain, Record, Same, StoredError, with_bundle_shares
+from pqcli.tensors.records import (
+    Alias,
+    Coded,
+    Copy,
+    Kept,
+    Moments,
+    Plain,
+    Record,
+    Same,
+    StoredError,
+    with_bundle_shares,
+)
 
 
 def report(
@@ -104,6 +115,7 @@ def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Lim
         records = [container.record(name) for name in names] if names else container.records
         source = container.manifest.source
         base = base_report(container.manifest.base, container.records)
+        state = state_of([_told(container, record) for record in container.records])
         return {
             "file": str(file),
             "file_bytes": container.n_bytes,
@@ -119,6 +131,7 @@ def inspect(file: str | Path, names: Sequence[str] | None = None, *, limits: Lim
             "recipe": container.manifest.recipe,
             "files": dict(container.manifest.files.files) if container.manifest.files else {},
             **({"base": asdict(base)} if base else {}),
+            **({"state": asdict(state)} if state else {}),
             "tensors": [{**asdict(StoredRecord.of(record)), "bytes": record.payload_bytes} for record in records],
         }
 
@@ -178,6 +191,7 @@ def tensor_report(record: Record, error: StoredError | None, use: Use | None) ->
         copy_of=coding.of if isinstance(coding, Copy) else None,
         kind=record.kind,
         difference=record.difference,
+        role=info.role,
         **(_error_fields(error, record) if error else {}),
     )
 
@@ -240,6 +254,8 @@ def _scheme(record: Record) -> str:
         return f"copy of {coding.of}"
     if isinstance(coding, Same):
         return "as the base"
+    if isinstance(coding, Moments):
+        return f"8 bits, {coding.form} moments"
     return "kept" + to_base if isinstance(coding, Kept) else f"alias of {coding.of}"
 
 
@@ -284,12 +300,17 @@ def _measured_reports(
             error = metrics.compare(weight, decoded)
             yield replace(
                 _stored_report(container, record),
-                int4_relative_mse=rtn.error(weight, INT4_GROUP).relative_mse,
+                int4_relative_mse=_int4_error(record, weight),
                 **_error_fields(StoredError.of(error), record),
                 **_damage_fields(stats, record.name, weight, decoded),
             )
         if not isinstance(record.coding, Alias):
             done(record.info.numel, record.name)
+
+
+def _int4_error(record: Record, weight: torch.Tensor) -> float | None:
+    """What int4 would do to weights; nobody holds moments so."""
+    return None if isinstance(record.coding, Moments) else rtn.error(weight, INT4_GROUP).relative_mse
 
 
 def _damage_fields(

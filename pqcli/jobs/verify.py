@@ -88,10 +88,16 @@ def left_out(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ..
     except DamagedError:
         return ()  # `verify` tells
     with opened as container:
-        if container.manifest.recipe.get("model_only") is not True:
+        if not _is_dropped(container):
             return ()
         dropped = container.manifest.source.dropped
         return tuple(f"{path} ({reason})" for path, reason in dropped if reason.startswith(checkpoints.LEFT_OUT))
+
+
+def _is_dropped(container: Container) -> bool:
+    """Whether compression was asked to leave training state out."""
+    recipe = container.manifest.recipe
+    return recipe.get("model_only") is True or recipe.get("training_state") == "drop"
 
 
 def _files(container: Container) -> Iterator[Finding]:
@@ -103,7 +109,7 @@ def _files(container: Container) -> Iterator[Finding]:
 
 
 def _differences(container: Container, original: Checkpoint, done: Stage) -> Iterator[Finding]:
-    is_asked_for = container.manifest.recipe.get("model_only") is True
+    is_asked_for = _is_dropped(container)
     known = {info.name: info for info in original.tensors if info.role == "model" or not is_asked_for}
     held = {record.name for record in container.records}
     for name in known:

@@ -4,6 +4,7 @@
 
 - `pq`: cut into blocks and quantized, with a `Scheme`;
 - `keep`: stored bit-exact;
+- `moments`: an optimizer's moments, in eight bits a value, where the recipe asks for that;
 - `alias`: shares its memory with an earlier tensor, and costs nothing. The earlier one answers to both names: excluding
   either keeps it.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pqcli.core import moments
 from pqcli.plan.matching import NumberedRules, applies, holds, refuse_idle_patterns, refuse_idle_rules
 from pqcli.plan.scheme import Scheme, scheme_for
 from pqcli.plan.structure import patterns_for, structure_of
@@ -25,17 +27,22 @@ from pqcli.recipe.patterns import matches
 from pqcli.recipe.recipe import Recipe, Rule
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.kinds import kind_of, rows_and_columns
+from pqcli.tensors.moments import form_of
+from pqcli.tensors.records import Moments
 
 QUANTIZABLE_DTYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 LEAST_CODED = 64
 """Tensors of fewer weights gain nothing from a codec for whole checkpoints."""
+LEAST_MOMENTS = 1024
+"""Fewer moments are kept as they are: to tell of their form would take a good part of what it saves."""
+STATE_KEPT = f"training state, but no moments (of a known optimizer, at least {LEAST_MOMENTS:,}): kept exactly"
 BOOKKEEPING_BYTES = 200
 """About what a quantized tensor costs beside its payload: headers and its record in the manifest."""
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One tensor's fate: `action` is "keep", "alias", "base", or what files call the codec that takes it.
+    """One tensor's fate: `action` is "keep", "moments", "alias", "base", or what files call the codec that takes it.
 
     `rows` and `columns` are its layout; `predicted_bytes` counts its payload alone. `difference` says that the codec
     takes what the tensor differs by from a base's. That, and "base", only weights tell (`pqcli.jobs.base`).
@@ -125,6 +132,13 @@ def _entry(
     if info.alias_of is not None:
         return entry("alias", f"shares its memory with {info.alias_of!r}", None, 0)
     number, rule = next(((number, rule) for number, rule in rules if applies(rule, info, names)), (0, None))
+    if recipe.state == "8bit" and info.role != "model" and not _is_chosen(names, recipe, rule):
+        form = form_of(info)
+        if form is not None and info.numel >= LEAST_MOMENTS and info.dtype in QUANTIZABLE_DTYPES:
+            return entry(
+                Moments.action, f"{form} moments of an optimizer, in eight bits", None, moments.n_bytes(info.numel)
+            )
+        return entry("keep", STATE_KEPT, None, info.n_bytes)
     unfit = _why_unfit(info) or _why_unwanted(info, names, recipe, rule)
     if unfit is None and structure.why and not structure.is_asked_for:
         unfit = structure.why
@@ -146,6 +160,14 @@ def _entry(
         return entry("keep", reason, None, info.n_bytes)
     origin = kind if rule is None else f"{kind}, rule {number} of {recipe.name}{because}"
     return entry("pq", "; ".join([origin, *structure.note, *notes]), scheme, predicted_bytes)
+
+
+def _is_chosen(names: Sequence[str], recipe: Recipe, rule: Rule | None) -> bool:
+    """Whether the recipe says by name what becomes of a tensor."""
+    patterns = [pattern for pattern in (*recipe.include, *recipe.exclude) if pattern != "*"]
+    return any(matches(pattern, name) for pattern in patterns for name in names) or (
+        rule is not None and rule.match != "*"
+    )
 
 
 def _why_unfit(info: TensorInfo) -> str | None:

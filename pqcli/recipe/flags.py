@@ -31,6 +31,15 @@ def override(recipe: Recipe, **flags: Any) -> Recipe:
             changes[name] = made.check(made.parse(value) if isinstance(value, str) else value)
         except RecipeError as error:
             raise UsageError(f"{flag_of(name)}: {error}") from error
+    if changes.get("model_only") and changes.get("training_state") not in (None, "drop"):
+        raise UsageError(
+            f"--model-only means --training-state drop, and --training-state {changes['training_state']} says "
+            "otherwise; give one of them"
+        )
+    if "training_state" in changes:
+        changes.setdefault("model_only", False)
+    elif changes.get("model_only"):
+        changes["training_state"] = None
     for name in ("include", "exclude"):
         changes[name] = tuple(dict.fromkeys((*getattr(recipe, name), *changes.get(name, ()))))
     settings = {name: changes[name] for name in rule_settings() if name in changes}

@@ -46,6 +46,7 @@ from pqcli.recipe.settings import (
 )
 
 QUALITIES = ("tiny", "small", "balanced", "high", "near-lossless")
+STATES = ("keep", "drop", "8bit")
 MAX_CENTROIDS = 65_536
 """Assignments are at most 16 bits wide."""
 
@@ -125,9 +126,9 @@ class Recipe:
     `n_centroids` say. `objective` 0 gives all weights one absolute error, 1 gives all tensors one relative error;
     `effort` is the number of states of the trellis. `sample` is the number of vectors EM trains on,
     `restarts` the number of starts that the best is taken of; `eps` is relative to the data.
-    `include` and `exclude` choose tensors; with no `include` every tensor fit for it is quantized. `model_only` leaves
-    training state (optimizer moments and the like) out of the result; `from_module` reads pickled modules as state
-    dicts.
+    `include` and `exclude` choose tensors; with no `include` every tensor fit for it is quantized. `training_state`
+    says what becomes of optimizer moments and the like (`state` is what that means), `model_only` is short for dropping
+    it; `from_module` reads pickled modules as state dicts.
     """
 
     block_size: int | Literal["auto"] = setting(
@@ -203,9 +204,14 @@ class Recipe:
         help="Memory to stay within where a single tensor allows it: 4GB lets more tensors run side by side. "
         "Without it, the largest tensor + 0.5GB.",
     )  # fmt: skip
+    training_state: Literal["keep", "drop", "8bit"] | None = setting(
+        None, choices=lambda: STATES, metavar="keep|drop|8bit", panel=TENSORS,
+        help="Optimizer moments and the like: keep them bit for bit (as without this), leave them out, or hold moments "
+        "in eight bits a value.",
+    )  # fmt: skip
     model_only: bool = setting(
         False, check=boolean, panel=TENSORS, metavar="true|false",
-        help="Leave training state (optimizer moments and the like) out of the result.",
+        help="Leave training state out of the result: short for --training-state drop.",
     )  # fmt: skip
     from_module: bool = setting(
         False, check=boolean, panel=TENSORS, metavar="true|false",
@@ -232,6 +238,15 @@ class Recipe:
         check_fields(self)
         if len(self.spending) > 1:
             raise RecipeError(f"{' and '.join(self.spending)} exclude each other; give one")
+        if self.model_only and self.training_state not in (None, "drop"):
+            raise RecipeError(
+                f"model_only means training_state drop, and training_state is {self.training_state}; give one of them"
+            )
+
+    @property
+    def state(self) -> Literal["keep", "drop", "8bit"]:
+        """What becomes of training state."""
+        return "drop" if self.model_only else self.training_state or "keep"
 
     @property
     def whole_codec(self) -> str | None:

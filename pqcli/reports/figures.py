@@ -34,9 +34,11 @@ DB_PER_BIT = 20 * math.log10(2)
 class TensorReport:
     """One tensor: what was done to it, why, at what size, with what error.
 
-    `action` is "keep" (stored bit-exact), "alias" (another name of `alias_of`, stores nothing), "copy" (a tensor of its
-    own with the bytes of `copy_of`, stores nothing and has its error), "base" (as the base has it, stores nothing), or
-    the codec that quantized it ("pq"). `difference` says that what is stored is the difference to the base's. `scheme`
+    `action` is "keep" (stored bit-exact), "moments" (an optimizer's, in eight bits a value: they have errors, but are
+    no weights, and count in no figure of weights), "alias" (another name of `alias_of`, stores nothing), "copy" (a
+    tensor of its own with the bytes of `copy_of`, stores nothing and has its error), "base" (as the base has it, stores
+    nothing), or the codec that quantized it ("pq"). `difference` says that what is stored is the difference to the
+    base's. `scheme`
     says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk. `energy` is the sum of squares of
     the original weights. `assignment_entropy` is in bits per assignment; `assignment_bytes` is what the assignments
     (with a codec for whole checkpoints, all that is coded for the tensor) take, `entropy_bytes` what they would take at
@@ -72,11 +74,17 @@ class TensorReport:
     difference: bool = False
     output_mse: float | None = None
     damage: float | None = None
+    role: str = "model"
+
+    @property
+    def has_error(self) -> bool:
+        """Whether it may come back as other values: quantized weights, and moments."""
+        return self.quantized or self.action == "moments"
 
     @property
     def quantized(self) -> bool:
         """Whether weights are stored for it that may differ from the original ones."""
-        return self.action not in ("keep", "alias", "copy", "base")
+        return self.action not in ("keep", "moments", "alias", "copy", "base")
 
     @property
     def sqnr_db(self) -> float | None:
@@ -96,6 +104,22 @@ class TensorReport:
     def to_json(self) -> dict[str, object]:
         """Every field and derived figure under its own name; None where a number is missing or not finite."""
         return {column: _jsonable(getattr(self, column)) for column in TENSOR_COLUMNS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateReport:
+    """What the training state of a file takes: optimizer moments and the like.
+
+    `n_tensors` of `original_bytes` take `bytes`, `n_kept` of them bit for bit, and `n_moments` in eight bits a value,
+    with the `relative_mse` of all of these together.
+    """
+
+    n_tensors: int
+    original_bytes: int
+    bytes: int
+    n_kept: int
+    n_moments: int
+    relative_mse: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +147,8 @@ class Report:
     accounting (log2(k) bits a block, fp16 codebooks, fp32 for the rest, running statistics not counted), None where
     anything but plain PQ was at work. `warnings` say what a budget gave up; of single rows only `compress` knows.
     `side_bytes` is the size of the files beside the weights that are not in the output, and in neither of the sizes.
-    `base` tells of the base, where the file has one.
+    `base` tells of the base, where the file has one. `resumed` says what was done of it by runs that were killed
+    before, which `seconds` does not count; nothing where there were none.
 
     Of a folder, `parts` are the reports of its containers, and `n_carried` files with `carried_bytes` lie beside them,
     before as after, and are in both sizes; a file has none of these.
@@ -144,11 +169,17 @@ class Report:
     carried_bytes: int = 0
     side_bytes: int = 0
     base: BaseReport | None = None
+    resumed: str = ""
 
     @property
     def quantized(self) -> tuple[TensorReport, ...]:
         """The tensors whose weights may differ from the original ones."""
         return tuple(tensor for tensor in self.tensors if tensor.quantized)
+
+    @property
+    def state(self) -> StateReport | None:
+        """What training state takes; None where there is none."""
+        return state_of(self.tensors)
 
     @property
     def ratio(self) -> float:
@@ -259,6 +290,7 @@ class Report:
             "bits_per_weight": self.bits_per_weight,
             "max_abs_error": self.max_abs_error,
             "seconds": self.seconds,
+            "resumed": self.resumed,
             "paper_mib": self.paper_mib,
             "totals": {
                 "n_tensors": len(actions),
@@ -280,6 +312,7 @@ class Report:
             },
             "recipe": self.recipe,
             "base": None if self.base is None else asdict(self.base),
+            "state": None if self.state is None else asdict(self.state),
             "dropped": self.dropped,
             "warnings": self.warnings,
             "parts": [part.headline() for part in self.parts],
@@ -317,6 +350,22 @@ class Report:
 
 TENSOR_COLUMNS = (*(item.name for item in fields(TensorReport)), "sqnr_db", "shannon_gap_db", "int4_bytes")
 """Every figure of a tensor, in the order of JSON and CSV."""
+
+
+def state_of(tensors: Sequence[TensorReport]) -> StateReport | None:
+    """What the training state among some tensors takes; None where there is none."""
+    state = [tensor for tensor in tensors if tensor.role != "model" and tensor.action != "alias"]
+    moments = [tensor for tensor in state if tensor.action == "moments"]
+    if not state:
+        return None
+    return StateReport(
+        n_tensors=len(state),
+        original_bytes=sum(tensor.original_bytes for tensor in state),
+        bytes=sum(tensor.bytes for tensor in state),
+        n_kept=sum(tensor.action == "keep" for tensor in state),
+        n_moments=len(moments),
+        relative_mse=_together([(tensor.relative_mse, tensor.energy) for tensor in moments]),
+    )
 
 
 def int4_bytes(n_weights: int) -> int:

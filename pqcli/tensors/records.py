@@ -3,6 +3,7 @@
     Plain   plain PQ: a codebook and packed assignments, each an entry of the file
     Coded   by a codec whose streams lie end to end in one entry, `pqcli.coded`
     Kept    bit for bit
+    Moments an optimizer's moments, in eight bits a value
     Alias   another name of an earlier tensor
     Copy    a tensor by itself whose bytes were those of another one, which is held in its place
     Same    the tensor that the file's base has under that name
@@ -71,6 +72,16 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Moments of an optimizer in eight bits a value, of the `form` "first" or "second"; `n_bytes` is what they take."""
+
+    form: str
+    n_bytes: int
+
+    action: ClassVar = "moments"
+
+
+@dataclass(frozen=True)
 class Alias:
     """Another name of the tensor `of`."""
 
@@ -95,7 +106,7 @@ class Same:
     action: ClassVar = "base"
 
 
-Coding = Plain | Coded | Kept | Alias | Copy | Same
+Coding = Plain | Coded | Kept | Moments | Alias | Copy | Same
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ class Record:
 
     @property
     def action(self) -> str:
-        """What files call it: "keep", "alias", "copy", "base", or a codec's name."""
+        """What files call it: "keep", "moments", "alias", "copy", "base", or a codec's name."""
         return self.coding.action
 
     @property
@@ -136,7 +147,7 @@ class Record:
     @property
     def quantized(self) -> bool:
         """Whether decoding may give other values than the original's."""
-        return isinstance(self.coding, Plain | Coded)
+        return isinstance(self.coding, Plain | Coded | Moments)
 
     @property
     def is_bundled(self) -> bool:

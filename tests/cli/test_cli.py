@@ -27,9 +27,9 @@ def failed(done, code, *words):
         assert word in flat, flat
 
 
-def test_compress_then_decode_gives_the_same_checkpoint_structure_back(pqcli_command, model):
-    assert pqcli_command("compress", model).returncode == 0
-    assert pqcli_command("decode", "model.pq.safetensors").returncode == 0
+def test_compress_then_decode_gives_the_same_checkpoint_structure_back(pqcli_process, model):
+    assert pqcli_process("compress", model).returncode == 0
+    assert pqcli_process("decode", "model.pq.safetensors").returncode == 0
     original, decoded = torch.load(model), torch.load(model.with_name("model.decoded.pt"))
     assert list(decoded) == list(original)
     assert decoded["epoch"] == 3
@@ -221,15 +221,15 @@ def test_what_is_not_a_checkpoint_gets_one_message_and_writes_nothing(pqcli_comm
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_missing_file_a_pickle_with_code_and_an_existing_output_are_refused(pqcli_command, model, tmp_path):
-    failed(pqcli_command("compress", "nowhere.pt"), 1, "nowhere.pt")
+def test_a_missing_file_a_pickle_with_code_and_an_existing_output_are_refused(pqcli_process, model, tmp_path):
+    failed(pqcli_process("compress", "nowhere.pt"), 1, "nowhere.pt")
     (tmp_path / "evil.pt").write_bytes(b"cposix\nsystem\n(S'touch owned'\ntR.")
-    failed(pqcli_command("compress", "evil.pt"), 1, "evil.pt")
+    failed(pqcli_process("compress", "evil.pt"), 1, "evil.pt")
     assert not (tmp_path / "owned").exists()
     (tmp_path / "model.pq.safetensors").write_bytes(b"mine")
-    failed(pqcli_command("compress", model), 1, "--force")
+    failed(pqcli_process("compress", model), 1, "--force")
     assert (tmp_path / "model.pq.safetensors").read_bytes() == b"mine"
-    assert pqcli_command("compress", model, "--force").returncode == 0
+    assert pqcli_process("compress", model, "--force").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -244,8 +244,8 @@ def test_a_missing_file_a_pickle_with_code_and_an_existing_output_are_refused(pq
         (["--device", "cuda:99"], "cuda:99"),
     ],
 )
-def test_wrong_flags_are_usage_errors_that_name_the_value(pqcli_command, model, flags, word):
-    failed(pqcli_command("compress", model, *flags), 2, word)
+def test_wrong_flags_are_usage_errors_that_name_the_value(pqcli_process, model, flags, word):
+    failed(pqcli_process("compress", model, *flags), 2, word)
 
 
 def test_patterns_that_match_nothing_suggest_close_names(pqcli_command, model):
@@ -286,7 +286,7 @@ def test_names_with_markup_and_control_characters_are_shown_harmlessly(pqcli_com
     assert set(load_file(tmp_path / "odd.decoded.safetensors")) == {"[red]a\x1b[31m.weight", "../b"}
 
 
-def test_the_same_seed_gives_the_same_file_for_any_number_of_threads(pqcli_command, model, tmp_path):
-    pqcli_command("compress", model, "-o", "a.pq.safetensors", OMP_NUM_THREADS="1")
-    pqcli_command("compress", model, "-o", "b.pq.safetensors", OMP_NUM_THREADS="2")
+def test_the_same_seed_gives_the_same_file_for_any_number_of_threads(pqcli_process, model, tmp_path):
+    pqcli_process("compress", model, "-o", "a.pq.safetensors", OMP_NUM_THREADS="1")
+    pqcli_process("compress", model, "-o", "b.pq.safetensors", OMP_NUM_THREADS="2")
     assert (tmp_path / "a.pq.safetensors").read_bytes() == (tmp_path / "b.pq.safetensors").read_bytes()

@@ -280,6 +280,19 @@ def test_progress_shows_name_and_rate_on_a_terminal_and_nothing_elsewhere(monkey
         assert bool(spoken.err) is shown
 
 
+def test_that_a_killed_run_is_gone_on_with_is_noted_with_a_terminal_or_without_and_its_work_is_no_rate(monkeypatch):
+    clock = iter(range(1000))
+    for flags, is_said in [({"terminal": True}, True), ({}, True), ({"quiet": True}, False), ({"json": True}, False)]:
+        spoken = Spoken(width=120, clock=lambda: float(next(clock)), **flags)
+        with spoken.console.progress("model.pt") as hook:
+            hook(Event("resuming", 37, 120, "encoding, 37 of 120 tensors were done"))
+            hook(Event("encoding", 900_000, 1_000_000, resumed=900_000))
+            hook(Event("encoding", 900_010, 1_000_000, "layer", 900_000))
+        assert ("resumed: encoding, 37 of 120 tensors were done" in spoken.err) is is_said
+        assert "k weights/s" not in spoken.err
+        assert "M weights/s" not in spoken.err
+
+
 def test_the_time_left_follows_the_work_done_and_promises_nothing_when_overdue():
     assert speed(0, 100, 0, 5) == ""
     assert speed(50e6, 100e6, 10, 10) == "5.00 M weights/s, 10 s left"

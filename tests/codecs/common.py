@@ -16,10 +16,13 @@ from pqcli.codecs.base import Piece, Weights, load
 from pqcli.core.digests import tensor_hash
 from pqcli.core.importance import Importance
 from pqcli.jobs.compress import compression
+from pqcli.jobs.events import ignore
+from pqcli.jobs.executors import Threads, running
 from pqcli.plan import plan
 from pqcli.recipe.recipe import Recipe
 
 CPU = torch.device("cpu")
+RUN = running(Threads(CPU), ignore)
 
 
 def gaussian(*shape, seed=0, rms=0.1):
@@ -118,7 +121,7 @@ def check_importance(name, folder, **settings):
         target = folder / f"{kind.__name__}.pq.safetensors"
         with checkpoint.open(source) as opened:
             wished = plan.make(recipe, opened.tensors)
-            with compression(opened, wished, recipe, CPU, target) as work:
+            with compression(opened, wished, recipe, Threads(CPU), target) as work:
                 work.weights = kind(opened)
                 work.finish(work.coded(work.prepared()))
         assert pqcli.verify(target, source) == []
@@ -146,7 +149,7 @@ def check_jobs_in_another_process(name, folder, **settings):
         entries = [
             entry for entry in plan.make(recipe, opened.tensors).entries if entry.action not in {"keep", "alias"}
         ]
-        survey = codec.survey(entries, weights, lambda n, name: None)
+        survey = codec.survey(entries, weights, RUN)
         level = 0.2 * survey.unit
         jobs = codec.fit(survey, weights, recipe, level, lambda n, name: None).jobs(level)
         assert jobs

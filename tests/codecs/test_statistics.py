@@ -114,7 +114,7 @@ def test_jobs_with_statistics_run_in_another_process(model, wish):
         weights, recipe = Weights(opened), pqcli.Recipe(stats=str(stats), n_iter=2, **wish)
         codec = load(registry.chosen("pq", has_budget=bool(recipe.spending)).name)
         entries = [entry for entry in plan.make(recipe, opened.tensors).entries if entry.action != "keep"]
-        survey = codec.survey(entries, weights, lambda n, name: None)
+        survey = codec.survey(entries, weights, common.RUN)
         job = codec.fit(survey, weights, recipe, 0.3, lambda n, name: None).jobs(0.3 * survey.unit)[0]
         here = job.run(common.CPU)
         there = pickle.loads(pickle.dumps(job)).run(common.CPU)
@@ -152,7 +152,7 @@ def test_jobs_run_in_another_process_and_one_holds_all_streams_of_a_layer(model,
         weights, recipe = Weights(opened), pqcli.Recipe(codec="trellis", effort=16, stats=str(stats))
         entries = [entry for entry in plan.make(recipe, opened.tensors).entries if entry.action != "keep"]
         codec = load("trellis")
-        survey = codec.survey(entries, weights, lambda n, name: None)
+        survey = codec.survey(entries, weights, common.RUN)
         fitted = codec.fit(survey, weights, recipe, 0.3 * survey.unit, lambda n, name: None)
         jobs = fitted.jobs(0.3 * survey.unit)
         assert [job.n_streams > 1 for job in jobs] == [True, True]

@@ -20,6 +20,8 @@ from tests.container import small
 from tests.container.forging import Forgery, taken_apart
 
 ODD = (None, True, -1, 0, 1, 7, 1 << 20, 1 << 62, 10**30, 0.5, "", "keep", "pq", "float16", [], {}, [1, 2])
+MOMENTS = Path(__file__).parents[1] / "golden" / "moments-v1.pq.safetensors"
+"""A small file with optimizer moments in eight bits."""
 HANGS = 120
 """Seconds after which an input is taken to hang: then the process ends, and says where it was."""
 
@@ -95,13 +97,13 @@ def change_hash(forgery: Forgery, _stranger: Forgery, rng: random.Random) -> Non
 
 
 def sound_files(folder: Path) -> list[Path]:
-    """A small file of every codec."""
+    """A small file of every codec, and one with moments."""
     with pytest.MonkeyPatch.context() as patch:
         files = []
         for codec in small.RECIPES:
             (folder / codec).mkdir()
             files.append(small.make(codec, folder / codec, patch))
-        return files
+        return [*files, MOMENTS]
 
 
 def ask(data: bytes, target: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import pqcli
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("pqcli.integrations.transformers")  # from here on from_pretrained takes containers
 
 RECIPE = pqcli.Recipe(block_size=4, n_centroids=16, n_iter=2)
 
@@ -84,6 +85,43 @@ def test_a_model_of_transformers_loads_from_the_decoded_folder(tmp_path, make, s
         found = back.eval()(**inputs).logits
         assert torch.equal(expected, found)
         assert not torch.equal(found, model.eval()(**inputs).logits)
+        straight, info = type(model).from_pretrained(tmp_path / "m.pq", output_loading_info=True)
+        assert not info["missing_keys"] | info["unexpected_keys"]
+        assert torch.equal(expected, straight.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("codec", ["pq", "trellis"])
+def test_a_container_in_several_files_goes_straight_into_a_model(tmp_path, codec):
+    torch.manual_seed(0)
+    model, _ = tied_llama()
+    model.save_pretrained(tmp_path / "m")
+    recipe = pqcli.Recipe(codec="trellis", effort=4) if codec == "trellis" else RECIPE
+    pqcli.compress(tmp_path / "m", recipe=recipe, shard_bytes=4096)
+    assert (tmp_path / "m.pq" / "model.pq.safetensors.index.json").is_file()
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m.pq", dtype=torch.bfloat16)
+    assert back.lm_head.weight is back.model.embed_tokens.weight
+    for name, tensor in pqcli.load(tmp_path / "m.pq").items():
+        assert torch.equal(back.state_dict()[name], tensor.bfloat16())
+
+
+def test_folders_without_a_container_are_refused_as_ever_and_damage_is_told(tmp_path):
+    model, _ = bert()
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(OSError, match="no file named"):
+        transformers.AutoModel.from_pretrained(tmp_path / "m")
+    (tmp_path / "model.safetensors").rename(tmp_path / "m" / "model.safetensors")
+    pqcli.compress(tmp_path / "m", recipe=RECIPE)
+    shutil.copy(tmp_path / "m.pq" / "model.pq.safetensors", tmp_path / "m.pq" / "other.pq.safetensors")
+    transformers.AutoModel.from_pretrained(tmp_path / "m.pq")
+    (tmp_path / "m.pq" / "model.pq.safetensors").rename(tmp_path / "m.pq" / "another.pq.safetensors")
+    with pytest.raises(pqcli.PQError, match="2 containers"):
+        transformers.AutoModel.from_pretrained(tmp_path / "m.pq")
+    (tmp_path / "m.pq" / "other.pq.safetensors").unlink()
+    path = tmp_path / "m.pq" / "another.pq.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(pqcli.PQError, match="another"):
+        transformers.AutoModel.from_pretrained(tmp_path / "m.pq")
 
 
 def test_a_folder_of_diffusers_comes_back_as_from_pretrained_wants_it(tmp_path):
@@ -140,6 +178,8 @@ def test_minilm_gives_the_embeddings_of_its_decoded_tensors(tmp_path, minilm):
     found = model.encode(sentences)
     assert (found == by_hand.encode(sentences)).all()
     assert not (found == dense).all()
+    straight = sentence_transformers.SentenceTransformer(str(tmp_path / "m.pq"), device="cpu")
+    assert (straight.encode(sentences) == found).all()
     auto = transformers.AutoModel.from_pretrained(decoded)
     for name, tensor in auto.state_dict().items():
         assert torch.equal(tensor, loaded[name]), name

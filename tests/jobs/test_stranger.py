@@ -99,12 +99,12 @@ def test_a_file_of_the_wrong_kind_is_told_what_it_is_and_what_to_do(tmp_path, pq
     assert "compressed already" in done.stderr
 
 
-def test_findings_come_in_the_same_order_every_time(tmp_path, pqcli_command):
+def test_findings_come_in_the_same_order_every_time(tmp_path, pqcli_process):
     torch.save({"w": torch.randn(64, 64)}, tmp_path / "m.pt")
     torch.save({f"other{i}": torch.randn(4) for i in range(8)}, tmp_path / "other.pt")
-    pqcli_command("compress", "m.pt", "-q")
+    pqcli_process("compress", "m.pt", "-q")
     runs = {
-        pqcli_command("verify", "m.pq.safetensors", "--against", "other.pt", PYTHONHASHSEED=str(i)).stderr
+        pqcli_process("verify", "m.pq.safetensors", "--against", "other.pt", PYTHONHASHSEED=str(i)).stderr
         for i in range(3)
     }
     assert len(runs) == 1
@@ -118,13 +118,13 @@ def test_a_dry_run_refuses_what_the_real_run_would_refuse(tmp_path, pqcli_comman
         assert (dry.returncode, dry.stderr) == (real.returncode, real.stderr), flags
 
 
-def test_unicode_names_relative_paths_and_a_narrow_terminal(tmp_path, pqcli_command):
+def test_unicode_names_relative_paths_and_a_narrow_terminal(tmp_path, pqcli_process):
     folder = tmp_path / "größe 日本"
     folder.mkdir()
     torch.save({"w": torch.randn(64, 64)}, folder / "mödel [red].pt")
-    done = pqcli_command("compress", "größe 日本/../größe 日本/mödel [red].pt", COLUMNS="40", NO_COLOR="1", LC_ALL="C")
+    done = pqcli_process("compress", "größe 日本/../größe 日本/mödel [red].pt", COLUMNS="40", NO_COLOR="1", LC_ALL="C")
     assert done.returncode == 0, done.stderr
-    assert pqcli_command("decode", "größe 日本/mödel [red].pq.safetensors", PYTHONIOENCODING="ascii").returncode == 0
+    assert pqcli_process("decode", "größe 日本/mödel [red].pq.safetensors", PYTHONIOENCODING="ascii").returncode == 0
     assert (folder / "mödel [red].decoded.pt").is_file()
 
 

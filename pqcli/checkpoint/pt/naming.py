@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pqcli.checkpoint.pt.numpy_objects import NumpyArray
 from pqcli.checkpoint.pt.objects import Instance
 from pqcli.checkpoint.pt.torch_objects import TensorRef
+from pqcli.tensors.moments import is_moment_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,6 +44,11 @@ def find_root(top: Any) -> Path:
     return ()
 
 
+def is_optimizer(top: Any) -> bool:
+    """Whether all of a pickle is the state of one optimizer, as torch's `Optimizer.state_dict` gives it."""
+    return isinstance(top, dict) and {"state", "param_groups"} <= top.keys() and isinstance(top["state"], dict)
+
+
 def name_of(path: Path, root: Path) -> str:
     """The tensor's name, before collisions are resolved."""
     return ".".join(_below(path, root)) or "tensor"
@@ -54,9 +60,14 @@ def prefix_of(path: Path, root: Path) -> str:
 
 
 def role_of(path: Path, root: Path) -> str:
-    """The role: "other" for training state (optimizer moments, generator states), else "model"."""
+    """The role: "other" for training state (optimizer moments, generator states), else "model".
+
+    At the top level only tensors that are called as an optimizer's moments are training state, by their whole names.
+    """
     if root and path[: len(root)] == root:
         return "model"
+    if len(path) == 1 and is_moment_name(path[0]):
+        return "other"
     nested = len(path) > 1
     return "other" if path and (nested or "rng" in path[0]) and _TRAINING_STATE.fullmatch(path[0]) else "model"
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from pqcli.checkpoint.limits import Budget, Limits
 from pqcli.checkpoint.pt.modules import Unpacked, is_module, refusal, unpacked
-from pqcli.checkpoint.pt.naming import find_root, name_of, prefix_of, role_of, tensors_in
+from pqcli.checkpoint.pt.naming import find_root, is_optimizer, name_of, prefix_of, role_of, tensors_in
 from pqcli.checkpoint.pt.numpy_objects import Foreign, NumpyArray
 from pqcli.checkpoint.pt.objects import CARRIED, SETS, Carried, Global, Instance
 from pqcli.checkpoint.pt.torch_objects import Attributed, Constant, TensorRef, Unsupported
@@ -86,7 +86,7 @@ def describe(value: Any, budget: Budget | None = None, *, from_module: bool = Fa
     budget = budget or Budget(Limits())
     try:
         found = unpacked(value, budget) if from_module else Unpacked(value)
-        walk = _Walk(root=find_root(found.value), budget=budget)
+        walk = _Walk(root=find_root(found.value), budget=budget, is_of_optimizer=is_optimizer(found.value))
         walk.dropped += [Dropped(_place(path), reason) for path, reason in found.told]
         node = walk.entry(found.value, ())
     except _Drop:
@@ -105,6 +105,7 @@ class _Drop(Exception):  # noqa: N818 - a signal, not an error
 class _Walk:
     root: Path
     budget: Budget
+    is_of_optimizer: bool = False
     tensors: dict[str, FoundTensor] = field(default_factory=dict)
     dropped: list[Dropped] = field(default_factory=list)
     _open: set[int] = field(default_factory=set)
@@ -147,7 +148,8 @@ class _Walk:
         implied = name_of(path, self.root)
         name = self._unique_name(implied)
         self.budget.text(len(name))
-        self.tensors[name] = FoundTensor(name, role_of(path, self.root), ref)
+        role = "other" if self.is_of_optimizer else role_of(path, self.root)
+        self.tensors[name] = FoundTensor(name, role, ref)
         flags: dict[str, Json] = {}
         if name != implied:
             flags["name"] = name

@@ -18,13 +18,14 @@ from pqcli.codecs.base import (
     Decoder,
     Draft,
     Matrix,
+    Run,
     Session,
     StreamCodec,
     StreamPiece,
     Streams,
     Survey,
     Tell,
-    TensorJob,
+    TensorTask,
     Weights,
     as_matrix,
 )
@@ -50,7 +51,7 @@ FED_NEAR = 1.12
 
 
 @dataclass(frozen=True)
-class EcpqJob(TensorJob):
+class EcpqJob(TensorTask):
     """Encode one tensor with a model; `price` is what a bit may cost, in squared units of scaled weights."""
 
     index: int
@@ -199,9 +200,9 @@ class EcpqDecoder(Decoder):
 class EcpqCodec(StreamCodec):
     """PQ to a budget."""
 
-    def survey(self, entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:
+    def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:
         """Every tensor read once."""
-        return survey_weights(entries, weights, tell)
+        return survey_weights(entries, weights, run)
 
     def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> EcpqSession:  # noqa: ARG002
         """A session; its models follow from the levels."""

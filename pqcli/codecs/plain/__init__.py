@@ -19,16 +19,18 @@ from pqcli.codecs.base import (
     Codec,
     Draft,
     Piece,
+    Run,
     Session,
     StreamPiece,
     Survey,
     Tell,
-    TensorJob,
+    TensorTask,
     Use,
     Weights,
     record_of,
 )
 from pqcli.codecs.kept import KeptJob
+from pqcli.codecs.plain import large
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.core import metrics
 from pqcli.core.digests import seed_of, tensor_bytes, tensor_hash
@@ -56,7 +58,7 @@ Entropy-constrained PQ only loses by it."""
 
 
 @dataclass(frozen=True)
-class PlainJob(TensorJob):
+class PlainJob(TensorTask):
     """Learn a tensor's codebook, and keep the tensor where that turns out not to pay.
 
     `statistics` know what the inputs of some tensors' layers look like.
@@ -70,12 +72,18 @@ class PlainJob(TensorJob):
 
     @property
     def n_bytes(self) -> int:
-        """Working copies of the tensor."""
+        """Working copies of the tensor; of a large one, what is held of it."""
+        if self.statistics is None and large.is_large(self.record, self.options, torch.device("cpu")):
+            return large.held_bytes(self.record)
         n_bytes = WORKING_COPIES * self.record.info.n_bytes
         return n_bytes if self.statistics is None else n_bytes + FED_COPIES * 4 * self.n_weights
 
     def run(self, device: torch.device) -> Piece:
         """The tensor as plain PQ; EM runs on `device`."""
+        if self._is_alone and large.is_large(self.record, self.options, device):
+            piece = large.piece(self.record, self.weights, self.options)
+            if piece is not None:
+                return piece
         weight = self.weights.coded(self.record.name)
         if not pq.is_finite(weight):
             return self._kept(NOT_FINITE)
@@ -105,6 +113,11 @@ class PlainJob(TensorJob):
         if held is not None:
             entries.append((zeros.key(record.name), held))
         return Piece(record, tensor_hash(decoded), tuple(entries), error=error, use=use_of(tensor))
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether all weights of the tensor count alike, as far as anybody knows."""
+        return self.statistics is None and self.weights.importance(self.record.name) is None
 
     def _encoded(self, weight: torch.Tensor, device: torch.device) -> pq.Encoded:
         coding = self.record.coding
@@ -205,7 +218,7 @@ class PlainCodec(Codec):
         """The same codec, for a file that is compact."""
         return PlainCodec(is_compact=True)
 
-    def survey(self, entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:  # noqa: ARG002
+    def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:  # noqa: ARG002
         """All of them, unread: whether values can be quantized is found out by the jobs, which read anyway."""
         return Survey(tuple(entries))
 

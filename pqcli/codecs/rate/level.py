@@ -12,6 +12,7 @@ from pqcli.codecs.base import Session, Streams, Survey
 from pqcli.codecs.rate.budget import LARGEST, MOST_DRAFTS, QUALITY_STEPS, SMALLEST, BudgetError, Goal, Trial, search
 from pqcli.codecs.rate.measuring import with_shares
 from pqcli.codecs.rate.steps import RATE_WEIGHT, steps_of
+from pqcli.tensors.records import Moments
 
 if TYPE_CHECKING:
     from pqcli.recipe.recipe import Recipe
@@ -98,13 +99,15 @@ def reach(
 
 def _of_kept(frame: Frame) -> str:
     """What a message says of the bytes that no level makes fewer."""
-    total = sum(record.info.n_bytes for record in frame.kept)
-    state = sum(record.info.n_bytes for record in frame.kept if record.info.role != "model")
+    total = sum(record.payload_bytes for record in frame.kept)
+    state = [record for record in frame.kept if record.info.role != "model"]
     if not state:
         return f" ({total:,} B of tensors are kept exactly)"
+    is_8bit = any(isinstance(record.coding, Moments) for record in state)
+    quarter = "" if is_8bit else "--training-state 8bit makes optimizer moments a quarter, "
     return (
-        f" ({total:,} B of tensors are kept exactly, {state:,} B of which are optimizer state and the like: leave "
-        "them out with --model-only, or ask for them by name with --include)"
+        f" ({total:,} B of tensors are kept, {sum(record.payload_bytes for record in state):,} B of which are training "
+        f"state: {quarter}--training-state drop leaves it out)"
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from pqcli.codecs import values, zeros
-from pqcli.codecs.base import Original, Survey, Tell, Weights, record_of
+from pqcli.codecs.base import Job, Original, Run, Survey, TensorTask, Weights, record_of
 from pqcli.core import metrics
 from pqcli.core.pq import pq
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from pqcli.plan.plan import PlanEntry
+    from pqcli.tensors.records import Record
 
 NOT_FINITE: Final = "holds NaN, infinite or out of float32 range values: kept bit-exact"
 LARGEST_PEAK: Final = 2.0**20
@@ -29,30 +31,63 @@ GAUSSIAN_ROOT: Final = 0.822179
 """Mean of sqrt(|x|) for a standard Gaussian x."""
 
 
-def survey_weights(entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:
-    """The survey of the planned tensors; those whose values no codec with streams can take are rejected."""
-    taken, spreads, rejected, exact, zeros_of, weak, originals = [], {}, [], [], {}, {}, {}
-    for entry in entries:
-        name = entry.info.name
-        weight, record = weights.coded(name), record_of(entry)
+@dataclass(frozen=True)
+class Seen:
+    """What was found in one tensor: why it cannot be coded, or a job that holds it exactly, or how large it is."""
+
+    reason: str = ""
+    exact: Job | None = None
+    spread: float = 0.0
+    original: Original | None = None
+    weak_row: float = 0.0
+    zeros: bytes | None = None
+
+
+@dataclass(frozen=True)
+class SurveyTask(TensorTask):
+    """Look at one tensor."""
+
+    record: Record
+    weights: Weights
+
+    @property
+    def n_bytes(self) -> int:
+        """The tensor; of one that is coded as a difference, its base's and the difference too."""
+        return (3 if self.record.difference else 1) * self.record.info.n_bytes
+
+    def run(self, device: torch.device) -> Seen:  # noqa: ARG002 - sums are the CPU's
+        """What is found in it."""
+        record, name = self.record, self.record.name
+        weight = self.weights.coded(name)
         reason, found = _judged(weight)
-        job = None if reason or record.difference else values.job_of(record, weight, weights, is_compact=True)
         if reason:
-            rejected.append(record.kept(reason))
-        elif job is not None:
-            exact.append(job)
-        else:
-            taken.append(entry)
-            spreads[name] = found
-            if record.difference:  # errors are judged by the tensor itself
-                weight = weights.original(name)
-                originals[name] = Original(spread(weight), metrics.compare(weight, weight).energy)
-            weak[name] = weak_row(weight.reshape(record.matrix_shape))
-            held = zeros.held(record, weight)
-            if held is not None:
-                zeros_of[name] = held
-        tell(entry.info.numel, name)
-    return Survey(tuple(taken), spreads, tuple(rejected), tuple(exact), zeros_of, weak, originals)
+            return Seen(reason)
+        exact = None if record.difference else values.job_of(record, weight, self.weights, is_compact=True)
+        if exact is not None:
+            return Seen(exact=exact)
+        original = None
+        if record.difference:  # errors are judged by the tensor itself
+            weight = self.weights.original(name)
+            original = Original(spread(weight), metrics.compare(weight, weight).energy)
+        weak = weak_row(weight.reshape(record.matrix_shape))
+        return Seen(spread=found, original=original, weak_row=weak, zeros=zeros.held(record, weight))
+
+
+def survey_weights(entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:
+    """The survey of the planned tensors; those whose values no codec with streams can take are rejected."""
+    records = [record_of(entry) for entry in entries]
+    found = dict(run([SurveyTask(record, weights) for record in records], "reading"))
+    seen = {record.name: found[i] for i, record in enumerate(records)}
+    taken = {name: about for name, about in seen.items() if not about.reason and about.exact is None}
+    return Survey(
+        tuple(entry for entry in entries if entry.info.name in taken),
+        {name: about.spread for name, about in taken.items()},
+        tuple(record.kept(seen[record.name].reason) for record in records if seen[record.name].reason),
+        tuple(about.exact for about in seen.values() if about.exact is not None),
+        {name: about.zeros for name, about in taken.items() if about.zeros is not None},
+        {name: about.weak_row for name, about in taken.items()},
+        {name: about.original for name, about in taken.items() if about.original is not None},
+    )
 
 
 def _judged(weight: torch.Tensor) -> tuple[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pqcli.codecs.base import StreamCodec, Streams, Survey, Tell, Weights
+from pqcli.codecs.base import Run, StreamCodec, Streams, Survey, Tell, Weights
 from pqcli.codecs.rate.survey import survey_weights
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class TrellisCodec(StreamCodec):
     """The smallest file for an error, at the price of random access."""
 
-    def survey(self, entries: Sequence[PlanEntry], weights: Weights, tell: Tell) -> Survey:
+    def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:
         """Every tensor read once."""
-        return survey_weights(entries, weights, tell)
+        return survey_weights(entries, weights, run)
 
     def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> TrellisSession:
         """A session with its rotations."""

@@ -94,13 +94,13 @@ def _choose(vectors: torch.Tensor, codebook: torch.Tensor) -> Backend:
     n, (k, d) = len(vectors), codebook.shape
     if d > _MAX_COMPILED_BLOCK_SIZE:
         return "reference"
-    if vectors.device.type == "cpu" and is_compiled(n, k, d):
+    if vectors.device.type == "cpu" and is_compiled_for(n, k, d):
         return "cpu"
     if vectors.device.type == "cuda" and find_spec("triton"):
         return "cuda"
     return "reference"
 
 
-def is_compiled(n: int, k: int, d: int) -> bool:
-    """Whether a search for n vectors in main memory is worth the compiled kernel."""
+def is_compiled_for(n: int, k: int, d: int) -> bool:
+    """Whether the kernel of the CPU takes n vectors in main memory."""
     return d <= _MAX_COMPILED_BLOCK_SIZE and n * k * d >= _COMPILED_FROM

@@ -71,9 +71,18 @@ _ARGUMENTS: tuple[tuple[str, Any], ...] = (
 
 
 def sweep(
-    vectors: torch.Tensor, codebook: torch.Tensor, bias: torch.Tensor, weights: torch.Tensor | None, accumulate: bool
+    vectors: torch.Tensor,
+    codebook: torch.Tensor,
+    bias: torch.Tensor,
+    weights: torch.Tensor | None,
+    accumulate: bool,
+    *,
+    is_slab: bool = False,
 ) -> Pass:
-    """`kernels.sweep` in main memory, on `torch.get_num_threads()` threads, for d small enough to unroll."""
+    """`kernels.sweep` in main memory, on `torch.get_num_threads()` threads, for d small enough to unroll.
+
+    With `is_slab` the vectors are one slab of some larger whole, and are not cut again.
+    """
     n, (k, d) = len(vectors), codebook.shape
     lanes = host_lanes()
     rows, padded_bias, columns = layouts(codebook, bias, lanes)
@@ -81,7 +90,7 @@ def sweep(
     weight_step = 0 if weights is None else 1
     padded_weights = torch.ones(lanes) if weights is None else torch.cat([weights, torch.ones(lanes)])
 
-    bounds = _slabs(n, k, d)
+    bounds = [0, n] if is_slab else slabs(n, k, d)
     n_slabs = len(bounds) - 1
     n_threads = max(1, min(torch.get_num_threads(), n_slabs))
     block = block_vectors(lanes)
@@ -155,7 +164,7 @@ def block_vectors(lanes: int) -> int:
     return _BLOCK_GROUPS * _GROUP * lanes
 
 
-def _slabs(n: int, k: int, d: int) -> list[int]:
+def slabs(n: int, k: int, d: int) -> list[int]:
     """Where slabs begin and end; a slab is one thread's turn, and owns k * (d + 1) sums."""
     most = min(_MAX_SLABS, max(8, _MAX_PARTIAL_BYTES // (8 * k * (d + 1))))
     n_units = -(-n // _SLAB_UNIT)

@@ -27,7 +27,7 @@ class Repeated:
     def __init__(self, codebook: Matrix, n_vectors: int) -> None:
         self.codebook = np.ascontiguousarray(codebook, np.float32)
         self.sums = np.zeros(self.codebook.shape)
-        self._is_compiled = kernels.is_compiled(n_vectors, *self.codebook.shape)
+        self._is_compiled = kernels.is_compiled_for(n_vectors, *self.codebook.shape)
 
     def assigned(self, vectors: Matrix, bias: Matrix, counts: NDArray[np.float64] | None = None) -> NDArray[np.int32]:
         """For each of the vectors (n, d) the j that maximises `x . c_j + b_j`; ties go to the smallest j.

@@ -140,7 +140,10 @@ def join(codebook: Tensor, assignments: Tensor, rows: int, columns: int) -> Tens
 
 def _looked_up(codebook: Tensor, grid: Tensor) -> Tensor:
     """The centroids that `grid` (rows, blocks) names, as (rows, blocks * block_size)."""
-    return codebook.index_select(0, grid.reshape(-1)).view(len(grid), grid.shape[1] * codebook.shape[1])
+    places = grid.reshape(-1)
+    if places.dtype == torch.uint8:
+        places = places.int()
+    return codebook.index_select(0, places).view(len(grid), grid.shape[1] * codebook.shape[1])
 
 
 def to_block_major(assignments: Tensor, rows: int) -> Tensor:

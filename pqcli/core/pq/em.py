@@ -159,6 +159,7 @@ def lloyd(
             codebook = _moved(codebook, sweep, steps[:, None])[sweep.population > 0]
         else:
             codebook = _moved(codebook, sweep, step)
+        del sweep  # its assignments: the next one's take their place in memory
         if len(objective) > 1 and objective[-2] - objective[-1] <= CONVERGED * objective[-2]:
             break
     return Fit(codebook, tuple(objective))
@@ -300,6 +301,8 @@ def _pass(part: Tensor, importance: Tensor | None, codebook: Tensor, *, accumula
     sums of importance.
     """
     centroids = _leading(codebook, part)
+    if not isinstance(part, torch.Tensor):  # vectors that memory does not hold (`pqcli.core.pq.far`)
+        return part.sweep(centroids, _bias(codebook, part), accumulate=accumulate)
     if importance is None:
         return kernels.sweep(part, centroids, _bias(codebook, part), accumulate=accumulate)
     if importance.shape[1] == 1:  # all of a vector's values count alike: the nearest centroid is the ordinary one

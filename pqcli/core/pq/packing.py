@@ -46,6 +46,11 @@ def pack(assignments: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
     return words.view(np.uint8)[:, :bits].reshape(-1)[: packed_bytes(n, bits)].copy()
 
 
+def unpack_narrow(data: NDArray[np.uint8], n: int, bits: int) -> NDArray[np.int32] | NDArray[np.uint8]:
+    """The same as `unpack`, in bytes where that is how they lie."""
+    return data if bits == 8 and data.size == n else unpack(data, n, bits)
+
+
 def unpack(data: NDArray[np.uint8], n: int, bits: int) -> NDArray[np.int32]:
     """The `n` assignments (int32) that `data` holds.
 

@@ -103,11 +103,11 @@ def encode(
         with lone_blas():
             layer = Layer.of(scaled.float().cpu().numpy(), block_size, inputs)
             found = layer.refined(fitted.codebook.cpu().numpy())
-            codebook, dtype = _rounded(torch.from_numpy(found.codebook), exponent, codebook_dtype)
+            codebook, dtype = rounded(torch.from_numpy(found.codebook), exponent, codebook_dtype)
             found = layer.descended(replace(found, codebook=codebook.numpy()))
         assignments = torch.from_numpy(layer.in_order(found))
     else:
-        codebook, dtype = _rounded(fitted.codebook, exponent, codebook_dtype)
+        codebook, dtype = rounded(fitted.codebook, exponent, codebook_dtype)
         assignments = em.assign(cut, codebook)
     stored = torch.ldexp(codebook, torch.tensor(exponent)) if exponent else codebook
     tensor = PQTensor(tuple(weight.shape), weight.dtype, matrix_shape, stored.to(dtype).cpu(), assignments.cpu())
@@ -157,7 +157,7 @@ def _exponent(matrix: Tensor) -> int:
     return exponent if peak and abs(exponent) > SAFE_EXPONENT else 0
 
 
-def _rounded(codebook: Tensor, exponent: int, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
+def rounded(codebook: Tensor, exponent: int, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
     """The codebook as it will be stored (still in float32, still scaled), and the dtype that holds it."""
     if dtype == torch.float16:
         scale = torch.tensor(exponent)

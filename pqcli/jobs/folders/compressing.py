@@ -13,12 +13,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import atomic_folder
 from pqcli.checkpoint import Checkpoint
-from pqcli.checkpoint.components import Component, Components, components_of
+from pqcli.checkpoint.components import Component, Components, components_of, with_optimizers
 from pqcli.checkpoint.folder import is_of_training
 from pqcli.checkpoint.opened import LEFT_OUT
 from pqcli.checkpoint.pt.tree import Dropped
@@ -29,8 +27,10 @@ from pqcli.container.header import SUFFIX
 from pqcli.errors import CheckpointError, UsageError
 from pqcli.jobs.compress import bases_of, compress_opened, of_model
 from pqcli.jobs.events import Hook, ignore
+from pqcli.jobs.executors import Executor
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder
+from pqcli.jobs.journal.keeping import Keeping, told
 from pqcli.jobs.preview import Preview, preview_opened
 from pqcli.limits import Limits
 from pqcli.plan.plan import Plan, PlanEntry
@@ -63,13 +63,14 @@ def compress_folder(
     source: Path,
     output: Path | None,
     recipe: Recipe,
-    device: torch.device,
+    executor: Executor,
     *,
     with_copies: bool = False,
     shard_bytes: int | None = None,
     base: str | Path | Sequence[str | Path] = (),
     force: bool = False,
     verify: bool = True,
+    keeping: Keeping,
     hook: Hook | None = None,
     limits: Limits | None = None,
 ) -> Report:
@@ -80,7 +81,20 @@ def compress_folder(
     started = time.perf_counter()
     target = output or default_folder(source)
     check_folder_output(target, source, force=force)
-    with opened_folder(source, recipe, with_copies=with_copies, limits=limits) as folder, claimed(target):
+    with (
+        opened_folder(source, recipe, with_copies=with_copies, limits=limits) as folder,
+        claimed(target),
+        keeping.journal(
+            target,
+            hook or ignore,
+            [*folder.checkpoints.values()],
+            recipe,
+            bases=bases_of(base),
+            shard_bytes=shard_bytes,
+            with_copies=with_copies,
+            root=source,
+        ) as journal,
+    ):
         recipes = shared_recipes(folder, recipe)
         check_space(target, folder.parts.side_bytes)
         reports = {}
@@ -95,17 +109,19 @@ def compress_folder(
                     checkpoint,
                     temporary / path,
                     recipes[path],
-                    device,
+                    executor,
                     others=others,
                     shard_bytes=shard_bytes,
-                    bases=_bases_for(folder, base),
+                    bases=_bases_for(folder, checkpoint, base),
                     verify=verify,
+                    journal=journal,
+                    scope=path if len(folder.checkpoints) > 1 else "",
                     hook=hook,
                     limits=limits,
                 )
                 reports[path] = replace(report, output=str(target / Path(report.output).relative_to(temporary)))
             copy_files(source, temporary, folder.parts.side, hook or ignore, verify=verify)
-        return folder_report(
+        report = folder_report(
             _by_label(reports),
             source=str(source),
             output=str(target),
@@ -113,6 +129,7 @@ def compress_folder(
             recipe=documents.to_json(recipe),
             seconds=time.perf_counter() - started,
         )
+    return told(report, journal)
 
 
 def preview_folder(
@@ -136,7 +153,7 @@ def preview_folder(
                 recipes[path],
                 others=folder.tensors_beside(path),
                 shard_bytes=shard_bytes,
-                bases=_bases_for(folder, base),
+                bases=_bases_for(folder, checkpoint, base),
             )
             for path, checkpoint in folder.checkpoints.items()
         }
@@ -158,6 +175,7 @@ def opened_folder(
 ) -> Iterator[OpenFolder]:
     """The folder with the weights of all its components open, or as much of them as the recipe asks for."""
     parts = _without_training(components_of(source, limits=limits, with_copies=with_copies), recipe)
+    parts = with_optimizers(source, parts) if recipe.state == "8bit" else parts
     with ExitStack() as stack:
         checkpoints: dict[str, Checkpoint] = {}
         side, left_out = dict(parts.side), dict(parts.left_out)
@@ -185,28 +203,41 @@ def shared_recipes(folder: OpenFolder, recipe: Recipe) -> dict[str, Recipe]:
         total = int(folder.original_bytes / recipe.target_ratio)
     if total is None:
         return dict.fromkeys(folder.checkpoints, recipe)
-    left = total - folder.parts.side_bytes
+    recipes, left = {}, total - folder.parts.side_bytes
+    for path, one in folder.checkpoints.items():
+        if not _has_model(one):
+            recipes[path] = replace(recipe, target_ratio=None, target_bytes=None)
+            left -= preview_opened(one, None, recipes[path], others=folder.tensors_beside(path)).predicted_bytes
     if left <= 0:
         raise BudgetError(
             f"'{folder.path}' cannot come to {total:,} bytes: the {len(folder.parts.side):,} files beside its weights "
-            f"are copied and take {folder.parts.side_bytes:,}; allow more, or name a lone file with -o x{SUFFIX}"
+            f"are copied and take {folder.parts.side_bytes:,}{_beside_optimizers(recipes)}; allow more, or name a lone "
+            f"file with -o x{SUFFIX}"
         )
-    weights = sum(one.n_bytes for one in folder.checkpoints.values())
-    return {
-        path: replace(recipe, target_ratio=None, target_bytes=left * one.n_bytes // max(weights, 1))
-        for path, one in folder.checkpoints.items()
-    }
+    shared = {path: one.n_bytes for path, one in folder.checkpoints.items() if path not in recipes}
+    for path, n_bytes in shared.items():
+        share = left * n_bytes // max(sum(shared.values()), 1)
+        recipes[path] = replace(recipe, target_ratio=None, target_bytes=share)
+    return recipes
 
 
-def _bases_for(folder: OpenFolder, base: str | Path | Sequence[str | Path]) -> Sequence[Path]:
-    """The bases of the lone component. Raises UsageError where there are several, whose bases nobody can tell apart."""
+def _beside_optimizers(recipes: dict[str, Recipe]) -> str:
+    return f", beside {', '.join(recipes)}: --training-state drop leaves it out" if recipes else ""
+
+
+def _bases_for(folder: OpenFolder, checkpoint: Checkpoint, base: str | Path | Sequence[str | Path]) -> Sequence[Path]:
+    """The bases of the lone component, and none of optimizers.
+
+    Raises UsageError where there are several, whose bases nobody can tell apart.
+    """
     bases = bases_of(base)
-    if bases and len(folder.checkpoints) > 1:
+    weights = [path for path, one in folder.checkpoints.items() if _has_model(one)]
+    if bases and len(weights) > 1:
         raise UsageError(
-            f"--base: '{folder.path}' has {len(folder.checkpoints)} components ({', '.join(folder.checkpoints)}); "
+            f"--base: '{folder.path}' has {len(weights)} components ({', '.join(weights)}); "
             "compress them one by one, each with its own base"
         )
-    return bases
+    return bases if _has_model(checkpoint) else ()
 
 
 def _opened(source: Path, component: Component, recipe: Recipe, limits: Limits | None) -> Checkpoint:
@@ -216,7 +247,7 @@ def _opened(source: Path, component: Component, recipe: Recipe, limits: Limits |
 
 def _without_training(parts: Components, recipe: Recipe) -> Components:
     """Without the files of a trainer, where the recipe wants the model alone."""
-    if not recipe.model_only:
+    if recipe.state != "drop":
         return parts
     gone = [path for path in parts.side if is_of_training(posixpath.basename(path))]
     return replace(
@@ -224,6 +255,11 @@ def _without_training(parts: Components, recipe: Recipe) -> Components:
         side={path: n_bytes for path, n_bytes in parts.side.items() if path not in gone},
         left_out={**parts.left_out, **{path: f"{LEFT_OUT}: {parts.side[path]:,} B" for path in gone}},
     )
+
+
+def _has_model(checkpoint: Checkpoint) -> bool:
+    """Whether a component is weights, and not the state of an optimizer alone."""
+    return any(info.role == "model" for info in checkpoint.tensors)
 
 
 def _paths(component: Component) -> Sequence[str]:

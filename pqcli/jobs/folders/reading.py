@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pqcli.checkpoint.components import Components, components_of
+from pqcli.checkpoint.components import Components, components_of, with_optimizers
 from pqcli.container.folder import CompressedFolder, compressed_folder, full_name, stem_of
 from pqcli.errors import CheckpointError, ContainerError, DamagedError
 from pqcli.jobs import report as reporting
@@ -30,14 +30,15 @@ class Original:
     parts: Components
 
     @staticmethod
-    def at(path: Path, limits: Limits | None) -> Original:
-        """The folder at `path`, everything in it counted. Raises CheckpointError where it is none."""
+    def of(folder: CompressedFolder, path: Path, limits: Limits | None) -> Original:
+        """The folder at `path`, of which `folder` was made, everything in it counted. Raises CheckpointError."""
         if path.is_file():
             raise CheckpointError(
                 f"'{path}' is a file; a compressed folder is compared with the folder that it was made from, and one "
                 "of its containers with a file"
             )
-        return Original(path, components_of(path, limits=limits, with_copies=True))
+        parts = components_of(path, limits=limits, with_copies=True)
+        return Original(path, with_optimizers(path, parts, {stem_of(one) for one in folder.containers.values()}))
 
     def weights(self, container: str) -> tuple[Path, tuple[str, ...]]:
         """The sub-folder and the files that the container at this path was made from."""
@@ -58,7 +59,7 @@ def report_folder(
 ) -> Report:
     """What the reports of all containers add up to; see `report`."""
     folder = compressed_folder(source)
-    original = None if against is None else Original.at(against, limits)
+    original = None if against is None else Original.of(folder, against, limits)
     parts = {}
     for label, path in folder.containers.items():
         place, weights = original.weights(path) if original else (None, None)
@@ -105,7 +106,7 @@ def verify_folder(
 ) -> list[Finding]:
     """What is wrong with the containers; with `against`, the original folder, also with the files beside them."""
     folder = compressed_folder(source)
-    original = None if against is None else Original.at(against, limits)
+    original = None if against is None else Original.of(folder, against, limits)
     found = []
     for label, path in folder.containers.items():
         place, weights = original.weights(path) if original else (None, None)

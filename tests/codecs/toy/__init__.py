@@ -52,8 +52,8 @@ class SignDecoder(Decoder):
 
 
 class SignCodec(StreamCodec):
-    def survey(self, entries, weights, tell):
-        return survey_weights(entries, weights, tell)
+    def survey(self, entries, weights, run):
+        return survey_weights(entries, weights, run)
 
     def fit(self, survey, weights, recipe, first_level, tell):
         return SignSession(survey, weights)

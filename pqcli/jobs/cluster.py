@@ -1,0 +1,119 @@
+"""Workers that are those of a Ray cluster: this machine's, or many machines' that share a file system.
+
+A task is one of Ray's, for one core, or for a share of a GPU where the cluster has some. Ray knows which nodes are
+there; pqcli decides what is sent when (`pqcli.jobs.remote`), and sends again what is lost with a worker or a node. The
+driver, this process, writes the file. Where it dies, its workers do, and its journal is what goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Self
+
+from pqcli.codecs.base import Found, Task
+from pqcli.errors import MissingExtraError, UsageError
+from pqcli.jobs import remote
+from pqcli.jobs.devices import WORKERS_PER_GPU
+from pqcli.jobs.remote import Answer, LostWorkerError
+
+LOCAL: Final = "local"
+"""The address that means: start a cluster on this machine, for this run."""
+INSTALL: Final = "pip install 'pqcli[ray]'"
+_QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+@dataclass
+class Cluster:
+    """An executor of a Ray cluster: the one at `address`, "auto" for the one that this machine belongs to.
+
+    Use as a context manager. With the device "cpu" GPUs stay unused. Raises MissingExtraError without Ray, UsageError
+    where there is no such cluster.
+    """
+
+    address: str
+    device: str
+    in_flight_bytes: int
+    _ray: Any = field(default=None, init=False)
+    _run: Any = field(default=None, init=False)
+    _options: dict[str, float] = field(default_factory=dict, init=False)
+    _n_workers: int = field(default=1, init=False)
+    _node_bytes: int = field(default=0, init=False)
+
+    def __enter__(self) -> Self:
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        try:
+            import ray
+        except ImportError:
+            raise MissingExtraError(f"--ray needs Ray; {INSTALL}") from None
+        self._ray = ray
+        own: dict[str, Any] = {"include_dashboard": False} if self.address == LOCAL else {"address": self.address}
+        try:
+            ray.init(logging_level="ERROR", log_to_driver=False, configure_logging=False, **own)
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UsageError(
+                f"--ray {self.address}: no cluster there ({said}); start one with `ray start --head`, or use "
+                f"--ray {LOCAL}"
+            ) from error
+        self._look()
+        has_gpus = self.device != "cpu" and bool(ray.cluster_resources().get("GPU"))
+        self.device = "cuda" if has_gpus else "cpu"
+        self._options = {"num_cpus": 1, "max_retries": 0}
+        if has_gpus:
+            self._options["num_gpus"] = 1 / WORKERS_PER_GPU
+        self._run = ray.remote(remote.run_pickled)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ray.shutdown()
+
+    def results(self, tasks: Sequence[Task[Found]]) -> Iterator[tuple[int, Found]]:
+        """The largest are sent first; results as they come."""
+        self._look()
+        return remote.results(self, tasks, self.in_flight_bytes)
+
+    @property
+    def n_workers(self) -> int:
+        """Cores of the cluster, or shares of its GPUs, as last seen: nodes come and go."""
+        return self._n_workers
+
+    def send(self, task: bytes, n_bytes: int) -> Any:
+        """To a node with so much memory left; one that no node has room for goes where there is most."""
+        options = {**self._options, "memory": min(n_bytes, self._node_bytes)}
+        return self._run.options(**options).remote(task, self.device, 1)
+
+    def first(self, handles: Sequence[Any]) -> Any:
+        """Done or lost."""
+        done, _ = self._ray.wait(list(handles), num_returns=1)
+        return done[0]
+
+    def take(self, handle: Any) -> Answer:
+        """Raises LostWorkerError for whatever Ray says of itself; an error of pqcli's comes as an answer."""
+        exceptions = self._ray.exceptions
+        try:
+            answer: Answer = self._ray.get(handle)
+        except exceptions.RayTaskError as error:
+            raise error.cause from None
+        except exceptions.RayError as error:
+            self._look()
+            raise LostWorkerError(type(error).__name__) from error
+        return answer
+
+    def cancel(self, handles: Sequence[Any]) -> None:
+        """Tasks that run are killed with their workers."""
+        for handle in handles:
+            self._ray.cancel(handle, force=True)
+
+    def _look(self) -> None:
+        """See what the cluster has at the moment."""
+        found = self._ray.cluster_resources()
+        on_gpus = WORKERS_PER_GPU * found.get("GPU", 0) if self.device == "cuda" else 0
+        self._n_workers = max(1, int(on_gpus or found.get("CPU", 1)))
+        nodes = [node["Resources"].get("memory", 0) for node in self._ray.nodes() if node["Alive"]]
+        self._node_bytes = int(max(nodes, default=0))
