@@ -101,7 +101,8 @@ def test_statistics_of_a_model_without_its_wrapper_are_known_by_their_names(mode
         recipe = pqcli.Recipe(block_size=8, n_centroids=16, n_iter=2, stats=str(stats))
         files.append(pqcli.compress(one, tmp_path / f"{one.stem}.pq.safetensors", recipe))
     bare, other = (report.tensors for report in files)
-    assert [round(t.relative_mse or 0, 1) for t in bare] == [round(t.relative_mse or 0, 1) for t in other]
+    errors = [[t.relative_mse or 0 for t in tensors] for tensors in (bare, other)]
+    assert errors[0] == pytest.approx(errors[1], abs=0.2)  # names decide where EM starts
     free = pqcli.compress(source, tmp_path / "free.pq.safetensors", pqcli.Recipe(block_size=8, n_centroids=16))
     assert files[1].relative_mse > 1.02 * free.relative_mse
 
