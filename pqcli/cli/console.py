@@ -132,12 +132,13 @@ class Console:
         if report.parts:
             for line in readable.part_lines(report):
                 self.note(line)
-        state = readable.state_line(report)
-        if state is not None:
-            self.note(f"training state: {state}")
-        base = readable.base_line(report)
-        if base is not None:
-            self.note(f"base {base}")
+        for word, said in (
+            ("training state: ", readable.state_line(report)),
+            ("base ", readable.base_line(report)),
+            ("", readable.felt_line(report)),
+        ):
+            if said is not None:
+                self.note(word + said)
         self._dropped(report.dropped, "folder" if report.parts else "file")
         if report.side_bytes:
             self.note(readable.side_line(report))

@@ -114,6 +114,8 @@ def render(report: Report) -> str:
             )
             if line is not None
         ],
+        felt=readable.felt_line(report),
+        predicted=[one for one in ("output_mse", "damage") if any(getattr(t, one) is not None for t in report.tensors)],
         recipe=json.dumps(report.to_json()["recipe"], indent=2),
         version=__version__,
         elide=lambda name: elide(visible(name), 56),

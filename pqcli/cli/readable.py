@@ -179,6 +179,27 @@ def base_line(report: Report) -> str | None:
     return f"{visible(elide(name, 60))}({base.hash}): {'; '.join(parts)}"
 
 
+def felt_line(report: Report) -> str | None:
+    """That the relative MSE is not what counts where statistics were used, and what is; None without."""
+    if not report.has_statistics:
+        return None
+    worst = max(
+        (tensor for tensor in report.quantized if tensor.output_mse is not None),
+        key=lambda tensor: tensor.output_mse or 0.0,
+        default=None,
+    )
+    said = (
+        "bits went where the output feels them, so relative MSE says little; `report --model --text` runs the network"
+    )
+    if worst is None or worst.output_mse is None:
+        return said
+    middle = sorted(tensor.output_mse for tensor in report.quantized if tensor.output_mse is not None)
+    return (
+        f"{said}; predicted error of a layer's output: median {error(middle[len(middle) // 2])}, at most "
+        f"{error(worst.output_mse)} ({elide(visible(worst.name), 48)})"
+    )
+
+
 def state_line(report: Report) -> str | None:
     """What training state takes, and how it is held; None where there is none."""
     state = report.state

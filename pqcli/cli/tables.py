@@ -214,6 +214,7 @@ def _notes(report: Report) -> list[Text]:
     notes += [
         f"{word:<10}{line}"
         for word, line in (
+            ("felt", readable.felt_line(report)),
             ("state", readable.state_line(report)),
             ("base", readable.base_line(report)),
             ("entropy", readable.entropy_line(report)),

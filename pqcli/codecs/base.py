@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pqcli.core.metrics import Error
     from pqcli.plan.plan import PlanEntry
     from pqcli.recipe.recipe import Recipe
+    from pqcli.stats.damage import Damage
 
 Matrix = NDArray[np.float32]
 
@@ -155,7 +156,8 @@ class Use:
 class Piece:
     """One finished tensor: its record, the bytes of its own entries by key, and what was measured.
 
-    `bundled` are the bytes of a small kept tensor, which shares an entry with others.
+    `bundled` are the bytes of a small kept tensor, which shares an entry with others. `damage` is what statistics
+    predict of the error.
     """
 
     record: Record
@@ -164,6 +166,7 @@ class Piece:
     bundled: NDArray[np.uint8] | None = None
     error: Error | None = None
     use: Use | None = None
+    damage: Damage | None = None
 
 
 @dataclass(frozen=True)
@@ -378,6 +381,8 @@ class Codec(ABC):
 
     is_compact: bool = True
     """Whether its files code kept tensors without loss and have short hashes."""
+    takes_blocks: bool = False
+    """Whether it can use second moments of which only blocks along the diagonal are known."""
 
     def compacted(self) -> Codec:
         """The same codec, for a file that is compact."""

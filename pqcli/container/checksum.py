@@ -14,8 +14,9 @@ from pqcli.container.header import MANIFEST
 FEATURE: Final = "checksum"
 CHECKSUM: Final = "pqcli.checksum"
 HASHES, ERRORS, ENTROPIES = "pqcli.hashes", "pqcli.errors", "pqcli.entropies"
+DAMAGE: Final = "pqcli.damage"
 SHARDS: Final = "pqcli.shards"
-HEAD: Final = frozenset({MANIFEST, HASHES, ERRORS, ENTROPIES, SHARDS})
+HEAD: Final = frozenset({MANIFEST, HASHES, ERRORS, ENTROPIES, DAMAGE, SHARDS})
 PART_BYTES: Final = 8
 N_BYTES: Final = 2 * PART_BYTES
 

@@ -4,7 +4,7 @@ In this order, so that nothing is believed too early and no step takes more memo
 
     header     entries cover the data exactly                                  (`header`)
     manifest   inflated and parsed within limits, version and features known
-    checksum   of header, manifest, hashes, errors, entropies
+    checksum   of header, manifest, hashes and figures
     schema     every field there, of its type, within bounds                   (`manifest`)
     records    every tensor can be what it is said to be, and in all they are not too much for the file
     entries    those that the records call for, of the right dtype and shape
@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from pqcli.codecs import difference, registry, zeros
 from pqcli.container import checksum, files
-from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
+from pqcli.container.checksum import CHECKSUM, DAMAGE, ENTROPIES, ERRORS, HASHES
 from pqcli.container.entries import Entries
 from pqcli.container.header import MANIFEST
 from pqcli.container.layout import KEPT, SHARDS_FEATURE, entries_of, known_features, metadata_of
@@ -33,6 +33,7 @@ from pqcli.core.moments import FORMS
 from pqcli.core.pq import packing
 from pqcli.errors import ContainerError, DamagedError
 from pqcli.limits import OverLimitError, hint
+from pqcli.stats.damage import Damage
 from pqcli.tensors.info import ITEM_BYTES
 from pqcli.tensors.records import Alias, Coded, Copy, Kept, Moments, Plain, Record, Same, StoredError
 
@@ -42,13 +43,14 @@ _ROLES: Final = frozenset({"model", "other"})
 
 @dataclass(frozen=True)
 class Admitted:
-    """What a file says of itself, checked: a hash per record, errors of the quantized, entropies where it has them."""
+    """What a file says of itself, checked: a hash per record, errors of the quantized; entropies and damage, if any."""
 
     manifest: Manifest
     index: dict[str, int]
     hashes: list[bytes]
     errors: dict[str, StoredError]
     entropies: dict[str, float]
+    damages: dict[str, Damage]
 
 
 def admit(entries: Entries, limits: Limits) -> Admitted:
@@ -262,11 +264,13 @@ def _check_entries(entries: Entries, manifest: Manifest) -> None:
         raise ValueError(f"no record calls for entry {min(foreign)!r}")
 
 
-def _figures(entries: Entries, manifest: Manifest) -> tuple[list[bytes], dict[str, StoredError], dict[str, float]]:
-    """Hashes, errors and entropies."""
-    rows = entries.read(HASHES)
+def _figures(
+    entries: Entries, manifest: Manifest
+) -> tuple[list[bytes], dict[str, StoredError], dict[str, float], dict[str, Damage]]:
+    """Hashes, errors, entropies and damage."""
+    told = entries.read(HASHES)
     width = entries.place(HASHES).shape[1]
-    hashes = [bytes(rows[i : i + width]) for i in range(0, len(rows), width)]
+    hashes = [bytes(told[i : i + width]) for i in range(0, len(told), width)]
     errors = {}
     quantized = [record.name for record in manifest.tensors if record.quantized]
     for name, row in zip(quantized, entries.tensor(ERRORS).tolist(), strict=True):
@@ -278,7 +282,18 @@ def _figures(entries: Entries, manifest: Manifest) -> tuple[list[bytes], dict[st
     for name, bits in entropies.items():
         if not (math.isfinite(bits) and bits >= 0):
             raise ValueError(f"tensor {name!r}: an entropy is no number of bits")
-    return hashes, errors, entropies
+    predicted = entries.tensor(DAMAGE).tolist() if DAMAGE in entries else []
+    damages = {name: _damage(name, *row) for name, row in zip(quantized, predicted, strict=False)}
+    return hashes, errors, entropies, {name: damage for name, damage in damages.items() if damage is not None}
+
+
+def _damage(name: str, output_mse: float, damage: float) -> Damage | None:
+    """What was predicted for a tensor; None for nothing."""
+    if any(math.isinf(number) or number < 0 for number in (output_mse, damage)):
+        raise ValueError(f"the damage of tensor {name!r} is stored as {output_mse}, {damage}, which none can be")
+    if math.isnan(output_mse):
+        return None
+    return Damage(output_mse, None if math.isnan(damage) else damage)
 
 
 # --- the checkpoint's structure ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pqcli.codecs import difference, moments, registry, zeros
 from pqcli.container import checksum, files
-from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES
+from pqcli.container.checksum import CHECKSUM, DAMAGE, ENTROPIES, ERRORS, HASHES
 from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
 from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, manifest_bytes
 from pqcli.core.digests import HASH_BYTES
@@ -24,6 +24,7 @@ SHORT_HASH_BYTES: Final = 4
 """Bytes of a hash in files made to be small: one corrupted tensor in four billion goes unnoticed."""
 KEPT, CODED = "pqcli.kept", "pqcli.coded"
 SHARDS_FEATURE: Final = "shards"
+DAMAGE_FEATURE: Final = "damage"
 ENTROPIES_SHARE: Final = 2000
 """Entropies are stored where they take at most this fraction of what is coded; in less it is quick to compute them."""
 _ENTRY_BYTES: Final = 80
@@ -32,8 +33,8 @@ _ENTRY_BYTES: Final = 80
 
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
-    own = {KEPT_CODED, checksum.FEATURE, zeros.FEATURE, difference.FEATURE, files.FEATURE, SHARDS_FEATURE}
-    return registry.features() | own | {Copy.action, moments.FEATURE}
+    of_tensors = {KEPT_CODED, zeros.FEATURE, difference.FEATURE, Copy.action, moments.FEATURE, DAMAGE_FEATURE}
+    return registry.features() | of_tensors | {checksum.FEATURE, files.FEATURE, SHARDS_FEATURE}
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def entries_of(
 ) -> list[Entry]:
     """The entries of a file, in no particular order. The manifest takes `stored_bytes`, each hash `hash_bytes`."""
     records = manifest.tensors
+    n_quantized = sum(record.quantized for record in records)
     if bundle_bytes is None:
         bundle_bytes = sum(record.info.n_bytes for record in records if record.is_bundled)
     entries = [entry for record in records for entry in own_entries(record, manifest.features)]
@@ -105,7 +107,7 @@ def entries_of(
     entries += [
         Entry(KEPT, "uint8", (bundle_bytes,)),
         Entry(HASHES, "uint8", (len(records), hash_bytes)),
-        Entry(ERRORS, "float32", (sum(record.quantized for record in records), 4)),
+        Entry(ERRORS, "float32", (n_quantized, 4)),
         Entry(MANIFEST, "uint8", (stored_bytes,)),
     ]
     if checksum.FEATURE in manifest.features:
@@ -116,6 +118,8 @@ def entries_of(
         entries.append(Entry(files.FILES, "uint8", (manifest.files.n_bytes,)))
     if manifest.shards is not None:
         entries.append(Entry(checksum.SHARDS, "uint8", (manifest.shards - 1, checksum.N_BYTES)))
+    if DAMAGE_FEATURE in manifest.features:
+        entries.append(Entry(DAMAGE, "bfloat16", (n_quantized, 2)))
     if has_entropies:
         entries.append(_entropies_entry(manifest))
     return entries

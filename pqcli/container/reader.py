@@ -27,6 +27,7 @@ from pqcli.core.digests import tensor_bytes, tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.core.pq import packing, pq
 from pqcli.errors import BaseError, ContainerError
+from pqcli.stats.damage import Damage
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
 from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Moments, Plain, Record, Same, StoredError
 
@@ -108,6 +109,10 @@ class Container:
     def error(self, name: str) -> StoredError | None:
         """The error that compression measured; None for a tensor that is not quantized."""
         return self._said.errors.get(self.record(name).held_by)
+
+    def damage(self, name: str) -> Damage | None:
+        """What compression predicted of the tensor's error, from statistics; None where it knew nothing."""
+        return self._said.damages.get(self.record(name).held_by)
 
     def pq_tensor(self, name: str) -> pq.PQTensor:
         """Codebook and assignments of a tensor that plain PQ quantized, unpacked."""

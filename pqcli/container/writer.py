@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,15 +15,16 @@ from types import TracebackType
 from typing import IO, Any, BinaryIO, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pqcli.atomic import atomic_writer, output_errors, run_check
 from pqcli.codecs.base import Piece, Streams
 from pqcli.codecs.kept import bundle
-from pqcli.container.checksum import CHECKSUM, ENTROPIES, ERRORS, HASHES, PART_BYTES, SHARDS, Checksum
+from pqcli.container.checksum import CHECKSUM, DAMAGE, ENTROPIES, ERRORS, HASHES, PART_BYTES, SHARDS, Checksum
 from pqcli.container.files import FILES, Packed
 from pqcli.container.header import MANIFEST, SUFFIX
-from pqcli.container.layout import CODED, KEPT, SHORT_HASH_BYTES, Layout
+from pqcli.container.layout import CODED, DAMAGE_FEATURE, KEPT, SHORT_HASH_BYTES, Layout
 from pqcli.container.manifest import KEPT_CODED, CodedStreams, Manifest, make_manifest, manifest_bytes
 from pqcli.container.naming import Naming
 from pqcli.container.shards import Cut, cut, digest, is_piece
@@ -35,20 +37,25 @@ _COPY_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class About:
-    """What a file says, and holds, beside its tensors: their order, the source, the recipe, its base, small files."""
+    """What a file says, and holds, beside its tensors: their order, the source, the recipe, its base, small files.
+
+    With `predicts` it tells what each tensor's error does, as statistics predict it.
+    """
 
     order: tuple[str, ...]
     source: Mapping[str, Any]
     recipe: Mapping[str, Any]
     naming: Naming | None = None
     files: Packed | None = None
+    predicts: bool = False
 
     def manifest(
         self, records: Sequence[Record], coded: CodedStreams | None = None, features: Iterable[str] = ()
     ) -> Manifest:
         """The manifest of a file with these records; see `make_manifest`."""
         files = self.files.about if self.files else None
-        return make_manifest(self.source, self.recipe, records, coded, features, self.naming, files)
+        named = [*features, *([DAMAGE_FEATURE] if self.predicts else [])]
+        return make_manifest(self.source, self.recipe, records, coded, named, self.naming, files)
 
 
 @dataclass
@@ -92,7 +99,12 @@ class Writer:
         for key, data in piece.entries:
             self._put(key, [data])
         self._pieces[piece.record.name] = Piece(
-            piece.record, piece.digest, bundled=piece.bundled, error=piece.error, use=piece.use
+            piece.record,
+            piece.digest,
+            bundled=piece.bundled,
+            error=piece.error,
+            use=piece.use,
+            damage=piece.damage,
         )
 
     @property
@@ -137,6 +149,8 @@ class Writer:
         self._put(MANIFEST, [manifest_bytes(found.manifest)])
         if self.about.files is not None:
             self._put(FILES, [self.about.files.data])
+        if self.about.predicts:
+            self._put(DAMAGE, [_damage_rows(pieces)])
         if any(entry.key == ENTROPIES for entry in found.layouts[0].entries):
             self._put(ENTROPIES, [_entropy_densities(pieces)])
         if len(found.layouts) > 1:
@@ -228,6 +242,17 @@ def _error_rows(pieces: Sequence[Piece]) -> bytes:
     errors = [StoredError.of(piece.error) for piece in pieces if piece.error is not None]
     with np.errstate(over="ignore"):
         return np.array([[e.rms, e.relative_mse, e.cosine, e.max_abs_error] for e in errors], "<f4").tobytes()
+
+
+def _damage_rows(pieces: Sequence[Piece]) -> bytes:
+    """What is predicted of every quantized tensor; no number for what is not."""
+    told = [piece.damage for piece in pieces if piece.error is not None]
+    rows = [
+        (math.nan if d is None else d.output_mse, math.nan if d is None or d.damage is None else d.damage) for d in told
+    ]
+    largest = torch.finfo(torch.bfloat16).max
+    numbers = torch.tensor(rows, dtype=torch.float64).clamp(max=largest).to(torch.bfloat16)
+    return numbers.view(torch.int16).numpy().astype("<i2").tobytes()
 
 
 def _entropy_densities(pieces: Sequence[Piece]) -> bytes:

@@ -9,14 +9,16 @@ so the weights of an input are best coded as if they were what they are plus the
 by groups GPTVQ, arXiv 2402.15319). What an error costs then is d_j, less than its own mean square: the inputs after it
 make up for the rest.
 
-Shapes: weights (outputs, inputs) float32 with inputs in coded order; moments (inputs, inputs); groups are runs of
+Shapes: weights (inputs, outputs) float32 with inputs in coded order; moments (inputs, inputs); groups are runs of
 inputs. Products of matrices are BLAS's: the caller sees to it that BLAS has one thread, or results depend on how many.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,18 +36,23 @@ _TOGETHER = 128
 class Inputs:
     """Second moments of a layer's inputs; `shrinkage` is the share of what is off their diagonal that is not believed.
 
+    That some inputs hardly matter other data may refute: `doubt`, in units of the geometric mean of all mean squares,
+    is added to each. Inputs far above the others stay far above.
+
     Inputs belong to the columns of the matrix, `axis` 1, or where weights are stored transposed to its rows, 0.
     """
 
     moments: Matrix
     shrinkage: float
     axis: int = 1
+    doubt: float = 0.0
 
     @property
     def mean_squares(self) -> NDArray[np.float64]:
-        """Of every input, relative to the mean of all; those never seen count next to nothing."""
+        """Of every input, relative to the mean of all, with the share that is added."""
         diagonal = np.maximum(np.diag(self.moments).astype(np.float64), 0.0)
-        return np.maximum(diagonal / max(float(diagonal.mean()), 1e-30), LEAST_MOMENT)
+        relative = np.maximum(diagonal / max(float(diagonal.mean()), 1e-30), LEAST_MOMENT)
+        return np.asarray(relative + self.doubt * math.exp(float(np.log(relative).mean())))
 
     def believed(self) -> Matrix:
         """The moments as they are minimised: shrunk, on the scale of `mean_squares`."""
@@ -90,36 +97,37 @@ def bundles(groups: Sequence[slice]) -> Iterator[tuple[slice, list[tuple[int, sl
             run = []
 
 
-Code = Callable[[int, slice, Matrix, Matrix], Matrix]
-"""`code(i, group, target, metric)`: what group i's target (outputs, group) decodes to once it is coded.
+Code = Callable[[int, slice, Matrix], Matrix]
+"""`code(i, group, reached)`: what group i decodes to (group, outputs) once it is coded.
 
-Errors e (1, group) against the target cost |e metric|^2.
+`reached` (group, outputs) are the errors of earlier groups that its inputs meet; the group is best coded as if its
+weights were what they are plus inv(own') reached, where own is its part of F.
 """
 
 
 def factored(moments: Matrix) -> tuple[Matrix, NDArray[np.float64]]:
     """(F, d) of moments in coded order: F D F'."""
-    return triangle(moments, np.arange(len(moments)), 0.0)
+    factor, pivots = triangle(moments, np.arange(len(moments)), 0.0)
+    return np.ascontiguousarray(factor), pivots
 
 
-def fed_forward(
-    weights: Matrix, factor: Matrix, pivots: NDArray[np.float64], groups: Sequence[slice], code: Code
-) -> None:
+def fed_forward(weights: Matrix, factor: Matrix, groups: Sequence[slice], code: Code) -> None:
     """Code group after group, each with the errors of those before fed forward to it."""
     fed = np.zeros_like(weights)
     errors = np.empty_like(weights)
     for together, run in bundles(groups):
         for i, group in run:
             before = slice(together.start, group.start)
-            own = within(factor, group)
-            reached = fed[:, group] + errors[:, before] @ factor[before, group]
-            target = weights[:, group] + (reached @ np.linalg.inv(own) if len(own) > 1 else reached)
-            metric = own * np.sqrt(pivots[group]).astype(np.float32)
-            errors[:, group] = weights[:, group] - code(i, group, target, metric)
-        fed[:, together.stop :] += errors[:, together] @ factor[together, together.stop :]
+            reached = fed[group] + factor[before, group].T @ errors[before]
+            np.subtract(weights[group], code(i, group, reached), out=errors[group])
+        fed[together.stop :] += factor[together, together.stop :].T @ errors[together]
 
 
-def within(factor: Matrix, group: slice) -> Matrix:
-    """The part of F that is a group's own, (group, group), unit upper triangular."""
-    own: Matrix = np.triu(factor[group, group], 1) + np.eye(group.stop - group.start, dtype=np.float32)
-    return own
+def within(factor: Matrix, groups: Sequence[slice]) -> list[Matrix]:
+    """The part of F that is each group's own, (group, group), unit upper triangular."""
+    found: list[Matrix] = []
+    for width, run in groupby(groups, key=lambda group: group.stop - group.start):
+        places = np.array([group.start for group in run])[:, None] + np.arange(width)
+        own = np.triu(factor[places[:, :, None], places[:, None, :]], 1) + np.eye(width, dtype=np.float32)
+        found.extend(own)
+    return found

@@ -46,6 +46,8 @@ from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
 from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import NOT_FINITE
+from pqcli.codecs.statistics import Reading, warning_of
+from pqcli.codecs.statistics import opened as statistics_of
 from pqcli.container.bases import Base, Search
 from pqcli.container.files import pack
 from pqcli.container.layout import lay_out
@@ -308,7 +310,8 @@ def about(checkpoint: Checkpoint, recipe: Recipe, naming: Naming | None = None, 
         "side_bytes": sum(_beside(checkpoint, files).values()),
     }
     names = tuple(info.name for info in checkpoint.tensors)
-    return About(names, source, documents.to_json(recipe), naming, pack(files) if files else None)
+    packed, predicts = pack(files) if files else None, recipe.stats is not None
+    return About(names, source, documents.to_json(recipe), naming, packed, predicts)
 
 
 def dropped(checkpoint: Checkpoint, files: Files = NO_FILES) -> tuple[str, ...]:
@@ -484,6 +487,10 @@ class Compression:
 
     def coded(self, survey: Survey) -> Streams | None:
         """Code what was surveyed: tensors set apart, then the rest at the level, or to the budget, asked for."""
+        reading = self._reading(survey)
+        if reading is not None:
+            unused = warning_of(reading, survey.records)
+            self.warnings = () if unused is None else (unused,)
         apart, survey = self.codec.set_apart(survey, self.weights, self.recipe, self.first_level(survey))
         self._write(apart, "encoding")
         if not survey.entries:
@@ -499,10 +506,17 @@ class Compression:
             measuring = self._stage("measuring", survey.records)
             bound = error_bound(self.recipe)
             watch = None if bound is None else Watch(bound)
-            for piece in measured_pieces(self.codec, streams, survey, self.weights, measuring, watch):
+            predict = None if reading is None else reading.damage
+            for piece in measured_pieces(self.codec, streams, survey, self.weights, measuring, watch, predict):
                 self.writer.add(piece)
-            self.warnings = () if watch is None else watch.warnings()
+            self.warnings += () if watch is None else watch.warnings()
         return streams
+
+    def _reading(self, survey: Survey) -> Reading | None:
+        """What statistics tell of the tensors; None without."""
+        if self.recipe.stats is None or not survey.entries:
+            return None
+        return statistics_of(self.recipe.stats, survey.records, in_blocks=self.codec.takes_blocks)
 
     def expected_bytes(self) -> int:
         """The size of the file, as far as it is known before a weight is read.
@@ -551,8 +565,9 @@ class Compression:
         """What became of every tensor of the finished file."""
         pieces, records = self.writer.pieces, self.records
         errors = {piece.record.name: StoredError.of(piece.error) for piece in pieces if piece.error}
+        damages = {piece.record.name: piece.damage for piece in pieces}
         return tuple(
-            tensor_report(record, errors.get(record.held_by), piece.use)
+            tensor_report(record, errors.get(record.held_by), piece.use, damages.get(record.held_by))
             for record, piece in zip(records, pieces, strict=True)
         )
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from pqcli import checkpoint as checkpoints
-from pqcli import stats as statistics
 from pqcli.atomic import atomic_writer
 from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import registry
@@ -19,6 +18,7 @@ from pqcli.codecs.base import Use
 from pqcli.codecs.plain import use_of
 from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.protection import warnings_of_tensors
+from pqcli.codecs.statistics import Reading, opened
 from pqcli.container.manifest import StoredRecord
 from pqcli.container.naming import BaseName
 from pqcli.container.reader import Container, open_container
@@ -29,7 +29,7 @@ from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
 from pqcli.recipe import documents
 from pqcli.reports.figures import INT4_GROUP, BaseReport, Report, TensorReport, state_of
-from pqcli.stats.damage import predicted
+from pqcli.stats.damage import Damage
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import (
     Alias,
@@ -69,7 +69,6 @@ def report(
 
         where = Path(against) if against else None
         return report_folder(Path(file), where, base=base, stats=stats, progress=progress, limits=limits)
-    known = None if stats is None else statistics.open(stats)
     with open_container(file, limits=limits, base=base) as container:
         container.check_figures()
         records = with_bundle_shares(list(container.records), container.bundle_bytes)
@@ -78,6 +77,7 @@ def report(
         else:
             stage = Stage(progress or ignore, "measuring", n_weights(container))
             with original_of(container, against, limits, weights) as original:
+                known = None if stats is None else opened(str(stats), records)
                 tensors = tuple(_measured_reports(container, records, original, stage, known))
         source = container.manifest.source
         return Report(
@@ -166,7 +166,9 @@ def describe(info: TensorInfo) -> str:
     return f"{info.dtype} {'x'.join(map(str, info.shape)) or 'scalar'}"
 
 
-def tensor_report(record: Record, error: StoredError | None, use: Use | None) -> TensorReport:
+def tensor_report(
+    record: Record, error: StoredError | None, use: Use | None, damage: Damage | None = None
+) -> TensorReport:
     """What became of one tensor."""
     info, coding, payload = record.info, record.coding, record.payload_bytes
     is_alias = isinstance(coding, Alias)
@@ -193,6 +195,7 @@ def tensor_report(record: Record, error: StoredError | None, use: Use | None) ->
         difference=record.difference,
         role=info.role,
         **(_error_fields(error, record) if error else {}),
+        **_damage_fields(damage),
     )
 
 
@@ -215,7 +218,7 @@ def base_report(name: BaseName | None, records: Sequence[Record]) -> BaseReport 
 
 def _told(container: Container, record: Record) -> TensorReport:
     """What the records alone tell of a tensor: no payload is read."""
-    return tensor_report(record, container.error(record.name), None)
+    return tensor_report(record, container.error(record.name), None, container.damage(record.name))
 
 
 def paper_bytes_of(records: Sequence[Record]) -> int | None:
@@ -274,7 +277,7 @@ def _stored_report(container: Container, record: Record) -> TensorReport:
         use = use_of(container.pq_tensor(record.name))
     elif isinstance(record.coding, Coded):
         use = Use(None, None, container.entropy(record.name))
-    return tensor_report(record, container.error(record.name), use)
+    return tensor_report(record, container.error(record.name), use, container.damage(record.name))
 
 
 def _measured_reports(
@@ -282,7 +285,7 @@ def _measured_reports(
     records: Sequence[Record],
     original: Checkpoint,
     done: Stage,
-    stats: statistics.Statistics | None,
+    stats: Reading | None,
 ) -> Iterator[TensorReport]:
     known = {info.name: info for info in original.tensors}
     for record in records:
@@ -302,7 +305,7 @@ def _measured_reports(
                 _stored_report(container, record),
                 int4_relative_mse=_int4_error(record, weight),
                 **_error_fields(StoredError.of(error), record),
-                **_damage_fields(stats, record.name, weight, decoded),
+                **_damage_fields(None if stats is None else stats.damage(record, weight, decoded)),
             )
         if not isinstance(record.coding, Alias):
             done(record.info.numel, record.name)
@@ -313,9 +316,5 @@ def _int4_error(record: Record, weight: torch.Tensor) -> float | None:
     return None if isinstance(record.coding, Moments) else rtn.error(weight, INT4_GROUP).relative_mse
 
 
-def _damage_fields(
-    stats: statistics.Statistics | None, name: str, weight: torch.Tensor, decoded: torch.Tensor
-) -> dict[str, Any]:
-    seen = None if stats is None else stats.moments(name)
-    damage = None if seen is None else predicted(seen, weight, decoded)
+def _damage_fields(damage: Damage | None) -> dict[str, Any]:
     return {} if damage is None else {"output_mse": damage.output_mse, "damage": damage.damage}

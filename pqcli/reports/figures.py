@@ -247,6 +247,17 @@ class Report:
         return _together([(tensor.int4_relative_mse, tensor.energy) for tensor in self.quantized])
 
     @property
+    def damage(self) -> float | None:
+        """What is predicted of the tensors' errors together; None where statistics know of none of them."""
+        known = [tensor.damage for tensor in self.quantized if tensor.damage is not None]
+        return sum(known) if known else None
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether bits were spent by statistics of inputs."""
+        return self.recipe.get("stats") is not None
+
+    @property
     def max_abs_error(self) -> float | None:
         """The largest error of a single weight; None when nothing is quantized or an error is unknown."""
         errors = [tensor.max_abs_error for tensor in self.quantized]
@@ -309,6 +320,7 @@ class Report:
                 "entropy_bytes": self.entropy_bytes,
                 "int4_bytes": self.int4_bytes,
                 "int4_relative_mse": self.int4_relative_mse,
+                "damage": self.damage,
             },
             "recipe": self.recipe,
             "base": None if self.base is None else asdict(self.base),

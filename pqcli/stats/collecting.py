@@ -14,6 +14,7 @@ way than `.to()` and its kin (autocast, a fused kernel) are not recognised and g
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,7 @@ class Collector(TorchFunctionMode):
             else:
                 self._aliases[name] = first
         self._n_stacked: dict[str, int] = {}
+        self._n_groups: dict[str, int] = {}
         self._sites = _Sites()
         self._sums: dict[str, WeightSums] = {}
         self._mask: torch.Tensor | None = None
@@ -281,15 +283,21 @@ class Collector(TorchFunctionMode):
         func: Callable[..., torch.Tensor],
         input: torch.Tensor,  # noqa: A002 - torch's keyword
         weight: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
     ) -> torch.Tensor:
+        how = bias, stride, padding, output_padding, groups, dilation
         name = self._find(weight)
         if name is None:
-            return func(input, weight, *args, **kwargs)
+            return func(input, weight, *how)
         n = weight.dim() - 2
-        self._see(name, 0, input, lambda: [_channels_last(input.detach(), n)])
-        output = func(input, weight.detach() if self._gradients else weight, *args, **kwargs)
+        self._n_groups[name] = groups
+        self._see(name, 0, input, lambda: [_channels_last(input.detach(), n)], ("groups", groups))
+        output = func(input, weight.detach() if self._gradients else weight, *how)
         return self._feel(name, output, lambda g: _channels_last(g, n))
 
     def _product(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -424,8 +432,13 @@ class Collector(TorchFunctionMode):
     def _widths(self, name: str, columns: int) -> tuple[int, int]:
         """Columns up to which the whole matrix is kept, and the width of blocks beyond.
 
-        All matrices of a stack together take no more than one whole matrix of the widest kind.
+        All matrices of a stack together take no more than one whole matrix of the widest kind. Of a transposed
+        convolution in groups the blocks are the groups: inputs of different ones reach different outputs.
         """
+        n_groups = self._n_groups.get(name, 1)
+        if n_groups > 1:
+            width = len(self._weights[name]) // n_groups
+            return 0, width if width <= self._full_width else math.gcd(width, self._block_width)
         n_stacked = self._n_stacked.get(name, 1)
         most = self._full_width**2
         if n_stacked == 1 or n_stacked * columns**2 <= most:

@@ -1,8 +1,9 @@
 """Statistics of the kit's three models, for experiments: MiniLM, ResNet-20 and SmolLM2-135M.
 
-usage: kit_stats.py {minilm,resnet20,smollm2} OUT [--kit FOLDER] [--smollm2 FOLDER] [--seed 0] [--other]
+usage: kit_stats.py {minilm,resnet20,smollm2} OUT [--kit FOLDER] [--smollm2 FOLDER] [--seed 0] [--other DOMAIN]
 FOLDER of SmolLM2 is what the kit's `smollm2.py build` wrote. With `--other` the samples are of another domain than the
-one that is scored: sentences of WikiText for MiniLM, noise for ResNet-20.
+one that is scored: sentences of WikiText (`wikitext`) for MiniLM, `noise` or `inverted` images for ResNet-20, for
+SmolLM2 source `code` of Python's library, `sentences` of STS-B one after the other, or `random` tokens.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def script(kit, name):
     return module
 
 
-def minilm(kit, seed, other=False, n_sentences=1500, batch=32):
+def minilm(kit, seed, other="", n_sentences=1500, batch=32):
     """1,500 sentences drawn at random over the whole training file, or WikiText, run in order of length."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
@@ -55,7 +56,7 @@ def minilm(kit, seed, other=False, n_sentences=1500, batch=32):
     return stats
 
 
-def resnet20(kit, seed, other=False, batch=100):
+def resnet20(kit, seed, other="", batch=100):
     """All 1,500 training images, or as much noise; labels drawn from the network's prediction."""
     module = script(kit, "eval_resnet_cifar10")
     model = module.ResNet(3).eval()
@@ -63,15 +64,17 @@ def resnet20(kit, seed, other=False, batch=100):
     with np.load(kit / "data" / "cifar10_train1500.npz") as data:
         images = torch.from_numpy(data["x"]).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    if other:
+    if other == "noise":
         images = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed))
+    if other == "inverted":
+        images = 1 - images
     with pqcli.collect(model, gradients=True, seed=seed) as stats:
         for x in images.split(batch):
             stats.backward(logits=model((x - mean) / std))
     return stats
 
 
-def smollm2(kit, seed, folder, n_windows=16, context=512):
+def smollm2(kit, seed, other="", folder=None, n_windows=16, context=512):
     """16 windows of 512 tokens from random places of the whole text; labels drawn from the network's prediction."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
@@ -79,9 +82,18 @@ def smollm2(kit, seed, folder, n_windows=16, context=512):
     module = script(kit, "smollm2")
     state, settings = load_file(folder / "model.safetensors"), json.loads((folder / "settings.json").read_text())
     text = (kit / "data" / "wikitext2_calibration.txt").read_text()
+    if other == "code":
+        text = "\n".join(file.read_text() for file in sorted(Path(os.__file__).parent.glob("*.py"))[:40])
+    if other == "sentences":
+        with (kit / "data" / "stsb-en-train.csv").open(newline="") as file:
+            text = "\n".join(sentence for row in csv.reader(file) for sentence in row[:2])
     ids = torch.tensor(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids)
     windows = ids[: len(ids) // context * context].view(-1, context)
     chosen = np.random.default_rng(seed).permutation(len(windows))[:n_windows]
+    if other == "random":
+        windows = torch.randint(
+            len(state["model.embed_tokens.weight"]), windows.shape, generator=torch.Generator().manual_seed(seed)
+        )
     with pqcli.collect(state, gradients=True, seed=seed) as stats:
         for i in chosen:
             stats.backward(logits=module.forward(state, windows[i : i + 1], settings))
@@ -95,11 +107,11 @@ def main():
     parser.add_argument("--kit", type=Path, default=KIT)
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--other", action="store_true")
+    parser.add_argument("--other", default="", choices=["wikitext", "noise", "inverted", "code", "sentences", "random"])
     args = parser.parse_args()
     started = time.monotonic()
     if args.model == "smollm2":
-        stats = smollm2(args.kit, args.seed, args.smollm2)
+        stats = smollm2(args.kit, args.seed, args.other, args.smollm2)
     else:
         stats = {"minilm": minilm, "resnet20": resnet20}[args.model](args.kit, args.seed, args.other)
     collected = time.monotonic()

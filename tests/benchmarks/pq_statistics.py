@@ -46,10 +46,6 @@ class ResNet20:
 
 
 class Embedder(MiniLM):
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.checkpoint = self.folder / "model.safetensors"
-
     def score(self, state):
         return super().score({**self.state, **state})
 
@@ -73,7 +69,7 @@ def main():
                 seconds = time.process_time() - started
                 score = model.score(pqcli.load(file))
             given = Path(stats).name.removesuffix(".stats.safetensors") if stats else "none"
-            print(f"| {name} | {given} | {report.compressed_bytes:,} | {score} | {seconds:.0f} s |", flush=True)
+            print(f"| {name} | {given} | {report.compressed_bytes:,} | {score} | {seconds:.1f} s |", flush=True)
 
 
 if __name__ == "__main__":

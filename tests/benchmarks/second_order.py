@@ -1,7 +1,7 @@
 """What statistics of inputs gain: today's encoder and the second-order one, at the same bits, on the kit's models.
 
 usage: second_order.py {minilm,resnet20,smollm2} STATS [--bits 1.4 1.9] [--states 256] [--smollm2 FOLDER] [--plain]
-                       [--bytes 2330828 ...]
+                       [--bytes 2330828 ...] [--trust 0.5]
 STATS is what `kit_stats.py` wrote. Prints, per point: bits per weight (all bytes of the coded tensors), and for MiniLM
 the mean squared error of the sentence embedding and STS-B dev, for ResNet-20 accuracy and cross-entropy on the test
 images (with `--bytes` alone), for SmolLM2 the perplexity. With `--bytes` whole files
@@ -162,8 +162,10 @@ def main():
     parser.add_argument("--states", type=int, default=256)
     parser.add_argument("--bytes", type=int, nargs="+", default=[])
     parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--trust", type=float, default=second_order.TRUST)
     parser.add_argument("--plain", action="store_true", help="today's encoder too")
     args = parser.parse_args()
+    second_order.TRUST = args.trust
     model = {"minilm": MiniLM, "resnet20": ResNet20, "smollm2": SmolLM2}[args.model](args.smollm2)
     if args.bytes:
         score_files(model, model.checkpoint, args.stats, args.bytes, args.plain)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HEAD = ("pqcli.manifest", "pqcli.hashes", "pqcli.errors", "pqcli.entropies", "pqcli.shards")
+HEAD = ("pqcli.manifest", "pqcli.hashes", "pqcli.errors", "pqcli.entropies", "pqcli.damage", "pqcli.shards")
 
 
 @dataclass

@@ -601,7 +601,7 @@ def check_checksum(data, *, has_checksum):
     head, rest = hashlib.blake2b(data[: 8 + n], digest_size=8), hashlib.blake2b(digest_size=8)
     covered = 0
     for name, (start, stop) in sorted(entries.items(), key=lambda entry: entry[1]):
-        is_head = name in {"pqcli.manifest", "pqcli.hashes", "pqcli.errors", "pqcli.entropies"}
+        is_head = name in {"pqcli.manifest", "pqcli.hashes", "pqcli.errors", "pqcli.entropies", "pqcli.damage"}
         (head if is_head else rest).update(data[8 + n + start : 8 + n + stop])
         covered += stop - start
     if has_checksum:

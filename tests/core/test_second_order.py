@@ -5,6 +5,7 @@ import pytest
 
 from pqcli.core.second_order import (
     SHRINKAGES,
+    TRUST,
     Moments,
     RowImportance,
     Weights,
@@ -12,7 +13,7 @@ from pqcli.core.second_order import (
     excess_damage,
     prepare,
 )
-from pqcli.core.trellis.feedback import Feedback, RowSteps
+from pqcli.core.trellis.feedback import Blocks, Feedback, RowSteps
 
 
 def sampled(n_samples, n=24, seed=0, mixing_seed=0, spread=None):
@@ -42,20 +43,42 @@ def test_the_excess_damage_of_the_truth_is_the_rate_distortion_limit():
     assert (excess_damage((h, h), [0.05, 0.5]) > expected).all()
 
 
-def test_steps_fall_with_the_root_of_gradients_and_of_moments():
+def test_steps_fall_with_the_root_of_gradients_and_of_moments_as_far_as_these_are_trusted():
     h = sampled(5000)
     known = {"a": Moments(h, 8.0, 1.0), "b": Moments(4 * h, 8.0, 1.0), "c": Moments(h, 32.0, 4.0)}
     found = prepare({key: Weights(100, 1.0) for key in known}, known)
-    assert found.steps["a"] / found.steps["b"] == pytest.approx(2, rel=1e-3)
-    assert found.steps["a"] / found.steps["c"] == pytest.approx(4, rel=1e-3)
+    assert found.steps["a"] / found.steps["b"] == pytest.approx(2**TRUST, rel=1e-3)
+    assert found.steps["a"] / found.steps["c"] == pytest.approx(4**TRUST, rel=1e-3)
     assert np.prod(list(found.steps.values())) == pytest.approx(1), "a level means what it did"
 
 
-def test_without_gradients_outputs_are_right_to_the_same_relative_error():
+def test_without_gradients_the_typical_step_of_a_layer_is_what_it_is_without_data():
     h = sampled(5000)
-    known = {"weak": Moments(h), "strong": Moments(h)}
-    found = prepare({key: Weights(100, 1.0) for key in known}, known, {"weak": 1.0, "strong": 9.0})
-    assert found.steps["strong"] / found.steps["weak"] == pytest.approx(3)
+    known = {"weak": Moments(h), "strong": Moments(9 * h), "felt": Moments(h, 8.0, 1.0)}
+    found = prepare({key: Weights(100, step) for key, step in zip(known, (1.0, 3.0, 2.0), strict=True)}, known)
+    assert found.steps == pytest.approx({"weak": 1.0, "strong": 3.0, "felt": 2.0})
+    assert np.ptp(found.rows["strong"].steps) > 0.1
+    rows = prepare({"e": Weights(40, 0.5)}, {"e": RowImportance.of(np.array([0.0, 1, 100, 1e7]), None)})
+    assert (rows.steps["e"], np.ptp(rows.rows["e"].steps) > 0) == (0.5, True)
+
+
+def test_blocks_along_the_diagonal_ask_for_what_one_matrix_with_zeros_beside_them_does():
+    whole, halves = sampled(5000), (slice(0, 10), slice(10, None))
+    parts = tuple(np.ascontiguousarray(whole[part, part]) for part in halves)
+    filled = np.zeros_like(whole)
+    for half, part in zip(halves, parts, strict=True):
+        filled[half, half] = part
+    known = {"blocks": Moments(Blocks(parts), 8.0, 1.0), "whole": Moments(filled, 8.0, 1.0)}
+    found = prepare({key: Weights(100, 1.0) for key in known}, known)
+    assert found.steps["blocks"] == pytest.approx(found.steps["whole"])
+    assert found.rows["blocks"].steps == pytest.approx(found.rows["whole"].steps, rel=1e-4)
+    assert [len(part.order) for part in found.rows["blocks"].feeding()] == [10, len(whole) - 10]
+
+
+def test_inputs_that_samples_do_not_use_keep_bits_for_other_data():
+    h = np.diag(np.array([1.0, 1, 1, 0], np.float32))
+    steps = prepare({"w": Weights(100, 1.0)}, {"w": Moments(h, 8.0, 1.0)}).rows["w"].steps
+    assert steps[3] / steps[0] == pytest.approx((0.05 * 0.75) ** -0.5, rel=1e-3)
 
 
 def test_tensors_of_which_nothing_is_known_keep_their_step():
@@ -80,7 +103,7 @@ def test_an_embedding_is_weighed_against_a_layer_by_its_gradient():
     known_more = {**known, "e": RowImportance.of(np.full(10, 3.0), 100.0)}
     tensors = {"layer": Weights(100, 1.0), "e": Weights(100, 1.0)}
     ratios = [prepare(tensors, about).steps for about in (known, known_more)]
-    assert (ratios[0]["e"] / ratios[0]["layer"]) / (ratios[1]["e"] / ratios[1]["layer"]) == pytest.approx(10)
+    assert (ratios[0]["e"] / ratios[0]["layer"]) / (ratios[1]["e"] / ratios[1]["layer"]) == pytest.approx(10**TRUST)
 
 
 def test_rows_of_a_tied_embedding_count_as_outputs_too():

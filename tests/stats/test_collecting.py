@@ -69,6 +69,17 @@ def test_patches_times_the_flattened_weight_are_the_convolutions_output(layer, s
         close(m.second, second(patches))
 
 
+def test_a_transposed_convolution_in_groups_keeps_the_moments_of_each_group():
+    model, x = nn.Sequential(nn.ConvTranspose1d(6, 9, 2, groups=3)), randn(3, 6, 5)
+    with pqcli.collect(model) as stats:
+        model(x)
+    m, flat = stats.moments("0.weight"), x.mT.reshape(-1, 6).numpy()
+    assert (m.axis, m.block_width) == (0, 2)
+    for group, block in enumerate(m.blocks):
+        one = flat[:, 2 * group : 2 * group + 2]
+        assert block == pytest.approx(one.T @ one / len(one), rel=1e-5)
+
+
 def test_a_transposed_convolution_has_the_moments_of_its_channels_for_its_rows():
     model, x = nn.Sequential(nn.ConvTranspose2d(4, 5, 2, stride=2)), randn(3, 4, 5, 5)
     with pqcli.collect(model) as stats:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 SEED_BYTES = 7
 WORKING_COPIES = 4
+FED_NEAR = 1.12
+"""Levels within this factor feed errors of about the same size forward."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class EcpqSession(Session):
     steps: Steps
     felt: Mapping[str, ecpq.Felt] = field(default_factory=dict)
     _samples: dict[tuple[str, float], ecpq.Sample] = field(default_factory=dict)
+    _targets: dict[tuple[str, float], ecpq.Sample] = field(default_factory=dict)
+    _fed_level: float | None = None
     _model: ecpq.Model | None = None
 
     def jobs(self, level: float) -> list[EcpqJob]:
@@ -118,16 +122,43 @@ class EcpqSession(Session):
         """Samples by key and scale, the model for this level (that of the level before is its start), a bit's price."""
         price = RATE_WEIGHT * level**2
         scales = {key: step / level for key, step in self.steps.at(level).items()}
+        if self.felt:  # what is drawn for one level then serves the next: without its last bits a scale is the same
+            scales = {key: float(np.float32(scale)) for key, scale in scales.items()}
         records = {record.name: record for record in self.survey.records}
+        before = {key: (scale, sample) for (key, scale), sample in self._samples.items()} if self.felt else {}
         self._samples = {
             (key, scale): self._samples.get((key, scale))
-            or ecpq.draw(
-                _matrix(self.weights, records[key]), scale=scale, seed=self._seed(key), felt=self.felt.get(key)
-            )
+            or (before[key][1].times(before[key][0] / scale) if key in before else self._drawn(records[key], scale))
             for key, scale in scales.items()
         }
+        if any(felt.inputs is not None for felt in self.felt.values()):
+            with lone_blas():
+                return self._fed(level, records), self._model or ecpq.fit([], price), price
         self._model = ecpq.fit(self._samples.values(), price, start=self._model)
         return self._samples, self._model, price
+
+    def _fed(self, level: float, records: Mapping[str, Record]) -> dict[tuple[str, float], ecpq.Sample]:
+        """Samples of what feedback makes of the tensors at about this level; and the model is learned from them."""
+        price = RATE_WEIGHT * level**2
+        if self._fed_level is None or not 1 / FED_NEAR <= level / self._fed_level <= FED_NEAR:
+            known = self._targets or self._samples
+            model = ecpq.fit(known.values(), price, start=self._model)
+            self._targets = {
+                (key, scale): ecpq.fed(_matrix(self.weights, records[key]), sample, model, price, scale=scale)
+                for (key, scale), sample in self._samples.items()
+            }
+            self._fed_level, self._model = level, model
+        else:
+            self._targets = {
+                (key, scale): sample if scale == before else sample.times(before / scale)
+                for ((key, before), sample), (_, scale) in zip(self._targets.items(), self._samples, strict=True)
+            }
+        self._model = ecpq.fit(self._targets.values(), price, start=self._model)
+        return self._targets
+
+    def _drawn(self, record: Record, scale: float) -> ecpq.Sample:
+        key = record.name
+        return ecpq.draw(_matrix(self.weights, record), scale=scale, seed=self._seed(key), felt=self.felt.get(key))
 
     def _seed(self, key: str) -> int:
         return seed_of(self.seed, key, n_bytes=SEED_BYTES)
@@ -180,7 +211,7 @@ class EcpqCodec(StreamCodec):
             return EcpqSession(survey, weights, recipe.seed, steps)
         from pqcli.codecs.statistics import learned
 
-        plan, steps = learned(recipe.stats, survey, weights, steps, tell)
+        plan, steps = learned(recipe.stats, survey, steps, tell)
         shapes = {record.name: record.matrix_shape for record in survey.records}
         with lone_blas():
             felt = {name: _felt(rows, shapes[name]) for name, rows in plan.rows.items()}

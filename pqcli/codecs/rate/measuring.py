@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,13 +12,23 @@ from pqcli.codecs.base import Decoder, Piece, StreamCodec, Streams, Survey, Tell
 from pqcli.codecs.rate.protection import Watch
 from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
+from pqcli.stats.damage import Damage
 from pqcli.tensors.records import Coded, Record
+
+Predict = Callable[[Record, torch.Tensor, torch.Tensor], Damage | None]
+"""`predict(record, original, decoded)`: what the error of a tensor does, where that is known."""
 
 
 def measured_pieces(
-    codec: StreamCodec, streams: Streams, survey: Survey, weights: Weights, tell: Tell, watch: Watch | None = None
+    codec: StreamCodec,
+    streams: Streams,
+    survey: Survey,
+    weights: Weights,
+    tell: Tell,
+    watch: Watch | None = None,
+    predict: Predict | None = None,
 ) -> Iterator[Piece]:
-    """Every coded tensor, decoded and compared, in order; `watch` sees them too."""
+    """Every coded tensor, decoded and compared, in order; `watch` and `predict` see them too."""
     records = with_shares(survey.records, streams)
     decoder = codec.decoder(streams, [source_of(record) for record in records], counting=True)
     for record in records:
@@ -30,7 +40,8 @@ def measured_pieces(
         use = Use(None, None, decoder.entropy(record.name))
         held = survey.zeros.get(record.name)
         entries = () if held is None else ((zeros.key(record.name), held),)
-        yield Piece(record, tensor_hash(decoded), entries, error=error, use=use)
+        damage = None if predict is None else predict(record, original, decoded)
+        yield Piece(record, tensor_hash(decoded), entries, error=error, use=use, damage=damage)
         tell(record.info.numel, record.name)
 
 

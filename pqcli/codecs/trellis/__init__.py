@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class TrellisCodec(StreamCodec):
     """The smallest file for an error, at the price of random access."""
 
+    takes_blocks = True
+
     def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:
         """Every tensor read once."""
         return survey_weights(entries, weights, run)

@@ -89,7 +89,7 @@ class TrellisSession(Session):
         if recipe.stats is not None:
             from pqcli.codecs.statistics import learned
 
-            plan, steps = learned(recipe.stats, survey, weights, steps, tell)
+            plan, steps = learned(recipe.stats, survey, steps, tell, in_blocks=True)
             rotations = plan.rotations(sources, read, steps.at(first_level), n_threads())
             rotations = replace(rotations, transposed=rotations.transposed | turned(plan.rows))
             return cls(survey, weights, recipe.effort, steps, sources, rotations, plan.rows)
@@ -278,7 +278,7 @@ class StreamJob:
 
         What is fed forward takes three matrices of its own.
         """
-        factors = [rows.moments.size for rows in self.rows.values() if isinstance(rows, Feedback)]
+        factors = [rows.n_known for rows in self.rows.values() if isinstance(rows, Feedback)]
         return 16 * self.n_weights + 12 * max(factors, default=0)
 
     def run(self, device: torch.device) -> StreamPiece | list[StreamPiece]:  # noqa: ARG002 - the CPU searches

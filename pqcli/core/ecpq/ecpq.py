@@ -1,6 +1,7 @@
 """Entropy-constrained PQ: shared codebooks and one price of a bit for all tensors, entropy-coded assignments.
 
     samples = [draw(matrix, seed=...) for each tensor]   a few percent of the weights; the scale of every row and column
+    samples = [fed(matrix, sample, model, bit_price) for each]   where errors are fed forward: what comes to be coded
     model   = fit(samples, bit_price)                    codebooks and tables that all tensors share
     encoded = encode(matrix, model, bit_price)           a payload, and the matrix that it decodes to
     matrix  = decode(payload, model, rows, columns)
@@ -40,7 +41,20 @@ from pqcli.core.lookahead import in_order
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Encoded", "Estimate", "Felt", "Model", "Sample", "decode", "draw", "encode", "entropy", "estimate", "fit"]
+__all__ = [
+    "Encoded",
+    "Estimate",
+    "Felt",
+    "Model",
+    "Sample",
+    "decode",
+    "draw",
+    "encode",
+    "entropy",
+    "estimate",
+    "fed",
+    "fit",
+]
 
 PIECE = 8
 """Values in a row that a sample takes together: a multiple of every block size."""
@@ -48,6 +62,8 @@ FRACTION = 0.1
 LEAST = 1 << 17
 MOST = 1 << 20
 """A sample is this fraction of a tensor, but no fewer and no more weights than these."""
+FED_LEAST = 1 << 15
+"""Likewise a sample for which errors are fed forward, which takes longer."""
 WARM = 1
 """Iterations of EM from a known model."""
 NEAR = 1.2
@@ -75,6 +91,11 @@ class Sample:
     def factor(self) -> float:
         """Weights of the matrix per weight of the sample."""
         return self.shape[0] * self.shape[1] / max(self.pieces.size, 1)
+
+    def times(self, factor: float) -> Sample:
+        """The sample of as many times the matrix."""
+        moments = Moments(self.moments.rows * factor**2, self.moments.columns)
+        return replace(self, pieces=self.pieces * np.float32(factor), moments=moments)
 
     def head(self, n_weights: int) -> Sample:
         """A sample of this sample: about `n_weights` weights, evenly spread."""
@@ -127,6 +148,55 @@ def draw(
     rows, columns = at // max(per_row, 1), at % max(per_row, 1) * width
     pieces = weights[rows[:, None], columns[:, None] + np.arange(width)]
     return Sample(np.ascontiguousarray(pieces), rows, columns, (n_rows, n_columns), moments(weights), felt)
+
+
+def fed(
+    matrix: Tensor, sample: Sample, model: Model, bit_price: float, *, scale: float = 1.0, least: int = FED_LEAST
+) -> Sample:
+    """A sample of what is coded in the end of a matrix whose errors are fed forward; other ones as they are.
+
+    The targets are larger than the weights, the more the higher the price: models are better learned from them, and
+    estimates come out right. They are those of some outputs, at least `least` weights of them, for outputs go their
+    ways apart.
+    """
+    felt = sample.felt
+    if felt is None or felt.inputs is None or sample.pieces.shape[1] < PIECE:
+        return sample
+    weights = _scaled(matrix, scale)
+    is_by_column = felt.inputs.axis == 1
+    plan = _plan(sample, model, bit_price)
+    n_rows, width = weights.shape[0], weights.shape[1] // PIECE * PIECE
+    wanted = min(max(least, FRACTION * weights.size), MOST) / weights.size
+    if is_by_column:
+        rows, columns = _spread(n_rows, wanted), np.arange(width)
+        some, of = weights[rows], replace(plan.scales, rows=plan.scales.rows[rows])
+    else:
+        starts = PIECE * _spread(width // PIECE, wanted)
+        rows, columns = np.arange(n_rows), (starts[:, None] + np.arange(PIECE)).reshape(-1)
+        some = weights[:, columns]
+        of = replace(plan.scales, blocks=plan.scales.blocks[columns[:: plan.block_size] // plan.block_size])
+    parts = _parts(some.shape[0], some.shape[1], plan.block_size, model)
+    found = code(some, parts, of, model.grid, bit_price / model.grid**2, felt).targets
+    at_rows = np.repeat(rows, len(columns) // PIECE)
+    at_columns = np.tile(columns[::PIECE], len(rows))
+    pieces = found[:, : len(columns)].reshape(-1, PIECE)
+    return replace(sample, pieces=pieces, rows=at_rows, columns=at_columns, moments=_of_targets(sample, found, rows))
+
+
+def _spread(n: int, share: float) -> NDArray[np.int64]:
+    """Evenly spread ones of n, about that share of them, at least one."""
+    wanted = min(max(math.ceil(n * share), 1), n)
+    return np.arange(wanted) * n // wanted
+
+
+def _of_targets(sample: Sample, targets: NDArray[np.float32], rows: NDArray[np.int64]) -> Moments:
+    """The moments by which targets of these rows, or of all rows for some columns, get their scales."""
+    known = sample.moments
+    squares = np.square(targets, dtype=np.float64)
+    if sample.felt is not None and sample.felt.inputs is not None and sample.felt.inputs.axis == 0:
+        return replace(known, rows=squares.mean(1))
+    own = known.rows[rows, None]
+    return replace(known, columns=np.divide(squares, own, out=np.zeros_like(squares), where=own > 0).mean(0))
 
 
 def fit(samples: Iterable[Sample], bit_price: float, start: Model | None = None) -> Model:
@@ -185,9 +255,9 @@ def encode(
     rate_weight = bit_price / model.grid**2
     parts = _parts(weights.shape[0], weights.shape[1], plan.block_size, model)
     if felt is not None and felt.inputs is not None:
-        fed = code(weights, parts, plan.scales, model.grid, rate_weight, felt)
-        weights, found = fed.targets, fed.symbols
-        plan = replace(plan, scales=fed.scales, has_rows=bool(fed.scales.rows.any()), has_blocks=True)
+        coded = code(weights, parts, plan.scales, model.grid, rate_weight, felt)
+        weights, found = coded.targets, coded.symbols
+        plan = replace(plan, scales=coded.scales, has_rows=bool(coded.scales.rows.any()), has_blocks=True)
     else:
         of = None if felt is None else felt.importance[plan.block_size]
         by_row = None if of is None else of.rows * of.columns[0]

@@ -16,10 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from pqcli.core import kernels
 from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, Codebook
 from pqcli.core.ecpq.search import (
     FARTHEST,
@@ -31,6 +29,7 @@ from pqcli.core.ecpq.search import (
 )
 from pqcli.core.feeding import Inputs, coded_order, factored, fed_forward, groups_of, places_of, within
 from pqcli.core.importance import Importance
+from pqcli.core.kernels.repeated import Repeated
 
 if TYPE_CHECKING:
     from pqcli.core.ecpq.ecpq import Part
@@ -69,8 +68,8 @@ class Felt:
         found = {}
         for d in BLOCK_SIZES:
             felt = np.empty(len(order.pivots), np.float32)
-            for group in order.groups(d):
-                own = within(order.factor, group)
+            groups = order.groups(d)
+            for group, own in zip(groups, within(order.factor, groups), strict=True):
                 felt[order.places[group]] = np.square(own) @ order.pivots[group]
             felt = np.maximum(felt / order.typical, LEAST).astype(np.float32)
             is_by_column = inputs.axis == 1
@@ -126,125 +125,183 @@ def code(weights: Matrix, parts: Sequence[Part], of: Scales, grid: float, rate_w
     if felt.inputs is None:
         raise ValueError("there are no inputs along which errors could be fed forward")
     order = _Order.of(felt.inputs)
-    is_by_column = felt.inputs.axis == 1
-    coder = (_Columns if is_by_column else _Rows)(parts, of, grid, rate_weight, felt, np.empty_like(weights))
+    coder = (_Columns if felt.inputs.axis == 1 else _Rows)(weights, parts, of, grid, rate_weight, felt)
+    ordered = coder.inputs_of(weights)[order.places]
+    groups = order.groups(parts[0].codebook.block_size)
+    felt_as: list[Matrix] = [np.linalg.inv(own).T for own in within(order.factor, groups)]
 
-    def one(_i: int, group: slice, target: Matrix, _metric: Matrix) -> Matrix:
+    def one(i: int, group: slice, reached: Matrix) -> Matrix:
+        target: Matrix = ordered[group] + (felt_as[i] @ reached if len(reached) > 1 else reached)
         return coder.code(int(order.places[group.start]), target)
 
-    ordered = np.ascontiguousarray((weights if is_by_column else weights.T)[:, order.places])
-    fed_forward(ordered, order.factor, order.pivots, order.groups(parts[0].codebook.block_size), one)
-    return Fed(coder.targets, tuple(found.reshape(-1) for found in coder.symbols), coder.scales)
+    fed_forward(ordered, order.factor, groups, one)
+    return coder.fed()
 
 
-class _Coder:
-    """Codes groups of inputs as their turn comes, into arrays of the whole matrix."""
+class _Searched:
+    """A codebook as vectors ask for it whose scale is that of their group plus a share of their own that stays.
+
+    Vectors (n, d) come in the order of that share: those of one table are then a run, and are searched for together.
+    """
 
     def __init__(
-        self, parts: Sequence[Part], of: Scales, grid: float, rate_weight: float, felt: Felt, targets: Matrix
+        self, codebook: Codebook, shares: NDArray[np.int32], grid: float, rate_weight: float, n_vectors: int
     ) -> None:
-        self.parts, self.grid, self.rate_weight, self.targets = parts, grid, rate_weight, targets
-        self.importance = [felt.importance[part.codebook.block_size] for part in parts]
-        self.orbits = [part.codebook.magnitudes.astype(np.float32) for part in parts]
-        self.prices = [(-0.5 * rate_weight * part.codebook.bits[:, 1:]).astype(np.float32) for part in parts]
-        self.scales = replace(of, rows=of.rows.copy(), blocks=of.blocks.copy())
-        self.symbols = [np.empty((part.rows, part.per_row), np.uint16) for part in parts]
+        self.codebook, self.grid, self.rate_weight = codebook, grid, rate_weight
+        self.shares, starts = np.unique(shares, return_index=True)
+        self.ends = np.append(starts[1:], len(shares)).astype(np.int64)
+        self.which = np.repeat(np.arange(len(self.shares)), np.diff(self.ends, prepend=0))
+        orbits = codebook.magnitudes.astype(np.float32)
+        self.lengths = -0.5 * np.square(orbits)
+        self.prices = (-0.5 * rate_weight * codebook.bits[:, 1:]).astype(np.float32)
+        self.spelt = np.concatenate([np.zeros((1, orbits.shape[1]), np.float32), orbits * np.float32(grid)])
+        self.farthest = np.float32(FARTHEST * float(orbits.max(initial=1)))
+        self.search = Repeated(orbits, n_vectors)
 
-    def chosen(
-        self, number: int, values: Matrix, scale: NDArray[np.integer], importance: NDArray[np.float32]
-    ) -> NDArray[np.uint16]:
-        """Symbols of vectors (n, d) of part `number`, of that scale and importance (d,)."""
+    def chosen(self, values: Matrix, own: int, importance: NDArray[np.float32]) -> tuple[NDArray[np.uint16], Matrix]:
+        """Symbols of the vectors of a group, and what they decode to; importance (d,), of a group whose share is `own`.
+
+        What is searched for is the orbit c that maximises sum of q x c - q c^2 / 2, less half of what its bits cost.
+        """
         from pqcli.core.ecpq import loops
 
-        codebook, root = self.parts[number].codebook, np.sqrt(importance)
         vectors = in_grid_units(values, self.grid)
-        classes = codebook.classes(scale)
-        order = np.argsort(classes, kind="stable")
-        orbits = self.orbits[number] * root
-        lengths = -0.5 * np.square(orbits).sum(1)
-        near = np.minimum(vectors, np.float32(FARTHEST * float(self.orbits[number].max(initial=1)))) * root
-        grouped, codewords = torch.from_numpy(near[order]), torch.from_numpy(orbits)
+        weighed = np.minimum(vectors, self.farthest) * importance
+        lengths = self.lengths @ importance
+        tables = self.codebook.classes(self.shares + own)
         symbols = np.empty(len(vectors), np.uint16)
         start = 0
-        for c, n in enumerate(np.bincount(classes)):
-            if n:
-                bias = torch.from_numpy(self.prices[number][c] + lengths)
-                best = kernels.sweep(grouped[start : start + n], codewords, bias, accumulate=False, backend="cpu")
-                symbols[order[start : start + n]] = best.assignments.numpy() + 1
-            start += n
+        for table, stop, following in zip(tables, self.ends.tolist(), [*tables[1:], None], strict=True):
+            if table != following:
+                bias = self.prices[table] + lengths
+                symbols[start:stop] = self.search.assigned(weighed[start:stop], bias) + 1
+                start = stop
         loops.settle(
             vectors,
-            np.ascontiguousarray(np.broadcast_to(importance, vectors.shape)),
-            classes,
-            codebook.magnitudes,
-            codebook.bits,
+            importance[None, :],
+            tables[self.which],
+            self.codebook.magnitudes,
+            self.codebook.bits,
             self.rate_weight,
             float(ESCAPE_STEP),
             symbols,
         )
-        return symbols
+        return symbols, self._decoded(values, symbols)
 
-    def decoded(self, values: Matrix, symbols: NDArray[np.uint16], codebook: Codebook) -> Matrix:
-        """What the symbols of vectors (n, d) decode to."""
-        found = codebook.magnitudes[np.maximum(symbols, 1) - 1].astype(np.float32) * np.float32(self.grid)
-        escaped = symbols == 0
-        if escaped.any():
-            step = self.grid * ESCAPE_STEP
+    def _decoded(self, values: Matrix, symbols: NDArray[np.uint16]) -> Matrix:
+        found = self.spelt.take(symbols, 0)
+        if not symbols.all():
+            escaped, step = symbols == 0, self.grid * ESCAPE_STEP
             found[escaped] = np.floor(np.abs(values[escaped]) / step + 0.5) * step
         signed: Matrix = np.copysign(found, values)
         return signed
 
+    def cheapest(self, own: int, symbols: NDArray[np.uint16]) -> int:
+        """The share of a group whose tables spell its symbols in the fewest bits."""
+        from pqcli.core.ecpq import loops
 
-class _Columns(_Coder):
-    """Groups are blocks of columns; a block's scale is that of its targets."""
-
-    def code(self, column: int, target: Matrix) -> Matrix:
-        """Code the columns (rows, d) from `column` on; what they decode to."""
-        d = target.shape[1]
-        number = 0 if column < self.parts[0].per_row * self.parts[0].codebook.block_size else 1
-        part = self.parts[number]
-        place = (column - part.first_column) // d
-        block = column // self.parts[0].codebook.block_size
-        rows = self.scales.base + self.scales.rows.astype(np.int32)
-        if number == 0:
-            relative = np.mean(np.square(target, dtype=np.float64).mean(1) / (self.grid**2 * 2.0 ** (rows / 2)))
-            self.scales.blocks[block] = quarter_octaves(np.array([relative]))[0]
-        of = self.importance[number]
-        importance = of.columns[column : column + d] * of.rows[0]
-        symbols = self.chosen(number, target, rows + self.scales.blocks[block], importance)
-        if number == 0:
-            self.scales.blocks[block] = self._cheapest(rows, int(self.scales.blocks[block]), symbols, part.codebook)
-        self.symbols[number][:, place] = symbols
-        self.targets[:, column : column + d] = target
-        return self.decoded(target, symbols, part.codebook)
-
-    @staticmethod
-    def _cheapest(rows: NDArray[np.int32], block: int, symbols: NDArray[np.uint16], codebook: Codebook) -> int:
-        """The scale of a block whose tables spell its symbols in the fewest bits."""
-        tried = np.clip(block + TRIED_SHIFTS, LOWEST_SCALE, HIGHEST_SCALE)
-        bits = codebook.bits[codebook.classes(rows[None, :] + tried[:, None]), symbols[None, :]].sum(1)
+        tried = np.clip(own + TRIED_SHIFTS, LOWEST_SCALE, HIGHEST_SCALE)
+        tables = self.codebook.classes(self.shares[None, :] + tried[:, None])
+        bits = np.zeros(len(tried))
+        loops.count_bits(symbols, self.which, tables, self.codebook.bits, bits)
         return int(tried[int(np.argmin(bits))])
 
 
-class _Rows(_Coder):
-    """Groups are single rows, of weights stored transposed; a row's scale is that of its targets."""
+def _in_order(shares: NDArray[np.integer]) -> NDArray[np.int64]:
+    order: NDArray[np.int64] = np.argsort(shares, kind="stable")
+    return order
+
+
+class _Columns:
+    """Codes blocks of columns as their turn comes; a block's scale is that of its targets.
+
+    Rows are taken in the order of their scales throughout.
+    """
+
+    def __init__(
+        self, weights: Matrix, parts: Sequence[Part], of: Scales, grid: float, rate_weight: float, felt: Felt
+    ) -> None:
+        self.parts, self.grid, self.scales = parts, grid, replace(of, blocks=of.blocks.copy())
+        self.importance = [felt.importance[part.codebook.block_size] for part in parts]
+        self.order = _in_order(of.rows)
+        shares = of.base + of.rows[self.order].astype(np.int32)
+        self.loudness: NDArray[np.float64] = 1 / (grid**2 * 2.0 ** (shares / 2.0))
+        n_rows = weights.shape[0]
+        self.searched = [_Searched(part.codebook, shares, grid, rate_weight, n_rows * part.per_row) for part in parts]
+        self.targets = np.empty(weights.shape[::-1], np.float32)
+        self.symbols = [np.empty((part.per_row, n_rows), np.uint16) for part in parts]
+
+    def inputs_of(self, weights: Matrix) -> Matrix:
+        """The weights (columns, rows), rows in order."""
+        found: Matrix = weights.T[:, self.order]
+        return found
+
+    def code(self, column: int, target: Matrix) -> Matrix:
+        """Code the columns (d, rows) from `column` on; what they decode to."""
+        d = len(target)
+        number = 0 if column < self.parts[0].per_row * self.parts[0].codebook.block_size else 1
+        place = (column - self.parts[number].first_column) // d
+        block = column // self.parts[0].codebook.block_size
+        if number == 0:
+            relative = float(np.square(target).mean(0) @ self.loudness) / max(len(self.loudness), 1)
+            self.scales.blocks[block] = quarter_octaves(np.array([relative]))[0]
+        of = self.importance[number]
+        importance = np.asarray(of.columns[column : column + d] * of.rows[0], np.float32)
+        own = int(self.scales.blocks[block])
+        symbols, decoded = self.searched[number].chosen(np.ascontiguousarray(target.T), own, importance)
+        if number == 0:
+            self.scales.blocks[block] = self.searched[number].cheapest(own, symbols)
+        self.symbols[number][place] = symbols
+        self.targets[column : column + d] = target
+        return decoded.T
+
+    def fed(self) -> Fed:
+        """All of it, in the order of the matrix."""
+        back = np.argsort(self.order)
+        symbols = tuple(np.ascontiguousarray(found[:, back].T).reshape(-1) for found in self.symbols)
+        return Fed(np.ascontiguousarray(self.targets[:, back].T), symbols, self.scales)
+
+
+class _Rows:
+    """Codes single rows, of weights stored transposed; a row's scale is that of its targets."""
+
+    def __init__(
+        self, weights: Matrix, parts: Sequence[Part], of: Scales, grid: float, rate_weight: float, felt: Felt
+    ) -> None:
+        self.parts, self.grid, self.scales = parts, grid, replace(of, rows=of.rows.copy())
+        self.importance = [felt.importance[part.codebook.block_size] for part in parts]
+        blocks = [part.blocks(of).astype(np.int32) for part in parts]
+        self.orders = [_in_order(shares) for shares in blocks]
+        self.searched = [
+            _Searched(part.codebook, of.base + shares[order], grid, rate_weight, len(weights) * part.per_row)
+            for part, shares, order in zip(parts, blocks, self.orders, strict=True)
+        ]
+        self.targets = np.empty_like(weights)
+        self.symbols = [np.empty((part.rows, part.per_row), np.uint16) for part in parts]
+
+    def inputs_of(self, weights: Matrix) -> Matrix:
+        """The weights as they are: rows belong to inputs."""
+        return weights
 
     def code(self, row: int, target: Matrix) -> Matrix:
-        """Code a row, given as (columns, 1); what it decodes to, likewise."""
-        values = target[:, 0]
+        """Code a row (1, columns); what it decodes to, likewise."""
+        values = target[0]
         self.targets[row] = values
         mean_square = np.mean(np.square(values, dtype=np.float64)) / self.grid**2
         own = int(quarter_octaves(np.array([mean_square]))[0]) - self.scales.base
-        self.scales.rows[row] = np.clip(own, LOWEST_SCALE, HIGHEST_SCALE)
-        found = np.empty_like(values)
-        for number, part in enumerate(self.parts):
-            d, blocks = part.codebook.block_size, part.blocks(self.scales)
+        own = min(max(own, LOWEST_SCALE), HIGHEST_SCALE)
+        self.scales.rows[row] = own
+        found: Matrix = np.empty_like(target)
+        for number, (part, order) in enumerate(zip(self.parts, self.orders, strict=True)):
+            d = part.codebook.block_size
             inside = slice(part.first_column, part.first_column + part.per_row * d)
-            vectors = values[inside].reshape(-1, d)
-            scale = self.scales.base + int(self.scales.rows[row]) + blocks.astype(np.int32)
             of = self.importance[number]
             importance = np.full(d, of.rows[row] * of.columns[0], np.float32)
-            symbols = self.chosen(number, vectors, scale, importance)
-            self.symbols[number][row] = symbols
-            found[inside] = self.decoded(vectors, symbols, part.codebook).reshape(-1)
-        return found[:, None]
+            symbols, decoded = self.searched[number].chosen(values[inside].reshape(-1, d)[order], own, importance)
+            self.symbols[number][row, order] = symbols
+            found[0, inside].reshape(-1, d)[order] = decoded
+        return found
+
+    def fed(self) -> Fed:
+        """All of it."""
+        return Fed(self.targets, tuple(found.reshape(-1) for found in self.symbols), self.scales)

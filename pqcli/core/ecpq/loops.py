@@ -34,10 +34,11 @@ def settle(
     """Turn a symbol into an escape (0) where that costs less; the bits of all vectors, and their squared error.
 
     vectors (n, d) are magnitudes in grid units; symbols arrive as found by the sweep. Squared errors count times their
-    importance, (n, d) or (1, 1) for all of them.
+    importance, (n, d), (1, d) or (1, 1).
     """
     d = vectors.shape[1]
     is_weighed = importance.shape[0] > 1 or importance.shape[1] > 1
+    is_by_vector = importance.shape[0] > 1
     q = np.float64(importance[0, 0])
     total_bits = 0.0
     total_error = 0.0
@@ -49,7 +50,7 @@ def settle(
             for t in range(d):
                 e = np.float64(vectors[i, t]) - magnitudes[s - 1, t]
                 if is_weighed:
-                    q = np.float64(importance[i, t])
+                    q = np.float64(importance[i if is_by_vector else 0, t])
                 error += q * e * e
         if s == 0 or error > rate_weight * 5 * d:
             escape_error = 0.0
@@ -63,7 +64,7 @@ def settle(
                     escape_cost += 5
                     e = x - n * step
                     if is_weighed:
-                        q = np.float64(importance[i, t])
+                        q = np.float64(importance[i if is_by_vector else 0, t])
                     escape_error += q * e * e
                     whole = np.int64(n)
                     escape_cost += 1 if whole > 0 else 0
@@ -77,6 +78,20 @@ def settle(
         total_bits += cost
         total_error += error
     return total_bits, total_error
+
+
+@kernel
+def count_bits(
+    symbols: NDArray[np.uint16],
+    which: NDArray[np.int64],
+    tables: NDArray[np.uint8],
+    bits: NDArray[np.float64],
+    totals: NDArray[np.float64],
+) -> None:
+    """Add to `totals` (m,) the bits of all symbols where vector i has table `tables[j, which[i]]`, for each of m j."""
+    for j in range(totals.size):
+        for i in range(symbols.size):
+            totals[j] += bits[tables[j, which[i]], symbols[i]]
 
 
 @kernel

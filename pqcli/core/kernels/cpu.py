@@ -85,17 +85,15 @@ def sweep(
     """
     n, (k, d) = len(vectors), codebook.shape
     lanes = host_lanes()
-    rows, padded_bias, columns = _layouts(codebook, bias, lanes)
-    kernel = _kernel(d, vectors.dtype, lanes)
-    chunks_in_cache = max(1, _CODEBOOK_TILE_BYTES // (4 * lanes * (d + 1)))
+    rows, padded_bias, columns = layouts(codebook, bias, lanes)
+    kernel = compiled(d, vectors.dtype, lanes)
     weight_step = 0 if weights is None else 1
     padded_weights = torch.ones(lanes) if weights is None else torch.cat([weights, torch.ones(lanes)])
 
     bounds = [0, n] if is_slab else slabs(n, k, d)
     n_slabs = len(bounds) - 1
     n_threads = max(1, min(torch.get_num_threads(), n_slabs))
-    group = _GROUP * lanes
-    block = _BLOCK_GROUPS * group
+    block = block_vectors(lanes)
     assignments = torch.empty(n, dtype=torch.int32)
     scratch = torch.empty(n_threads, block * (d + 2))
     partial = np.zeros((n_slabs, k * (d + 1) if accumulate else 0))
@@ -110,7 +108,7 @@ def sweep(
         padded_bias.ctypes.data,
         columns.ctypes.data,
         len(columns),
-        chunks_in_cache,
+        chunks_in_cache(d, lanes),
         k,
     )
     queue = itertools.count()
@@ -156,6 +154,16 @@ def sweep(
     return Pass(assignments, total[: k * d].view(k, d), total[k * d :], score)
 
 
+def chunks_in_cache(d: int, lanes: int) -> int:
+    """Chunks of centroids that are visited for a block of vectors at a time."""
+    return max(1, _CODEBOOK_TILE_BYTES // (4 * lanes * (d + 1)))
+
+
+def block_vectors(lanes: int) -> int:
+    """Vectors that are transposed at a time; scratch memory is for so many."""
+    return _BLOCK_GROUPS * _GROUP * lanes
+
+
 def slabs(n: int, k: int, d: int) -> list[int]:
     """Where slabs begin and end; a slab is one thread's turn, and owns k * (d + 1) sums."""
     most = min(_MAX_SLABS, max(8, _MAX_PARTIAL_BYTES // (8 * k * (d + 1))))
@@ -164,7 +172,7 @@ def slabs(n: int, k: int, d: int) -> list[int]:
     return [min(n, n_units * slab // n_slabs * _SLAB_UNIT) for slab in range(n_slabs + 1)] if n_slabs else [0]
 
 
-def _layouts(codebook: torch.Tensor, bias: torch.Tensor, lanes: int) -> tuple[Array, Array, Array]:
+def layouts(codebook: torch.Tensor, bias: torch.Tensor, lanes: int) -> tuple[Array, Array, Array]:
     """rows, bias and columns, as described at _ARGUMENTS; in numpy, whose small operations take a third of the time."""
     k, d = codebook.shape
     n_chunks = -(-k // lanes)
@@ -179,7 +187,7 @@ def _layouts(codebook: torch.Tensor, bias: torch.Tensor, lanes: int) -> tuple[Ar
 
 
 @functools.cache
-def _kernel(d: int, dtype: torch.dtype, lanes: int) -> Compiled:
+def compiled(d: int, dtype: torch.dtype, lanes: int) -> Compiled:
     """The machine code for block size d, made at its first use (about 0.1 s)."""
     return compile_function(_module(d, _ELEMENT[dtype], lanes), "sweep", [kind for _, kind in _ARGUMENTS])
 

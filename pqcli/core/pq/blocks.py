@@ -35,7 +35,8 @@ _JOIN_ELEMENTS = 1 << 22
 class Blocks:
     """The vectors of one weight in float32: full blocks in `body`, short last blocks in `tail`.
 
-    `importance` holds, cut likewise, how much the squared error of each value counts (None: all alike).
+    `importance` holds, cut likewise, how much the squared error of each value counts (None: all alike). Where only rows
+    differ, its vectors have a single value.
     """
 
     body: Tensor
@@ -97,12 +98,24 @@ def cut(matrix: Tensor, block_size: int, importance: Importance | None = None) -
         if not importance.is_uniform:
             known = importance.normalised()
             by_row, by_column = (torch.from_numpy(f).to(matrix.device) for f in (known.rows, known.columns))
-            weighed = cut(torch.outer(by_row, by_column), block_size)
+            if bool((by_column == by_column[0]).all()):
+                weighed = _by_vector(by_row, columns, block_size)
+            else:
+                weighed = cut(torch.outer(by_row, by_column), block_size)
     n_full = columns // block_size
     width = n_full * block_size
     # not matrix.float() first: of a large half-precision tensor that would be one more copy
     body = _float32(matrix[:, :width]).view(rows * n_full, block_size)
     return Blocks(body=body, tail=_float32(matrix[:, width:]), rows=rows, columns=columns, importance=weighed)
+
+
+def _by_vector(by_row: Tensor, columns: int, block_size: int) -> Blocks:
+    """Importance (rows,) of rows as that of their blocks."""
+    rows = len(by_row)
+    n_full, n_left = divmod(columns, block_size)
+    body = by_row[:, None].expand(rows, n_full).reshape(-1, 1)
+    tail = by_row[:, None] if n_left else by_row.new_empty(rows, 0)
+    return Blocks(body=body, tail=tail, rows=rows, columns=columns)
 
 
 def _float32(part: Tensor) -> Tensor:

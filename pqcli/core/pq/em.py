@@ -283,27 +283,40 @@ def _sweep(blocks: Blocks, codebook: Tensor, energy: float) -> _Sweep:
         for part, importance in zip(blocks.parts, blocks.importance_parts, strict=True)
     ]
     score = sum(found.score for found in passes)
-    sums, counts = _added(passes, codebook, is_weighed=blocks.importance is not None)
-    population = sum((found.counts for found in passes if found.counts is not None), torch.zeros_like(counts[:, 0]))
+    is_by_value = blocks.importance is not None and blocks.importance.block_size > 1
+    sums, counts = _added(passes, codebook, is_by_value=is_by_value)
+    if blocks.importance is None or is_by_value:
+        population = sum((found.counts for found in passes if found.counts is not None), torch.zeros_like(counts[:, 0]))
+    else:  # the passes counted importance
+        population = torch.zeros_like(counts[:, 0])
+        for found in passes:
+            population += torch.bincount(found.assignments, minlength=len(codebook))
     return _Sweep([found.assignments for found in passes], sums, counts, population, max(energy - 2 * score, 0.0))
 
 
 def _pass(part: Tensor, importance: Tensor | None, codebook: Tensor, *, accumulate: bool = True) -> kernels.Pass:
-    """The sweep over one part; with `importance`, sums are (k, 2 * d): of weighted values, and of their weights."""
+    """The sweep over one part.
+
+    With `importance` by value, sums are (k, 2 * d): of weighted values, and of their weights; by vector, counts are
+    sums of importance.
+    """
     centroids = _leading(codebook, part)
     if not isinstance(part, torch.Tensor):  # vectors that memory does not hold (`pqcli.core.pq.far`)
         return part.sweep(centroids, _bias(codebook, part), accumulate=accumulate)
     if importance is None:
         return kernels.sweep(part, centroids, _bias(codebook, part), accumulate=accumulate)
+    if importance.shape[1] == 1:  # all of a vector's values count alike: the nearest centroid is the ordinary one
+        weights = importance[:, 0].contiguous()
+        return kernels.sweep(part, centroids, _bias(codebook, part), weights=weights, accumulate=accumulate)
     features = torch.cat([importance * part, importance], dim=1)
     scores = torch.cat([centroids, -0.5 * centroids.square()], dim=1)
     return kernels.sweep(features, scores, torch.zeros_like(centroids[:, 0]), accumulate=accumulate)
 
 
-def _added(passes: list[kernels.Pass], codebook: Tensor, *, is_weighed: bool) -> tuple[Tensor, Tensor]:
+def _added(passes: list[kernels.Pass], codebook: Tensor, *, is_by_value: bool) -> tuple[Tensor, Tensor]:
     """Sums and counts (k, d) over all parts."""
     totals = [(p.sums, p.counts[:, None]) for p in passes if p.sums is not None and p.counts is not None]
-    if is_weighed:
+    if is_by_value:
         totals = [(both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]) for both, _ in totals]
     if len(totals) == 1 and totals[0][0].shape == codebook.shape:  # the usual case, without copies
         return totals[0][0], totals[0][1].expand(codebook.shape)
@@ -372,7 +385,7 @@ def _split(blocks: Blocks, sweep: _Sweep, donors: Tensor, empty: Tensor, generat
         member, old = member[side > 0], old[side > 0]
         new = heir[old]
         values = part[member].double()
-        factors = torch.ones_like(values) if importance is None else importance[member].double()
+        factors = torch.ones_like(values) if importance is None else importance[member].double().expand_as(values)
         for target, sign in ((new, 1.0), (old, -1.0)):
             sums[:, :t].index_add_(0, target, sign * factors * values)
             counts[:, :t].index_add_(0, target, sign * factors)

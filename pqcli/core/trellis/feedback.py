@@ -17,6 +17,7 @@ Shapes: weights (rows, columns) of the coded matrix; order (rows,); factor (rows
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +38,18 @@ _COLUMN_GRAIN = 2
 """Steps of columns are told to half an octave."""
 LEAST_MOMENT = 1e-6
 """Second moments below this share of their mean are taken for this: inputs that a sample happens not to use."""
+LEAST_BELIEVED = 0.05
+"""Likewise where layers are coded: what samples hardly use, other data may. (It costs nothing where they do not: such
+inputs get next to no bits either way.)"""
 _LEAST_REPAIR = 0.01
 """The least shrinkage of moments that turned out not to be positive definite."""
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Square blocks along the diagonal of a matrix that is zero elsewhere."""
+
+    parts: tuple[Matrix, ...]
 
 
 @dataclass(frozen=True)
@@ -56,21 +67,35 @@ class RowSteps:
 class Feedback(RowSteps):
     """How the rows of a source's coded matrix feed their errors forward.
 
-    `order[i]` is the row coded in place i. `moments` (rows, rows) are the second moments H, which sources may share;
-    `shrinkage` is the share of what is off their diagonal that is not believed. The coded matrix is the transpose of
+    `order[i]` is the row coded in place i. `known` are the second moments H (rows, rows), which sources may share, or
+    blocks of them: then errors are fed forward within a block only, and the order goes block by block. `shrinkage` is
+    the share of what is off their diagonal that is not believed. The coded matrix is the transpose of
     the source's, so that its rows belong to inputs, unless these already do (not `is_transposed`). `column_steps`
     (columns,) multiply with the rows' where outputs do not count alike; errors of one column never reach another.
     """
 
     order: NDArray[np.int64]
-    moments: Matrix
+    known: Matrix | Blocks
     shrinkage: float
     is_transposed: bool = True
     column_steps: NDArray[np.float64] | None = None
 
-    def feeding(self) -> Feeding:
-        """What is fed forward; takes rows^3 / 3 multiplications, and as much memory as the moments twice."""
-        return Feeding(self.order, triangle(self.moments, self.order, self.shrinkage)[0])
+    @property
+    def moments(self) -> Matrix:
+        """The moments as one matrix. Raises TypeError where only blocks are known."""
+        return one_matrix(self.known)
+
+    @property
+    def n_known(self) -> int:
+        """How many moments there are."""
+        return sum(part.size for part in self.known.parts) if isinstance(self.known, Blocks) else self.known.size
+
+    def feeding(self) -> tuple[Feeding, ...]:
+        """What is fed forward, block by block; takes rows^3 / 3 multiplications, and as much memory as they twice."""
+        return tuple(
+            Feeding(self.order[start : start + len(block)], triangle(block, order, self.shrinkage, LEAST_BELIEVED)[0])
+            for start, block, order in by_block(self.known, self.order)
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +107,21 @@ class Feeding:
 
     order: NDArray[np.int64]
     factor: Matrix
+
+
+def one_matrix(known: Matrix | Blocks) -> Matrix:
+    """Moments that are known as one matrix. Raises TypeError for others."""
+    if isinstance(known, Blocks):
+        raise TypeError(f"moments of {len(known.parts)} blocks of inputs where one matrix is wanted")
+    return known
+
+
+def by_block(known: Matrix | Blocks, order: NDArray[np.int64]) -> Iterator[tuple[int, Matrix, NDArray[np.int64]]]:
+    """Each block with the place where it begins, and its part of the order, counted within it."""
+    start = 0
+    for block in known.parts if isinstance(known, Blocks) else (known,):
+        yield start, block, order[start : start + len(block)] - start
+        start += len(block)
 
 
 def kind_of(given: RowSteps | None) -> RowKind:
@@ -103,7 +143,7 @@ def column_exponents(given: RowSteps | None) -> NDArray[np.int64]:
 def fill(
     weights: Matrix,
     steps: Matrix,
-    feedback: Feeding,
+    feedback: Sequence[Feeding],
     column_scale: Matrix,
     costs: Costs,
     next_state: NDArray[np.int64],
@@ -111,32 +151,41 @@ def fill(
 ) -> None:
     """Quantize the rows of `weights` in order, each with its step, feeding errors forward; fills the arrays of `found`.
 
+    Every row is in the order of one part of the feedback.
+
     column_scale (columns,) in quarter octaves, as `search.Block` has it. Products of matrices are BLAS's: the caller
     sees to it that BLAS has one thread, or results depend on how many.
     """
-    n_rows, n_columns = weights.shape
     row_search = RowSearch(costs, next_state, column_scale)
-    fed = np.zeros(weights.shape, np.float32)  # by place, not by row
+    for part in feedback:
+        _fill_part(weights, steps, part, row_search, found)
+
+
+def _fill_part(weights: Matrix, steps: Matrix, part: Feeding, row_search: RowSearch, found: Searched) -> None:
+    n_rows, n_columns = len(part.order), weights.shape[1]
+    fed = np.zeros((n_rows, n_columns), np.float32)  # by place, not by row
     errors = np.empty((_BLOCK_ROWS, n_columns), np.float32)
     for first in range(0, n_rows, _BLOCK_ROWS):
         last = min(first + _BLOCK_ROWS, n_rows)
-        near = np.ascontiguousarray(feedback.factor[first:last, first:last].T)
-        row_search.fill(weights, steps, feedback.order, slice(first, last), fed, near, errors, found)
+        near = np.ascontiguousarray(part.factor[first:last, first:last].T)
+        row_search.fill(weights, steps, part.order, slice(first, last), fed, near, errors, found)
         for start in range(last, n_rows, _PRODUCT_ROWS):
             later = slice(start, start + _PRODUCT_ROWS)
-            fed[later] += feedback.factor[first:last, later].T @ errors[: last - first]
+            fed[later] += part.factor[first:last, later].T @ errors[: last - first]
 
 
-def triangle(moments: Matrix, order: NDArray[np.int64], shrinkage: float) -> tuple[Matrix, NDArray[np.float64]]:
+def triangle(
+    moments: Matrix, order: NDArray[np.int64], shrinkage: float, least: float = LEAST_MOMENT
+) -> tuple[Matrix, NDArray[np.float64]]:
     """(F, d) with F diag(d) F' = the moments, shrunk towards their diagonal, in that order; F unit upper triangular.
 
     They are factored in float32, on the scale of correlations. What stands on and below F's diagonal has no meaning.
-    Inputs that are always zero count next to nothing. Where rounding has left the moments short of positive definite,
-    they are shrunk more, until they are.
+    Inputs that are always zero count as `least` of the mean. Where rounding has left the moments short of positive
+    definite, they are shrunk more, until they are.
     Raises numpy.linalg.LinAlgError where they are not finite.
     """
     diagonal = np.maximum(np.diag(moments).astype(np.float64), 0.0)
-    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * LEAST_MOMENT))[order[::-1]]
+    scale = np.sqrt(np.maximum(diagonal, max(float(diagonal.mean()), 1e-30) * least))[order[::-1]]
     while True:
         correlations = _correlations(moments, order[::-1], scale, shrinkage)
         try:

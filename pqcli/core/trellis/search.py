@@ -54,7 +54,7 @@ class Block:
     column_scale: Matrix
     levels: NDArray[np.int32]
     rows: Rows
-    feedback: Feeding | None = None
+    feedback: tuple[Feeding, ...] = ()
     unfed: Matrix | None = None
     importance: Importance | None = None
 
@@ -71,7 +71,7 @@ def block(
     weights: Matrix,
     period: int,
     rows: Rows,
-    feedback: Feeding | None = None,
+    feedback: tuple[Feeding, ...] = (),
     importance: Importance | None = None,
 ) -> Block:
     """Scales by row and by column (shrunk towards their mean, as they are estimates), and the labels they suggest.
@@ -88,10 +88,10 @@ def block(
     columns = squares.mean(axis=0)
     phases = columns.reshape(-1, period).mean(axis=0)
     shrunk = (columns * n_rows + 8 * np.tile(phases, n_columns // period)) / (n_rows + 8)
-    if period > 1:
-        labels = np.tile(np.sqrt(phases) > _PURE_ABOVE, n_columns // period)
-    elif rows.kind.is_lone:
+    if rows.kind.is_lone:  # whose own labels the search finds
         labels = np.zeros(n_columns, bool)
+    elif period > 1:
+        labels = np.tile(np.sqrt(phases) > _PURE_ABOVE, n_columns // period)
     else:
         starts = np.arange(0, n_columns, LABEL_GROUP)
         groups = np.add.reduceat(columns, starts) / np.minimum(LABEL_GROUP, n_columns - starts)
@@ -152,7 +152,7 @@ def search(blocks: Sequence[Block], params: TrellisParams) -> Matrix:
     return used if feeds else points
 
 
-def _fill_feeding(block: Block, feedback: Feeding, costs: Costs, next_state: NDArray[np.int64]) -> None:
+def _fill_feeding(block: Block, feedback: tuple[Feeding, ...], costs: Costs, next_state: NDArray[np.int64]) -> None:
     """The levels of a block that feeds errors forward, and all else that follows from how it did."""
     if block.unfed is None:
         raise ValueError("feedback without the weights that it starts from")

@@ -117,7 +117,7 @@ def _block(
         matrix = matrix / rows.column_steps()
     if given is not None:
         rows.exponents[:] = exponents_of(given.steps[segment.start : segment.stop], given.grain)
-    feedback = given.feeding() if isinstance(given, Feedback) else None
+    feedback = given.feeding() if isinstance(given, Feedback) else ()
     return block(matrix, period(source, rotations.transposed), rows, feedback, importance)
 
 

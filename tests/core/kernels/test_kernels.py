@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pqcli.core.kernels import Pass, sweep
+from pqcli.core.kernels.repeated import Repeated
 from pqcli.errors import UsageError
 
 if not torch.cuda.is_available():
@@ -285,3 +286,16 @@ def test_double_precision_is_converted_not_misread(backend):
     wide = sweep(vectors.double(), codebook.double(), bias.double(), weights=weights.double(), backend=backend)
     assert torch.equal(narrow.assignments, wide.assignments)
     assert torch.equal(narrow.sums, wide.sums)
+
+
+@pytest.mark.parametrize(("n", "k"), [(20, 9), (700, 100)])
+def test_a_codebook_laid_out_once_finds_the_same_again_and_again(n, k):
+    """Whether few vectors or many are announced; and it adds up those that it is asked to count."""
+    vectors, codebook, bias = problem(n, k, 4)
+    repeated, counts = Repeated(codebook.numpy(), n), torch.zeros(k, dtype=torch.float64).numpy()
+    for shift, counted in ((0.0, None), (0.5, counts), (0.25, counts)):
+        biases = bias * (1 + shift)
+        expected = sweep(vectors, codebook, biases)
+        assert repeated.assigned(vectors.numpy(), biases.numpy(), counted).tolist() == expected.assignments.tolist()
+    assert counts.sum() == 2 * n
+    assert repeated.sums.sum(0) == pytest.approx(2 * vectors.double().sum(0).numpy(), abs=1e-3)

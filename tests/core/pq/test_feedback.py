@@ -8,7 +8,7 @@ import torch
 
 from pqcli.core.feeding import Inputs
 from pqcli.core.pq import em, pq
-from pqcli.core.pq.feedback import Assigned, Layer, suits
+from pqcli.core.pq.feedback import Layer, suits
 
 SHAPES = [((40, 36), 4, 1), ((40, 30), 4, 1), ((30, 40), 4, 0)]
 """(matrix, block size, axis of the inputs): blocks that divide, a short last block, weights stored transposed."""
@@ -40,7 +40,7 @@ def decoded(matrix, block_size, layer, found):
 def started(matrix, block_size, inputs, k=16):
     layer = Layer.of(matrix, block_size, inputs)
     codebook = np.random.default_rng(1).standard_normal((k, block_size)).astype(np.float32)
-    return layer, Assigned(codebook, layer.fed_forward(codebook))
+    return layer, layer.fed_forward(codebook)
 
 
 @pytest.mark.parametrize(("shape", "block_size", "axis"), SHAPES)
@@ -92,9 +92,10 @@ def test_the_codebook_is_that_of_least_squares(monkeypatch):
     codebook = layer.fitted(found).codebook
     root = np.linalg.cholesky(layer.moments.astype(np.float64))
     unknowns = [
-        (layer._decoded(unit.reshape(5, 4).astype(np.float32), found.assignments) @ root).ravel() for unit in np.eye(20)
+        (root.T @ layer._decoded(unit.reshape(5, 4).astype(np.float32), found.assignments)).ravel()
+        for unit in np.eye(20)
     ]
-    exact = np.linalg.lstsq(np.stack(unknowns, 1), (layer.weights @ root).ravel(), rcond=None)[0]
+    exact = np.linalg.lstsq(np.stack(unknowns, 1), (root.T @ layer.weights).ravel(), rcond=None)[0]
     assert codebook.ravel() == pytest.approx(exact, abs=2e-3)
 
 
@@ -108,7 +109,7 @@ def test_inputs_that_do_not_vary_together_ask_for_the_nearest_centroids():
 
 
 def test_a_codebook_is_fitted_to_some_outputs_of_a_large_layer(monkeypatch):
-    monkeypatch.setattr("pqcli.core.pq.feedback.FITTED_WEIGHTS", 400)
+    monkeypatch.setattr("pqcli.core.pq.feedback.FITTED_VECTORS", 6)
     matrix, inputs = drawn((40, 36), 1)
     layer, found = started(matrix, 4, inputs)
     assert layer.damage(layer.refined(found.codebook)) < layer.damage(found)
@@ -121,3 +122,10 @@ def test_short_blocks_along_the_outputs_are_left_to_em():
     assert encoded.error.relative_mse < 1
     with pytest.raises(ValueError, match="blocks of 4 do not divide 42 outputs"):
         Layer.of(matrix, 4, inputs)
+
+
+def test_in_doubt_inputs_of_which_nothing_was_seen_still_count_and_loud_ones_stay_loud():
+    diagonal = np.array([1.0] * 6 + [0.0, 1000.0], np.float32)
+    mean_squares = Inputs(np.diag(diagonal), 0.0, doubt=0.3).mean_squares
+    assert mean_squares[6] > 0.05 * mean_squares[0]
+    assert mean_squares[7] > 500 * mean_squares[0]

@@ -100,6 +100,18 @@ def test_what_is_decoded_is_what_the_encoder_fed_forward():
         assert found.squared_errors[key] == pytest.approx(error, rel=1e-3)
 
 
+@pytest.mark.parametrize("step", [1.0, 1.4])
+def test_what_is_fed_forward_decodes_where_kernel_positions_lie_along_a_row(step):
+    """As in a transposed convolution, at steps of which some rows know no zero in their odd set, and some do."""
+    steps = np.exp2(np.random.default_rng(0).normal(size=64))
+    weights, given = gaussian(64, 72), replace(feedback(moments(64)), steps=steps, is_transposed=False)
+    sources = [replace(source("w", 64, 72), kernel=3)]
+    params = TrellisParams(step, n_states=16, mixing_gain=-1.0)
+    found = encode(sources, {"w": weights}.__getitem__, params, Rotations(), None, second_order={"w": given})
+    error = np.square(weights - dict(decode(found, sources))["w"], dtype=np.float64).sum()
+    assert found.squared_errors["w"] == pytest.approx(float(error), rel=1e-3)
+
+
 def test_rows_with_steps_of_their_own_have_errors_in_proportion():
     weights, steps = {"w": 4 * gaussian(64, 256)}, np.repeat([1.0, 0.25], 32)
     sources, found = encoded(weights, {"w": RowSteps(steps, 0)})
