@@ -114,7 +114,7 @@ def _compared(vectors: Far, encoded: far.Encoded, record: Record) -> _Found:
     def pieces() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal n_zeros
         for start, original in vectors.pieces():
-            assignments = encoded.assignments[start : start + len(original)]
+            assignments = encoded.assignments[start : start + len(original)].int()
             counts.add_(torch.bincount(assignments, minlength=len(codebook)))
             _put(packed, start * bits, packing.pack(assignments.numpy(), bits))
             decoded = codebook.index_select(0, assignments)

@@ -4,7 +4,8 @@
 slab, as the kernel cuts and adds them where the vectors lie in memory. What needs all vectors at once (few distinct
 ones, empty clusters) raises NotHeldError: then the weight must be read as a whole after all.
 
-Shapes: vectors (n, d), codebook (k, d), assignments (n,) int32.
+Shapes: vectors (n, d), codebook (k, d), assignments (n,) uint8 where that holds them, else
+int32.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pqcli.core.lookahead import in_order
 from pqcli.core.pq import em, pq
 from pqcli.core.pq.blocks import Blocks
 
+NARROW: Final = 256
+"""Centroids that a byte can tell apart."""
 PIECE: Final = 1 << 17
 """Vectors read at a time where nothing else says how many; a multiple of what `metrics.compare` takes at a time."""
 
@@ -92,7 +95,8 @@ class Far:
         from pqcli.core.kernels import cpu
 
         bounds = cpu.slabs(len(self), *codebook.shape)
-        assignments = torch.empty(len(self), dtype=torch.int32)
+        # of a billion weights they are what takes the most memory
+        assignments = torch.empty(len(self), dtype=torch.uint8 if len(codebook) <= NARROW else torch.int32)
 
         def work(place: tuple[int, int]) -> kernels.Pass:
             found = cpu.sweep(self[slice(*place)], codebook, bias, None, accumulate, is_slab=True)
@@ -128,7 +132,7 @@ class FarBlocks(Blocks):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A codebook as it is stored, and the assignments (n,) int32."""
+    """A codebook as it is stored, and the assignments (n,)."""
 
     codebook: Tensor
     assignments: Tensor
