@@ -68,7 +68,7 @@ class Cluster:
         self._is_ours = not ray.is_initialized()  # a program that uses Ray itself stays connected, there and afterwards
         try:
             if self._is_ours:
-                with contextlib.redirect_stdout(sys.stderr):  # stdout is for what the user asked for
+                with _quiet():
                     ray.init(**self._settings(), log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -148,3 +148,18 @@ class Cluster:
         self._n_workers = max(1, int(on_gpus or found.get("CPU", 1)))
         nodes = [node["Resources"].get("memory", 0) for node in self._ray.nodes() if node["Alive"]]
         self._node_bytes = int(max(nodes, default=0))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing that Ray says while it starts is seen, from Python or from below: what goes wrong is an exception too."""
+    sys.stderr.flush()
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)

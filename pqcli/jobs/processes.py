@@ -6,6 +6,7 @@ kernels that counts, and each card wants a process of its own.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -47,10 +48,11 @@ class Processes:
     ) -> None:
         pool, self._pool = self._pool, None
         if pool is not None:
-            workers = list((pool._processes or {}).values())  # noqa: SLF001 - there is no public way to end them
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in workers:
+            for worker in list((pool._processes or {}).values()):  # noqa: SLF001 - there is no public way to end them
                 worker.terminate()
+            pool.shutdown(cancel_futures=True)
+            del pool
+            gc.collect()  # its locks: a process that ends in a hurry would leave them behind, and say so
 
     def results(self, tasks: Sequence[Task[Found]]) -> Iterator[tuple[int, Found]]:
         """The largest are sent first; results as they come."""
