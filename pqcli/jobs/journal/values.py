@@ -35,6 +35,7 @@ KNOWN: Final = frozenset({
     "pqcli.codecs.trellis.session:StreamFacts",
     "pqcli.codecs.values:ExactJob",
     "pqcli.core.metrics:Error",
+    "pqcli.stats.damage:Damage",
     "pqcli.tensors.info:TensorInfo",
     "pqcli.tensors.records:Alias",
     "pqcli.tensors.records:Coded",
