@@ -21,6 +21,8 @@ from pqcli.cli.commands import app
 REPOSITORY = Path(__file__).parent.parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network; read when huggingface_hub is imported
+# likewise when ray is imported, whoever does it: a machine without a network has no other address than the loopback's
+os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 # `make test` tries the same examples everywhere, so that a failure is the change's; `make fuzz` looks for new ones
 settings.register_profile("same", derandomize=True)

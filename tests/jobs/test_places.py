@@ -199,14 +199,15 @@ def is_worker(path):
 @pytest.fixture(scope="module")
 def cluster():
     """A head and another node on the loopback interface."""
-    # read when ray is imported: a machine without a network has no other address than the loopback's
-    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    cluster.second = cluster.add_node(**node)
+    try:
+        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        cluster.second = cluster.add_node(**node)
+    except (RuntimeError, OSError) as error:  # a sandbox that lets no server listen, for one
+        pytest.skip(f"no Ray cluster starts on this machine: {error}")
     yield cluster
     cluster.shutdown()
 
