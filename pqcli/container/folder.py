@@ -65,7 +65,7 @@ def compressed_folder(path: str | Path) -> CompressedFolder:
     except CheckpointError as error:
         raise ContainerError(str(error)) from error
     indices = [name for name in found.files if name.endswith(INDEX_SUFFIX)]
-    parts = {name for name in found.files if _index_of(name) in indices}
+    parts = {name for name in found.files if index_of(name) in indices}
     containers = [name for name in found.files if name in indices or (name.endswith(SUFFIX) and name not in parts)]
     if not containers:
         raise ContainerError(
@@ -89,7 +89,7 @@ def stem_of(path: str) -> str:
     return path.removesuffix(INDEX_SUFFIX).removesuffix(SUFFIX)
 
 
-def _index_of(path: str) -> str | None:
+def index_of(path: str) -> str | None:
     """The path of the index of a container of which this may be one of several files."""
     place, name = posixpath.split(path)
     found = SHARD_NAME.fullmatch(name)

@@ -23,8 +23,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pqcli.container.folder import compressed_folder
-from pqcli.container.header import INDEX_SUFFIX, SAFETENSORS_DTYPES, SHARD_NAME, SUFFIX
+from pqcli.container.folder import compressed_folder, index_of
+from pqcli.container.header import INDEX_SUFFIX, SAFETENSORS_DTYPES, SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.errors import ContainerError, MissingExtraError
 
@@ -132,12 +132,7 @@ def _as_safetensors(path: Path) -> Path:
     """The file that a container is opened by; in several files the first one, since an index has another ending."""
     if not path.name.endswith(INDEX_SUFFIX):
         return path
-    return min(other for other in path.parent.iterdir() if _index_of(other) == path)
-
-
-def _index_of(path: Path) -> Path | None:
-    found = SHARD_NAME.fullmatch(path.name)
-    return path.with_name(found[1] + INDEX_SUFFIX) if found else None
+    return min(other for other in path.parent.iterdir() if index_of(other.name) == path.name)
 
 
 def _opening(usual: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,7 +141,8 @@ def _opening(usual: Callable[..., Any]) -> Callable[..., Any]:
         path = Path(filename)
         if not path.name.endswith(SUFFIX):
             return usual(filename, *arguments, **options)
-        return Weights(_index_of(path) or path)
+        index = index_of(path.name)
+        return Weights(path.with_name(index) if index else path)
 
     return open_
 

@@ -104,11 +104,8 @@ class Processes:
 def _begin(devices: Any, share: int, parent: int) -> None:
     """A worker takes a device, leaves Ctrl-C to its parent, and ends when that does."""
     global _device
-    from pqcli.core import threads
-
     _device = devices.get()
-    threads.limit(share)
-    torch.set_num_threads(share)
+    remote.take_share(share)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def look() -> None:

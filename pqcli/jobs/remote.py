@@ -8,6 +8,7 @@ needs from there; only results come back, and the caller alone writes.
 from __future__ import annotations
 
 import pickle
+import socket
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from pqcli.codecs.base import Found, Task
 from pqcli.core import threads
 from pqcli.errors import PQError, UsageError, WorkerError
+from pqcli.jobs.devices import at_work
 from pqcli.version import __version__
 
 MOST_ATTEMPTS: Final = 4
@@ -108,20 +110,21 @@ def results(pool: Pool, tasks: Sequence[Task[Found]], in_flight_bytes: int) -> I
 
 def run_pickled(task: bytes, device: str, n_threads: int | None = None) -> Answer:
     """What a worker does with what it is sent; `n_threads` is its share of the machine's cores."""
-    import socket
-
     if n_threads is not None:
-        threads.limit(n_threads)
-        torch.set_num_threads(n_threads)
+        take_share(n_threads)
     host = socket.gethostname()
     try:
-        from pqcli.jobs.devices import at_work
-
         on = torch.device(device)
         with at_work(on):
             return Answer(pickle.loads(task).run(on), None, host, __version__)  # noqa: S301 - made by `results`, of this run
     except PQError as error:
         return Answer(None, error, host, __version__)
+
+
+def take_share(n_threads: int) -> None:
+    """This process is one of several workers, and has so many of the machine's cores."""
+    threads.limit(n_threads)
+    torch.set_num_threads(n_threads)
 
 
 def _pickled(task: Task[Any]) -> bytes:
@@ -135,8 +138,6 @@ def _pickled(task: Task[Any]) -> bytes:
 
 
 def _with_host(error: BaseException, host: str) -> BaseException:
-    import socket
-
     if not isinstance(error, PQError) or host == socket.gethostname():
         return error
     return type(error)(f"on {host}: {error} (workers must see the checkpoint, its base and statistics where you do)")

@@ -5,14 +5,10 @@
 Tensors with the same bytes, quantized and kept, of which one is tied besides.
 """
 
-import json
-import tempfile
-from pathlib import Path
-
 import torch
 
 import pqcli
-from tests.golden.make_plain_v1 import HERE, digests
+from tests.golden.make_plain_v1 import write
 
 
 def checkpoint() -> dict[str, torch.Tensor]:
@@ -28,16 +24,11 @@ def checkpoint() -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Write the files beside this script."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, recipe in (
-            ("copy", pqcli.Recipe(n_centroids=32)),
-            ("trellis-copy", pqcli.Recipe(codec="trellis", quality="small")),
-        ):
-            source, target = Path(folder) / "model.pt", HERE / f"{name}-v1.pq.safetensors"
-            torch.save(checkpoint(), source)
-            pqcli.compress(source, target, recipe)
-            text = json.dumps(digests(pqcli.load(target)), indent=1, ensure_ascii=False)
-            (HERE / f"{name}-v1.json").write_text(text + "\n", encoding="utf-8")
+    recipes = {
+        "copy": pqcli.Recipe(n_centroids=32),
+        "trellis-copy": pqcli.Recipe(codec="trellis", quality="small"),
+    }
+    write(checkpoint(), recipes)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,10 @@ Training checkpoints with moments in eight bits: both forms, all dtypes, blocks 
 state that is no moment, and moments that share memory or bytes.
 """
 
-import json
-import tempfile
-from pathlib import Path
-
 import torch
 
 import pqcli
-from tests.golden.make_plain_v1 import HERE, digests
+from tests.golden.make_plain_v1 import write
 
 
 def checkpoint() -> dict:
@@ -44,16 +40,11 @@ def checkpoint() -> dict:
 
 def main() -> None:
     """Write the files beside this script."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, recipe in (
-            ("moments", pqcli.Recipe(n_centroids=16, training_state="8bit")),
-            ("trellis-moments", pqcli.Recipe(codec="trellis", quality="small", effort=4, training_state="8bit")),
-        ):
-            source, target = Path(folder) / "model.pt", HERE / f"{name}-v1.pq.safetensors"
-            torch.save(checkpoint(), source)
-            pqcli.compress(source, target, recipe)
-            text = json.dumps(digests(pqcli.load(target)), indent=1, ensure_ascii=False)
-            (HERE / f"{name}-v1.json").write_text(text + "\n", encoding="utf-8")
+    recipes = {
+        "moments": pqcli.Recipe(n_centroids=16, training_state="8bit"),
+        "trellis-moments": pqcli.Recipe(codec="trellis", quality="small", effort=4, training_state="8bit"),
+    }
+    write(checkpoint(), recipes)
 
 
 if __name__ == "__main__":

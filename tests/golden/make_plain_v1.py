@@ -80,6 +80,17 @@ def digests(tensors: dict[str, torch.Tensor]) -> dict[str, dict]:
     }
 
 
+def write(checkpoint: dict, recipes: dict[str, pqcli.Recipe]) -> None:
+    """`NAME-v1`, container and JSON, of a checkpoint with each of the recipes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, recipe in recipes.items():
+            source, target = Path(folder) / "model.pt", HERE / f"{name}-v1.pq.safetensors"
+            torch.save(checkpoint, source)
+            pqcli.compress(source, target, recipe)
+            text = json.dumps(digests(pqcli.load(target)), indent=1, ensure_ascii=False)
+            (HERE / f"{name}-v1.json").write_text(text + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Write both files beside this script."""
     target = HERE / "plain-v1.pq.safetensors"
