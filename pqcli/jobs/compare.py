@@ -15,6 +15,7 @@ import torch
 from pqcli.core.outputs import OutputSums, PredictionSums, neighbours_agree
 from pqcli.errors import ContainerError, UsageError
 from pqcli.integrations.running import IGNORED
+from pqcli.jobs import notebook
 from pqcli.jobs.decode import load
 from pqcli.jobs.events import Hook, Stage, ignore
 
@@ -57,6 +58,13 @@ class Comparison:
     dense_perplexity: float | None = None
     neighbours: float | None = None
     layers: tuple[LayerComparison, ...] = ()
+
+    def __repr__(self) -> str:
+        return notebook.comparison_line(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return notebook.comparison_page(self)
 
 
 def compare(
