@@ -57,6 +57,7 @@ from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
 from pqcli.errors import CheckpointError, ContainerError, OutputError
+from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
 from pqcli.jobs.course import Course
@@ -102,6 +103,7 @@ NOT_CODED = frozenset({"keep", "moments", "alias", "base"})
 """Actions of a plan that no codec takes part in."""
 
 
+@showing
 def compress(
     source: str | Path,
     output: str | Path | None = None,
@@ -118,7 +120,7 @@ def compress(
     base: str | Path | Sequence[str | Path] = (),
     ray: str | None = None,
     workers: int | None = None,
-    progress: Hook | None = None,
+    progress: Progress = None,
     limits: Limits | None = None,
 ) -> Report:
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
@@ -133,7 +135,8 @@ def compress(
     whole or not at all. With `verify`, what was written is read again before it is put in place: its bytes must be
     those that were meant, and a sample must decode to its hashes. With a `base`, a checkpoint or a container, what the
     file holds are differences to it where these take less (`pqcli.jobs.base`); several are the base, its own base, and
-    so on. `progress` is told of every stage (`pqcli.jobs.events.Event`). `limits` bound what the structure of the
+    so on. `progress` is True for a bar, in a terminal or a notebook, or is called with every event
+    (`pqcli.jobs.events.Event`). `limits` bound what the structure of the
     checkpoint may cost to understand.
 
     The work is done by threads of this process, or by that many `workers`, processes of this machine, or by a `ray`
@@ -160,7 +163,7 @@ def compress(
             force=force,
             verify=verify,
             base=base,
-            progress=progress,
+            hook=hook_of(progress),
             limits=limits,
         )
 
@@ -178,7 +181,7 @@ def _compressed(
     force: bool,
     verify: bool,
     base: str | Path | Sequence[str | Path],
-    progress: Hook | None,
+    hook: Hook,
     limits: Limits | None,
 ) -> Report:
     """What `compress` does, wherever the work is done."""
@@ -200,7 +203,7 @@ def _compressed(
             force=force,
             verify=verify,
             keeping=keeping,
-            hook=progress,
+            hook=hook,
             limits=limits,
         )
     files = small_files(source, limits) if embed_files else NO_FILES
@@ -211,7 +214,7 @@ def _compressed(
         check_place(target, checkpoint.path, force=force)
         with (
             claimed(target),
-            keeping.journal(target, progress or ignore, [checkpoint], recipe, bases=bases, files=files) as kept,
+            keeping.journal(target, hook, [checkpoint], recipe, bases=bases, files=files) as kept,
         ):
             report = compress_opened(
                 checkpoint,
@@ -223,7 +226,7 @@ def _compressed(
                 verify=verify,
                 bases=bases,
                 journal=kept,
-                hook=progress,
+                hook=hook,
                 limits=limits,
             )
         return told(report, kept)

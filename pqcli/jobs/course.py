@@ -61,9 +61,10 @@ class Course:
 def parts(hook: Hook, sizes: Mapping[str, int]) -> dict[str, Hook]:
     """A hook for each of the jobs that make up a larger one, done one after the other, by their sizes."""
     whole = max(sum(sizes.values()), 1)
-    starts = accumulate(sizes.values(), initial=0)
+    ends = accumulate(sizes.values())
     return {
-        name: _placed(hook, start / whole, size / whole) for (name, size), start in zip(sizes.items(), starts, strict=False)
+        name: _placed(hook, (end - size) / whole, size / whole)
+        for (name, size), end in zip(sizes.items(), ends, strict=True)
     }
 
 

@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pqcli.jobs.events import Event
 
 NOTHING = Event("", 0, 1)
-FIRST_FRACTION = 0.02
-"""Of the whole: nothing is promised from less."""
-OWN_PACE = 0.1
-"""From so much of a stage on, its own pace tells when it will end; before, that of all that went before it."""
 
 
 @dataclass
 class Pace:
-    """What is known at the last event; times in seconds, by any clock.
+    """What is known at the last event; times in seconds, by any clock, counted from the first event on.
 
     What an earlier run has done took no time of this one's, and tells nothing of how fast this one is.
     """
 
-    started: float
-    stage: str = ""
+    FIRST_FRACTION: ClassVar[float] = 0.02
+    """Of the whole: nothing is promised from less."""
+    OWN: ClassVar[float] = 0.1
+    """From so much of a stage on, its own pace tells when it will end; before, that of the whole."""
+
+    started: float | None = None
     stage_started: float = 0.0
     latest: float = 0.0
     event: Event = NOTHING
+    fraction: float = 0.0
+    """How much of the whole is done; never falls."""
     given: float = 0.0
-    """The fraction of the whole that an earlier run has done."""
+    """The part of it that an earlier run has done."""
 
     def see(self, event: Event, now: float) -> None:
         """One more event."""
-        if self.is_new(event):
-            self.stage, self.stage_started = event.stage, now
+        before = self.event
+        if self.started is None:
+            self.started = now
+        if (event.stage, event.before) != (before.stage, before.before) or event.done < before.done:
+            self.stage_started = now
             self.given += event.share * event.resumed / max(event.total, 1)
         self.event, self.latest = event, now
-
-    def is_new(self, event: Event) -> bool:
-        """Whether this event opens a stage."""
-        return (event.stage, event.before) != (self.stage, self.event.before) or event.done < self.event.done
+        self.fraction = max(self.fraction, event.fraction)
 
     def rate(self) -> float:
         """Units of the stage per second; 0 where none is done."""
@@ -50,15 +53,17 @@ class Pace:
         Between two events it counts down; nothing is said any more when the next one is overdue.
         """
         event = self.event
-        taken = self.latest - self.started
-        if event.fraction - self.given < FIRST_FRACTION or taken <= 0:
+        if self.started is None:
             return None
-        pace = taken / (event.fraction - self.given)
-        total = max(event.total - event.resumed, 1)
-        done = (event.done - event.resumed) / total
-        own = event.share * (1 - event.resumed / max(event.total, 1))
-        rest = (1 - done) * own * pace
-        if done >= OWN_PACE:
+        taken = self.latest - self.started
+        if self.fraction >= 1:
+            return 0.0
+        if self.fraction - self.given < self.FIRST_FRACTION or taken <= 0:
+            return None
+        pace = taken / (self.fraction - self.given)
+        done = (event.done - event.resumed) / max(event.total - event.resumed, 1)
+        rest = (event.before + event.share - self.fraction) * pace
+        if done >= self.OWN:
             rest = (1 - done) / done * (self.latest - self.stage_started)
-        left = rest + max(1 - event.before - event.share, 0.0) * pace - (now - self.latest)
-        return left if left > 0 else 0.0 if event.fraction >= 1 else None
+        left = max(rest, 0.0) + (1 - event.before - event.share) * pace - (now - self.latest)
+        return left if left > 0 else None

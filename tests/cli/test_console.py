@@ -8,12 +8,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pqcli.cli.progress import speed
 from rich.cells import cell_len
 from rich.text import Text
 
 from pqcli.cli import readable
 from pqcli.cli.console import Console, safe
-from pqcli.cli.progress import speed
 from pqcli.cli.tables import record_table, report_table
 from pqcli.errors import UsageError
 from pqcli.jobs.events import Event

@@ -15,8 +15,8 @@ from pqcli.claim import check_space, claimed
 from pqcli.container.folder import CompressedFolder, Containers, compressed_folder, stem_of
 from pqcli.container.reader import Container
 from pqcli.errors import OutputError, UsageError
-from pqcli.jobs.decode import converted, default_file_suffix, dense_reader
 from pqcli.jobs.course import at_the_end, parts
+from pqcli.jobs.decode import converted, default_file_suffix, dense_reader
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import ENDING, check_folder_output

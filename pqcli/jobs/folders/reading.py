@@ -132,7 +132,8 @@ def left_out_of_folder(source: Path, *, limits: Limits | None = None) -> tuple[s
 
 def _hooks(folder: CompressedFolder, hook: Hook | None) -> dict[str, Hook]:
     """A hook for each container, by the bytes of its file."""
-    return parts(hook or ignore, {label: (folder.path / path).stat().st_size for label, path in folder.containers.items()})
+    sizes = {label: (folder.path / path).stat().st_size for label, path in folder.containers.items()}
+    return parts(hook or ignore, sizes)
 
 
 def _beside(folder: CompressedFolder, original: Original, limits: Limits | None) -> Iterator[Finding]:
