@@ -20,8 +20,7 @@ class Course:
     """Hands events on to `hook`, with their place in the whole.
 
     `costs` are the stages in their order, each with its cost, and `repeats` how often a stage is expected to be gone
-    through: where it may be more often, the last of these takes half of what is left of its share, a further one half
-    of the rest. A stage of which nothing was expected takes no share. Places only move forward.
+    through. What was not expected takes no share. Places only move forward.
     """
 
     hook: Hook
@@ -51,11 +50,9 @@ class Course:
         start, end = (end - self.costs[stage]) / whole, end / whole
         time, expected = self._times[stage], self.repeats.get(stage, 1)
         self._times[stage] += 1
-        once = (end - start) / expected
-        before = max(self._at, start + min(time, expected - 1) * once)
-        if time < expected - 1:
-            return before, min(once, end - before)
-        return before, max(end - before, 0.0) / (1 if expected == 1 else 2)
+        before = max(self._at, start + (end - start) * min(time / expected, 1.0))
+        after = start + (end - start) * min((time + 1) / expected, 1.0)
+        return before, max(after - before, 0.0)
 
 
 def parts(hook: Hook, sizes: Mapping[str, int]) -> dict[str, Hook]:

@@ -209,8 +209,8 @@ class EcpqCodec(StreamCodec):
             "reading": 30.0,
             "keeping": 0.0,
             "learning": 1.0,
-            "searching": fed * 9000.0 * share,
-            "encoding": fed * 180.0 * n_trials,
+            "searching": fed * 20000.0 * share,
+            "encoding": fed * 110.0 * n_trials,
             "measuring": 80.0,
         }
 
