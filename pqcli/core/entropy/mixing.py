@@ -66,6 +66,8 @@ def _squashed() -> NDArray[np.int64]:
 
 _STRETCH = _stretched()
 _SQUASH = _squashed()
+TABLES = np.concatenate([_LOG2, _EXP2, _STRETCH, _SQUASH])
+"""What `mixing.h` looks up."""
 
 
 @kernel

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.core.compiled.jit import kernel
+from pqcli.core.native.library import function, reads, writes
 
 COUNT_LIMIT = 500
 RATES = np.array([int(655360 // (10 * n + 16)) for n in range(COUNT_LIMIT + 1)], np.int64)
@@ -83,44 +84,19 @@ def adapt(models, index, bit, rates):
         models[index, 1] = count + 1
 
 
-@kernel
-def _code_integer(encoding, value, models, first, rates, window, buffer):
-    """One integer in [0, 2^32): an adaptive unary number of bits of value + 1, then those below the leading one."""
-    low, span, code, position, length = window[0], window[1], window[2], window[3], window[4]
-    target = value + 1
-    n_bits = 0
-    while encoding and target >> (n_bits + 1):
-        n_bits += 1
-    bits = 0
-    while bits < N_INTEGER_MODELS - 1:
-        bit, low, span, code, position = code_bit(
-            encoding, 1 if bits < n_bits else 0, np.int64(models[first + bits, 0]),
-            low, span, code, position, length, buffer,
-        )  # fmt: skip
-        adapt(models, first + bits, bit, rates)
-        if bit == 0:
-            break
-        bits += 1
-    result = 1
-    for i in range(bits - 1, -1, -1):
-        bit, low, span, code, position = code_bit(
-            encoding, (target >> i) & 1, 32768, low, span, code, position, length, buffer
-        )
-        result = (result << 1) | bit
-    window[0], window[1], window[2], window[3] = low, span, code, position
-    return result - 1
+_code_integer = function(
+    "code_integer",
+    bool, int, writes(np.int32), int, reads(np.int64), writes(np.int64), writes(np.uint8),
+    returns=int,
+)  # fmt: skip
+"""(encoding, value, models, first, rates, window, buffer): the integer."""
 
-
-@kernel
-def _code_decision(encoding, bit, models, index, rates, window, buffer):
-    """One adaptive decision."""
-    low, span, code, position, length = window[0], window[1], window[2], window[3], window[4]
-    bit, low, span, code, position = code_bit(
-        encoding, bit, np.int64(models[index, 0]), low, span, code, position, length, buffer
-    )
-    adapt(models, index, bit, rates)
-    window[0], window[1], window[2], window[3] = low, span, code, position
-    return bit
+_code_decision = function(
+    "code_decision",
+    bool, int, writes(np.int32), int, reads(np.int64), writes(np.int64), writes(np.uint8),
+    returns=int,
+)  # fmt: skip
+"""(encoding, bit, models, index, rates, window, buffer): the decision."""
 
 
 class RangeCoder:
@@ -153,11 +129,13 @@ class RangeCoder:
 
     def bit(self, model: int, bit: int = 0) -> int:
         """One decision; adapts one model."""
-        return int(_code_decision(self.encoding, bit, self.models, model, RATES, self.window, self.buffer))
+        found: int = _code_decision(self.encoding, bit, self.models, model, RATES, self.window, self.buffer)
+        return found
 
     def integer(self, first_model: int, value: int = 0) -> int:
         """One integer in [0, 2^32 - 2]; adapts the N_INTEGER_MODELS models from `first_model` on."""
-        return int(_code_integer(self.encoding, value, self.models, first_model, RATES, self.window, self.buffer))
+        found: int = _code_integer(self.encoding, value, self.models, first_model, RATES, self.window, self.buffer)
+        return found
 
     def signed(self, first_model: int, value: int = 0) -> int:
         """One integer of either sign, |value| < 2^31, small ones cheap: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""
