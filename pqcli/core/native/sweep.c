@@ -1,6 +1,7 @@
 /* The one hot primitive of pqcli.core.kernels on a CPU; how it keeps a core busy is told in pqcli.core.kernels.cpu.
 
-   Block sizes up to 16 have code of their own, in which all loops over coordinates are unrolled. */
+   Block sizes up to 16 have code of their own, in which all loops over coordinates are unrolled; larger ones share it
+   with those that leave the same rest when divided by 8. */
 #include <string.h>
 
 #include "native.h"
@@ -17,9 +18,20 @@ typedef double Doubles __attribute__((ext_vector_type(LANES)));
 typedef _Bool Bits __attribute__((ext_vector_type(LANES)));
 typedef Floats FloatsAnywhere __attribute__((aligned(4)));
 typedef Ints IntsAnywhere __attribute__((aligned(4)));
+typedef float Eight __attribute__((ext_vector_type(8)));
+typedef double Sums __attribute__((ext_vector_type(8)));
+typedef Eight EightAnywhere __attribute__((aligned(4)));
+typedef Sums SumsAnywhere __attribute__((aligned(8)));
 
 #define INLINE static inline __attribute__((always_inline)) WIDE
 #define UNROLL _Pragma("clang loop unroll_count(16)")
+
+/* for (t = 0; t < d; t++), where d - rest is a multiple of 8, or d is the rest */
+#define OVER_COORDINATES(...) \
+    for (int64_t eighth = 0; eighth < d - rest; eighth += 8) { \
+        UNROLL for (int64_t t = eighth; t < eighth + 8; t++) __VA_ARGS__ \
+    } \
+    UNROLL for (int64_t t = d - rest; t < d; t++) __VA_ARGS__
 
 INLINE Floats load(const float *at) { return *(const FloatsAnywhere *)at; }
 
@@ -89,31 +101,24 @@ INLINE void transpose(int width, const float *rows, float *columns) {
     UNROLL for (int i = 0; i < width; i++) store(columns + i * GROUP_VECTORS, now[i]);
 }
 
-static WIDE void transpose_some(int width, const float *rows, float *columns) {
-    switch (width) {
-#define CASE(W) case W: transpose(W, rows, columns); return;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-        CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
-#undef CASE
-    }
+/* Some columns of LANES rows that lie d floats apart. */
+INLINE void transpose_part(int width, int64_t d, const float *rows, float *columns) {
+    float part[LANES * UNROLLED];
+    for (int lane = 0; lane < LANES; lane++) memcpy(part + lane * width, rows + lane * d, (size_t)width * sizeof *rows);
+    transpose(width, part, columns);
 }
 
 /* Coordinates (groups, d, GROUP_VECTORS) of the n vectors of a block, whose rows are whole groups. */
-INLINE void transpose_block(int64_t d, int64_t n, const float *rows, float *coordinates) {
+INLINE void transpose_block(int64_t d, int64_t rest, int64_t n, const float *rows, float *coordinates) {
     for (int64_t first = 0; first < n; first += LANES) {
         const float *from = rows + first * d;
         float *to = coordinates + first / GROUP_VECTORS * GROUP_VECTORS * d + first % GROUP_VECTORS;
-        if (d <= UNROLLED) {
+        if (d == rest) {
             transpose((int)d, from, to);
             continue;
         }
-        float part[LANES * UNROLLED];
-        for (int64_t t = 0; t < d; t += UNROLLED) {
-            int width = (int)min_int(UNROLLED, d - t);
-            for (int lane = 0; lane < LANES; lane++)
-                for (int i = 0; i < width; i++) part[lane * width + i] = from[lane * d + t + i];
-            transpose_some(width, part, to + t * GROUP_VECTORS);
-        }
+        for (int64_t t = 0; t < d - rest; t += 8) transpose_part(8, d, from + t, to + t * GROUP_VECTORS);
+        if (rest) transpose_part((int)rest, d, from + d - rest, to + (d - rest) * GROUP_VECTORS);
     }
 }
 
@@ -121,7 +126,7 @@ INLINE void transpose_block(int64_t d, int64_t n, const float *rows, float *coor
 
 /* Update best and chunk of the n vectors of a block with the centroids of chunks start to stop. */
 INLINE void visit(
-    int64_t d, int64_t n, int64_t start, int64_t stop, const float *coordinates, const float *rows, const float *bias,
+    int64_t d, int64_t rest, int64_t n, int64_t start, int64_t stop, const float *coordinates, const float *rows, const float *bias,
     float *best, int32_t *chunk
 ) {
     for (int64_t group = 0; group < n; group += GROUP_VECTORS, coordinates += GROUP_VECTORS * d) {
@@ -142,14 +147,14 @@ INLINE void visit(
                 Floats scores[TILE][GROUP];
                 for (int j = 0; j < TILE; j++)
                     for (int p = 0; p < GROUP; p++) scores[j][p] = (Floats)bias[first + j];
-                UNROLL for (int64_t t = 0; t < d; t++) {
+                OVER_COORDINATES({
                     Floats x[GROUP];
                     for (int p = 0; p < GROUP; p++) x[p] = load(at + (t * GROUP + p) * LANES);
                     for (int j = 0; j < TILE; j++) {
                         Floats c = (Floats)row[j * d + t];
                         for (int p = 0; p < GROUP; p++) scores[j][p] = fma_of(c, x[p], scores[j][p]);
                     }
-                }
+                })
                 for (int j = 0; j < TILE; j++)
                     for (int p = 0; p < GROUP; p++)
                         largest[p] = scores[j][p] > largest[p] ? scores[j][p] : largest[p];
@@ -169,7 +174,7 @@ INLINE void visit(
 
 /* The assignments of the n vectors of a block: which lane of its chunk has a vector's best score. */
 INLINE void settle(
-    int64_t d, int64_t n, int64_t k, const float *coordinates, const float *columns, const float *best,
+    int64_t d, int64_t rest, int64_t n, int64_t k, const float *coordinates, const float *columns, const float *best,
     const int32_t *chunk, int32_t *assignments
 ) {
     for (int64_t group = 0; group < n; group += GROUP_VECTORS, coordinates += GROUP_VECTORS * d) {
@@ -179,8 +184,7 @@ INLINE void settle(
             int64_t name = chunk[group + i];
             const float *column = columns + name * (d + 1) * LANES;
             Floats score = load(column + d * LANES);
-            UNROLL for (int64_t t = 0; t < d; t++)
-                score = fma_of(load(column + t * LANES), (Floats)x[t * GROUP_VECTORS], score);
+            OVER_COORDINATES({ score = fma_of(load(column + t * LANES), (Floats)x[t * GROUP_VECTORS], score); })
             Bits equal = __builtin_convertvector(score == (Floats)best[group + i], Bits);
             uint32_t bits = 1 << 16; /* a NaN equals nothing: then any index will do, but it must be one */
             memcpy(&bits, &equal, sizeof equal);
@@ -194,14 +198,20 @@ INLINE void settle(
    A loop of its own: the processor must know where the last vector went before it may load the next sum, and here it
    reads that from memory well ahead. */
 INLINE void add_up(
-    int64_t d, int64_t n, const float *restrict rows, const float *restrict weights, int64_t weight_step,
+    int64_t d, int64_t rest, int64_t n, const float *restrict rows, const float *restrict weights, int64_t weight_step,
     const int32_t *restrict assignments, double *restrict sums, double *restrict counts
 ) {
+    int64_t whole = d == rest ? d / 8 * 8 : d - rest;
     for (int64_t i = 0; i < n; i++) {
         double weight = weights[i * weight_step];
         double *sum = sums + assignments[i] * d;
         counts[assignments[i]] += weight;
-        for (int64_t t = 0; t < d; t++) sum[t] += (double)rows[i * d + t] * weight;
+        const float *row = rows + i * d;
+        for (int64_t t = 0; t < whole; t += 8) {
+            SumsAnywhere *eight = (SumsAnywhere *)(sum + t);
+            *eight += __builtin_convertvector(*(const EightAnywhere *)(row + t), Sums) * weight;
+        }
+        for (int64_t t = whole; t < d; t++) sum[t] += (double)row[t] * weight;
     }
 }
 
@@ -245,7 +255,7 @@ typedef struct {
     double *score;          /* (LANES,) */
 } Slab;
 
-INLINE void sweep(int64_t d, const Slab *slab) {
+INLINE void sweep(int64_t d, int64_t rest, const Slab *slab) {
     float *staged = slab->scratch, *coordinates = staged + BLOCK * d, *best = coordinates + BLOCK * d;
     int32_t *chunk = (int32_t *)(best + BLOCK);
     double score[LANES] = {0};
@@ -257,16 +267,16 @@ INLINE void sweep(int64_t d, const Slab *slab) {
             stage(slab->dtype, d, n, vectors, slab->stride, staged);
             rows = staged;
         }
-        transpose_block(d, n, rows, coordinates);
+        transpose_block(d, rest, n, rows, coordinates);
         for (int64_t i = 0; i < n; i += LANES) {
             store(best + i, (Floats)-__builtin_inff());
             *(IntsAnywhere *)(chunk + i) = (Ints)0;
         }
         for (int64_t start = 0; start < slab->n_chunks; start += slab->tile) {
             int64_t stop = min_int(start + slab->tile, slab->n_chunks);
-            visit(d, n, start, stop, coordinates, slab->rows, slab->bias, best, chunk);
+            visit(d, rest, n, start, stop, coordinates, slab->rows, slab->bias, best, chunk);
         }
-        settle(d, n, slab->k, coordinates, slab->columns, best, chunk, slab->assignments + first);
+        settle(d, rest, n, slab->k, coordinates, slab->columns, best, chunk, slab->assignments + first);
         const float *weights = slab->weights + first * slab->weight_step;
         for (int64_t i = 0; i < n; i += LANES) {
             for (int lane = 0; lane < LANES; lane++) {
@@ -275,7 +285,7 @@ INLINE void sweep(int64_t d, const Slab *slab) {
             }
         }
         if (slab->accumulate)
-            add_up(d, n, rows, weights, slab->weight_step, slab->assignments + first, slab->sums, slab->counts);
+            add_up(d, rest, n, rows, weights, slab->weight_step, slab->assignments + first, slab->sums, slab->counts);
     }
     memcpy(slab->score, score, sizeof score);
 }
@@ -288,11 +298,13 @@ EXPORT WIDE void sweep_slab(
 ) {
     Slab slab = {dtype, vectors, stride, n, rows, bias, columns, n_chunks, tile, k, scratch, weights, weight_step,
                  assignments, accumulate, sums, counts, score};
-    switch (d) {
-#define CASE(D) case D: sweep(D, &slab); return;
+    switch (d <= UNROLLED ? d : UNROLLED + 1 + d % 8) {
+#define CASE(D) case D: sweep(D, D, &slab); return;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
         CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
 #undef CASE
-        default: sweep(d, &slab);
+#define CASE(R) case UNROLLED + 1 + R: sweep(d, R, &slab); return;
+        CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+#undef CASE
     }
 }
