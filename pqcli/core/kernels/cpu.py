@@ -16,8 +16,7 @@ What binds: the d multiply-adds of a score share two ports with 1 max and 3/16 o
 of the multiply-add peak is the roof: 87 % at d = 8, 77 % at d = 4.
 
 One answer: the vectors are cut into slabs by n, k and d alone, each slab has its own sums, and these are added in
-order: the number of threads does not change a bit of the result. (The width of the registers changes only the last bits
-of the score.)
+order: the number of threads does not change a bit
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from pqcli.core.native.library import function
 
 _BLOCK_VECTORS = 48  # registers of vectors transposed at a time: 24 KiB at d = 8
 _CODEBOOK_TILE_BYTES = 24 << 10  # half of an L1 cache
+N_SCORES = 16  # sums of scores
 _SLAB_UNIT = 768  # whole blocks, whatever the lanes
 _SLAB_UNITS = 6
 _MAX_SLABS = 256
@@ -56,11 +56,11 @@ bias               (n_chunks * lanes,), the padding is -inf
 columns            the codebook once more with centroids along the lanes: (n_chunks, d + 1, lanes), bias last
 n_chunks, tile, k  tile: chunks visited for a block of vectors at a time
 scratch            (scratch_size,) float32
-weights, step      readable for a whole register, whatever n; step 0: the same register of weights for all
+weights, step      N_SCORES of them readable from any vector on; step 0: the first ones are for all
 assignments        (n,) int32
 accumulate         whether to write sums (k, d) and counts (k,)
 sums, counts       float64
-score              (lanes,) float64
+score              (N_SCORES,) float64
 """
 
 
@@ -82,7 +82,7 @@ def sweep(
     rows, padded_bias, columns = layouts(codebook, bias, n_lanes)
     dtype = _DTYPES[vectors.dtype]
     weight_step = 0 if weights is None else 1
-    padded_weights = torch.ones(n_lanes) if weights is None else torch.cat([weights, torch.ones(n_lanes)])
+    padded_weights = torch.ones(N_SCORES) if weights is None else torch.cat([weights, torch.ones(N_SCORES)])
 
     bounds = [0, n] if is_slab else slabs(n, k, d)
     n_slabs = len(bounds) - 1
@@ -90,7 +90,7 @@ def sweep(
     assignments = torch.empty(n, dtype=torch.int32)
     scratch = torch.empty(n_threads, scratch_size(d, n_lanes))
     partial = np.zeros((n_slabs, k * (d + 1) if accumulate else 0))
-    scores = np.zeros((n_slabs, n_lanes))
+    scores = np.zeros((n_slabs, N_SCORES))
 
     # Plain integers: a tensor's slice and its address cost a microsecond each, which a small sweep would feel.
     at_vectors, row_bytes = vectors.data_ptr(), vectors.stride(0) * vectors.itemsize
@@ -115,7 +115,7 @@ def sweep(
             sweep_slab(
                 d, dtype, at_vectors + start * row_bytes, vectors.stride(0), stop - start, *codebook_arguments,
                 at_scratch, at_weights + 4 * start * weight_step, weight_step, at_assignments + 4 * start,
-                int(accumulate), at_sums, at_sums + 8 * k * d, at_scores + 8 * slab * n_lanes,
+                int(accumulate), at_sums, at_sums + 8 * k * d, at_scores + 8 * slab * N_SCORES,
             )  # fmt: skip
             done.append(slab)
 
@@ -165,7 +165,7 @@ def slabs(n: int, k: int, d: int) -> list[int]:
 
 
 def layouts(codebook: torch.Tensor, bias: torch.Tensor, lanes: int) -> tuple[Array, Array, Array]:
-    """rows, bias and columns, as described at `sweep_slab`; in numpy, whose small operations take a third of the time."""
+    """rows, bias and columns, as `sweep_slab` takes them; in numpy, whose small operations take a third of the time."""
     k, d = codebook.shape
     n_chunks = -(-k // lanes)
     rows, padded_bias = codebook.contiguous().numpy(), bias.contiguous().numpy()

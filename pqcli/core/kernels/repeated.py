@@ -61,7 +61,7 @@ class _LaidOut:
         self.rows, bias, self.columns = cpu.layouts(torch.from_numpy(codebook), nothing, self.lanes)
         self.bias = bias.copy()
         self.scratch = torch.empty(cpu.scratch_size(self.d, self.lanes))
-        self.ones, self.score = torch.ones(self.lanes), np.zeros(self.lanes)
+        self.ones, self.score = torch.ones(cpu.N_SCORES), np.zeros(cpu.N_SCORES)
         self.codebook_arguments = (
             self.rows.ctypes.data,
             self.bias.ctypes.data,

@@ -94,6 +94,8 @@ class Function:
         call = self.call or self._bound()
         values = list(arguments)
         try:
+            if len(values) != len(self.kinds):  # ctypes lets too many pass
+                raise TypeError(f"{len(values)} were given")  # noqa: TRY301 - said below
             for i, pointer in self.arrays:
                 values[i] = pointer(values[i])
             return call(*values)

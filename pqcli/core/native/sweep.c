@@ -11,10 +11,10 @@
 #define GROUP_VECTORS (GROUP * LANES)  /* vectors in a tile */
 #define BLOCK (16 * GROUP_VECTORS)     /* vectors transposed at a time */
 #define UNROLLED 16
+#define SCORES 16                      /* sums of scores, whatever the registers: one answer */
 
 typedef float Floats __attribute__((ext_vector_type(LANES)));
 typedef int32_t Ints __attribute__((ext_vector_type(LANES)));
-typedef double Doubles __attribute__((ext_vector_type(LANES)));
 typedef _Bool Bits __attribute__((ext_vector_type(LANES)));
 typedef Floats FloatsAnywhere __attribute__((aligned(4)));
 typedef Ints IntsAnywhere __attribute__((aligned(4)));
@@ -41,6 +41,7 @@ INLINE void store(float *at, Floats values) { *(FloatsAnywhere *)at = values; }
 /* a * b + c, rounded once. */
 INLINE Floats fma_of(Floats a, Floats b, Floats c) { return __builtin_elementwise_fma(a, b, c); }
 #else
+typedef double Doubles __attribute__((ext_vector_type(LANES)));
 typedef int64_t Longs __attribute__((ext_vector_type(LANES)));
 
 /* a * b + c, rounded once, where the processor has no such instruction: the product is exact in double, and so is what
@@ -247,18 +248,18 @@ typedef struct {
     int64_t tile;           /* chunks visited for a block of vectors at a time */
     int64_t k;
     float *scratch;         /* BLOCK * (2 * d + 2) */
-    const float *weights;   /* readable for a whole register, whatever n */
-    int64_t weight_step;    /* 0: the same register of weights for all */
+    const float *weights;   /* SCORES of them readable from any vector on */
+    int64_t weight_step;    /* 0: the first SCORES are for all */
     int32_t *assignments;
     int64_t accumulate;
     double *sums, *counts;
-    double *score;          /* (LANES,) */
+    double *score;          /* (SCORES,) */
 } Slab;
 
 INLINE void sweep(int64_t d, int64_t rest, const Slab *slab) {
     float *staged = slab->scratch, *coordinates = staged + BLOCK * d, *best = coordinates + BLOCK * d;
     int32_t *chunk = (int32_t *)(best + BLOCK);
-    double score[LANES] = {0};
+    double score[SCORES] = {0};
     for (int64_t first = 0; first < slab->n; first += BLOCK) {
         int64_t n = min_int(slab->n - first, BLOCK);
         const char *vectors = slab->vectors + first * slab->stride * (slab->dtype ? 2 : 4);
@@ -278,8 +279,8 @@ INLINE void sweep(int64_t d, int64_t rest, const Slab *slab) {
         }
         settle(d, rest, n, slab->k, coordinates, slab->columns, best, chunk, slab->assignments + first);
         const float *weights = slab->weights + first * slab->weight_step;
-        for (int64_t i = 0; i < n; i += LANES) {
-            for (int lane = 0; lane < LANES; lane++) {
+        for (int64_t i = 0; i < n; i += SCORES) {
+            for (int lane = 0; lane < SCORES; lane++) {
                 double product = (double)best[i + lane] * (double)weights[i * slab->weight_step + lane];
                 score[lane] += i + lane < n ? product : 0.0;
             }
