@@ -7,6 +7,7 @@
 
    A batch are the runs that start at row row0, row0 + run_rows, ...: columns column0 to column0 + width, of so many
    rows as make n_steps. Rows beyond the matrix count as weights of no size. */
+#include <stdalign.h>
 #include <stdbool.h>
 #include <string.h>
 
@@ -133,7 +134,7 @@ WIDE EXPORT void walk_runs(
     for (int64_t step = 0; step < n_steps; step++) {
         if (step % REST_EVERY == 0) take_off_least(here, n_states);
         FourLanes four = *(const FourLanes *)(branch_metrics + step * RUNS);
-        Lanes metrics[4] = {SUBSET(four, 0), SUBSET(four, 1), SUBSET(four, 2), SUBSET(four, 3)};
+        alignas(64) Lanes metrics[4] = {SUBSET(four, 0), SUBSET(four, 1), SUBSET(four, 2), SUBSET(four, 3)};
         for (int64_t i = 0; i < n_moves; i++) {
             const int64_t *move = moves + 6 * i;
             int64_t u = move[2], v = move[3], subset_a = move[4], subset_b = move[5];

@@ -96,11 +96,7 @@ def code_levels_mixed(
     period: int,
     scale0: int,
     next_state: NDArray[np.int64],
-    models: NDArray[np.int32],
-    weights: NDArray[np.int64],
-    shares: NDArray[np.int64],
-    taps: NDArray[np.int64],
-    seen: NDArray[np.int64],
+    mixing: Mixing,
     guesses: NDArray[np.int32],
     rates: NDArray[np.int64],
     window: NDArray[np.int64],
@@ -108,12 +104,12 @@ def code_levels_mixed(
 ) -> bool:
     """Write or read the levels of one matrix; False when what is read cannot be a stream. See `code_levels`.
 
-    Takes the fields of a `Mixing`. Also fills in the guesses.
+    Updates `mixing`, and fills in the guesses.
     """
     scratch = np.empty(9 * levels.shape[1] + 7 * period + 35, np.int64)
     is_stream: bool = _CODE_LEVELS_MIXED(
         encoding, levels, *levels.shape, labels, row_labels, run_rows, period, scale0, next_state,
-        models, weights, shares, taps, seen, guesses, TABLES, rates, window, buffer, scratch,
+        *mixing, guesses, TABLES, rates, window, buffer, scratch,
     )  # fmt: skip
     return is_stream
 

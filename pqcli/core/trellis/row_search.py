@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.core.native.library import function, reads, writes
+from pqcli.core.native.memory import empty_in_lines
 from pqcli.core.trellis.loops import N_CLASSES, RUN_COLUMNS
 from pqcli.core.trellis.viterbi import Costs
 from pqcli.core.trellis.viterbi_loops import N_BINS
@@ -96,7 +97,7 @@ class RowSearch:
         self._walked = (
             *crossings,
             np.empty(width, np.int64),
-            np.empty((2, found.n_states), np.uint16),
+            empty_in_lines((2, found.n_states), np.uint16),
             np.empty((width, step_bytes), np.uint8),
         )
         self._column_scale = column_scale

@@ -107,7 +107,7 @@ def level_code(coder: RangeCoder, *, is_mixed: bool) -> LevelCode:
 
     def mixed(decoded: Decoded, period: int, scale0: int, next_state: NDArray[np.int64]) -> bool:
         return code_levels_mixed(
-            encoding, *matrix(decoded), period, scale0, next_state, *mixing, decoded.guesses, RATES, window, buffer
+            encoding, *matrix(decoded), period, scale0, next_state, mixing, decoded.guesses, RATES, window, buffer
         )
 
     return mixed

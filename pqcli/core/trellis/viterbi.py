@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.core.importance import Importance
+from pqcli.core.native.memory import empty_in_lines
 from pqcli.core.trellis.loops import N_CLASSES, RUN_COLUMNS, RUN_LENGTH
 from pqcli.core.trellis.viterbi_loops import (
     LANES,
@@ -118,7 +119,7 @@ class Search:
         most_steps = min(run_rows, n_rows) * min(n_columns, RUN_COLUMNS)
         branch_metrics = np.empty((most_steps, LANES), np.int64)
         taken = np.empty((most_steps, len(backward)), np.uint32)
-        path_metrics = np.empty((2, len(backward), LANES), np.uint16)
+        path_metrics = empty_in_lines((2, len(backward), LANES), np.uint16)
         for row0 in range(0, n_rows, run_rows * LANES):
             for column0 in range(0, n_columns, RUN_COLUMNS):
                 width = min(RUN_COLUMNS, n_columns - column0)
