@@ -226,11 +226,11 @@ static void trace_row(
             int8_t *known = search->level_table + ((2 * scale + label) * N_BINS + bin) * 4 + subset;
             level = *known;
             if (level == UNKNOWN_LEVEL) {
-                level = best_level(middle_of(bin), subset, label, &own).level;
+                level = best_level(middle_of(bin), subset, label, &own);
                 *known = (int8_t)level;
             }
         } else {
-            level = best_level(weight, subset, label, &own).level;
+            level = best_level(weight, subset, label, &own);
         }
         levels[j] = (int32_t)level;
         decoded[j] = point_of(level, set_of(parity, label), search->costs.points);

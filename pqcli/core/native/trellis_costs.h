@@ -57,25 +57,53 @@ static inline float cost_of(float size, int64_t level, int64_t which, const Clas
     return error * error + costs->rate_weight * (costs->bits[which * N_COSTS + entry] + costs->slope * beyond);
 }
 
+/* The magnitudes of a subset, signed for the weight's side: `residue` modulo 4, from `lowest` on. */
 typedef struct {
-    float cost;
-    int64_t level;
-} Choice;
+    int64_t residue, lowest;
+} Range;
 
-/* The level of a subset that costs a weight least, and the cost: of the two nearest from below, the cheaper. */
-static inline Choice best_level(float weight, int64_t subset, int64_t label, const ClassCosts *costs) {
-    int64_t parity = subset >> 1, half = subset & 1, which = set_of(parity, label);
-    float size = fabsf(weight);
-    int64_t lowest = label ? -4 : half ? 2 - parity : 0;
+static inline Range range_of(float weight, int64_t subset, int64_t label) {
+    int64_t parity = subset >> 1, half = subset & 1;
     int64_t residue = label || parity == 0 ? parity + 2 * half : 3 - 2 * half;
     if (label == 1 && parity == 1 && weight < 0) residue = (4 - residue) & 3;
-    int64_t near = max_int(residue - 4 + 4 * (int64_t)((size - (float)(residue - 6)) * 0.25f), lowest);
-    int64_t lower = max_int(near - 4, lowest);
-    Choice best = {cost_of(size, near, which, costs), near};
-    float cost = cost_of(size, lower, which, costs);
-    if (cost < best.cost) best = (Choice){cost, lower};
-    if (weight < 0) best.level = -best.level;
-    return best;
+    return (Range){residue, label ? -4 : half ? 2 - parity : 0};
+}
+
+/* The largest level of a range that is not above a size, or so. */
+static inline int64_t nearest_below(float size, Range range) {
+    int64_t near = range.residue - 4 + 4 * (int64_t)((size - (float)(range.residue - 6)) * 0.25f);
+    return max_int(near, range.lowest);
+}
+
+/* The level of a subset that costs a weight least, of the two nearest from below. */
+static inline int64_t best_level(float weight, int64_t subset, int64_t label, const ClassCosts *costs) {
+    float size = fabsf(weight);
+    int64_t which = set_of(subset >> 1, label);
+    Range range = range_of(weight, subset, label);
+    int64_t near = nearest_below(size, range), lower = max_int(near - 4, range.lowest);
+    int64_t level = cost_of(size, lower, which, costs) < cost_of(size, near, which, costs) ? lower : near;
+    return weight < 0 ? -level : level;
+}
+
+/* Four costs, those of four subsets. Arithmetic on all of them at once is the same as on each, and said here, because
+   compilers that find pairs in it by themselves work on what happens to lie beside the pairs in registers as well. */
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourBits __attribute__((vector_size(16)));
+
+/* `cost_of` four levels, one of each subset. */
+static inline Four four_costs(float size, const int64_t *levels, int64_t odd_set, const ClassCosts *costs) {
+    Four point, bits, beyond;
+    for (int subset = 0; subset < 4; subset++) {
+        int64_t which = subset < 2 ? 0 : odd_set, magnitude = magnitude_of(levels[subset]);
+        int64_t entry = magnitude < N_COSTS ? magnitude : N_COSTS - 2 + (magnitude & 1);
+        float known = costs->points[which * N_POINTS + min_int(magnitude, N_POINTS - 1)];
+        float stands_for = magnitude < N_POINTS ? known : (float)magnitude;
+        point[subset] = levels[subset] > 0 ? stands_for : -stands_for;
+        bits[subset] = costs->bits[which * N_COSTS + entry];
+        beyond[subset] = (float)(magnitude - entry);
+    }
+    Four error = size - point;
+    return error * error + costs->rate_weight * (bits + costs->slope * beyond);
 }
 
 static inline uint64_t metric_of(float excess, double unit) {
@@ -87,11 +115,17 @@ static inline float lesser(float a, float b) { return b < a ? b : a; }
 
 /* Branch metrics: what each of the four subsets costs more than the cheapest of them, 16 bits each. */
 static inline int64_t packed_metrics(float weight, int64_t label, const ClassCosts *costs, double unit) {
-    float a = best_level(weight, 0, label, costs).cost;
-    float b = best_level(weight, 1, label, costs).cost;
-    float c = best_level(weight, 2, label, costs).cost;
-    float d = best_level(weight, 3, label, costs).cost;
-    float least = lesser(lesser(a, b), lesser(c, d));
-    return (int64_t)(metric_of(a - least, unit) | metric_of(b - least, unit) << 16 | metric_of(c - least, unit) << 32 |
-                     metric_of(d - least, unit) << 48);
+    float size = fabsf(weight);
+    int64_t near[4], lower[4];
+    for (int subset = 0; subset < 4; subset++) {
+        Range range = range_of(weight, subset, label);
+        near[subset] = nearest_below(size, range);
+        lower[subset] = max_int(near[subset] - 4, range.lowest);
+    }
+    Four best = four_costs(size, near, set_of(1, label), costs), other = four_costs(size, lower, set_of(1, label), costs);
+    FourBits is_other = other < best;
+    best = (Four)(((FourBits)other & is_other) | ((FourBits)best & ~is_other));
+    best -= lesser(lesser(best[0], best[1]), lesser(best[2], best[3]));
+    return (int64_t)(metric_of(best[0], unit) | metric_of(best[1], unit) << 16 | metric_of(best[2], unit) << 32 |
+                     metric_of(best[3], unit) << 48);
 }

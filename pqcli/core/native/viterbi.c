@@ -23,7 +23,7 @@ static void fill_tables(int64_t label, const ClassCosts *costs, int64_t *metrics
         float weight = middle_of(bin);
         metrics[bin] = packed_metrics(weight, label, costs, METRIC_UNIT);
         for (int64_t subset = 0; subset < 4; subset++)
-            levels[4 * bin + subset] = (int8_t)best_level(weight, subset, label, costs).level;
+            levels[4 * bin + subset] = (int8_t)best_level(weight, subset, label, costs);
     }
 }
 
@@ -188,7 +188,7 @@ EXPORT void trace_back(
             } else {
                 ClassCosts own = costs_of(&costs, scale);
                 if (is_weighed) own.rate_weight = rate_weight / (row_importance[r] * column_importance[j]);
-                level = best_level(weight, subset, label, &own).level;
+                level = best_level(weight, subset, label, &own);
             }
             levels[r * n_columns + j] = (int32_t)level;
         }
