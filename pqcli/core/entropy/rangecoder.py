@@ -10,10 +10,9 @@ coded before, alike in the coder and the decoder, so that no tables are sent. Ev
 
 `range` lies in [2^32, 2^48] between decisions and two bytes move at a time. A model's k-th adaptation moves its
 probability by RATES[k] / 65536 of the way to the decision: fast at first, then slow. Encoder and decoder are one
-function each way with an `encoding` flag, so that the two cannot drift apart.
+function each way with an `encoding` flag, so that the two cannot drift apart; they are in C (`rangecoder.h`).
 """
 
-# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False
 from __future__ import annotations
 
 from typing import Self
@@ -21,7 +20,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pqcli.core.compiled.jit import kernel
 from pqcli.core.native.library import function, reads, writes
 
 COUNT_LIMIT = 500
@@ -29,59 +27,9 @@ RATES = np.array([int(655360 // (10 * n + 16)) for n in range(COUNT_LIMIT + 1)],
 """RATES[n] = floor(65536 / (n + 1.6)): the share of the way a probability moves at its n-th decision."""
 
 _FULL = 1 << 48
-_SPLIT = 1 << 32
 _WINDOW_BYTES = 6
 N_INTEGER_MODELS = 33
 """Models that one kind of integer uses (see `RangeCoder.integer`)."""
-
-
-@kernel
-def code_bit(encoding, bit, probability, low, span, code, position, length, buffer):
-    """One decision with P(1) = probability / 65536: (bit, low, span, code, position) afterwards."""
-    bound = (span >> 16) * probability
-    if not encoding:
-        bit = 1 if code < bound else 0
-    if bit:
-        span = bound
-    else:
-        span -= bound
-        if encoding:
-            low += bound
-        else:
-            code -= bound
-    if span < _SPLIT:
-        span <<= 16
-        if encoding:
-            if low >= _FULL:
-                low -= _FULL
-                i = position - 1
-                while buffer[i] == 255:
-                    buffer[i] = 0
-                    i -= 1
-                buffer[i] += 1
-            buffer[position] = low >> 40
-            buffer[position + 1] = (low >> 32) & 255
-            low = (low & (_SPLIT - 1)) << 16
-        else:
-            high = np.int64(buffer[position]) if position < length else 0
-            rest = np.int64(buffer[position + 1]) if position + 1 < length else 0
-            code = (code << 16) | (high << 8) | rest
-        position += 2
-    return bit, low, span, code, position
-
-
-@kernel
-def adapt(models, index, bit, rates):
-    """Move one model towards `bit`; probabilities stay in [32, 65504]."""
-    probability = np.int64(models[index, 0])
-    count = models[index, 1]
-    if bit:
-        probability += ((65535 - probability) * rates[count]) >> 16
-    else:
-        probability -= ((probability - 1) * rates[count]) >> 16
-    models[index, 0] = min(max(probability, 32), 65504)
-    if count < COUNT_LIMIT:
-        models[index, 1] = count + 1
 
 
 _code_integer = function(

@@ -3,9 +3,9 @@
 #include "rangecoder.h"
 
 #define N_INPUTS 3
-#define LEARNING 220
+#define LEARNING 220 /* weights move by 220 / 2^24 of (error in 1/65536) * (log odds in 1/256) */
 #define OCTAVE 256
-#define LARGEST (12 * OCTAVE)
+#define LARGEST (12 * OCTAVE) /* log odds are cut off at 12 octaves */
 #define SQUASH_SHIFT 2
 
 /* `pqcli.core.entropy.mixing.TABLES`: four tables, one behind the other. */
@@ -31,7 +31,9 @@ static inline int64_t exp2_of(int64_t log, const MixingTables *tables) {
     return (tables->exp2[log & 255] << (log >> 8)) >> 16;
 }
 
-/* One decision predicted by models a, b and c, all of which learn, as do the weights (N_INPUTS): the bit. */
+/* One decision predicted by models a, b and c, all of which learn, as do the weights (N_INPUTS): the bit.
+
+   A weight moves by less than 2^12 at a time, and log odds stay below 2^12: no sum overflows within 2^38 decisions. */
 static inline int64_t code_mixed(
     int encoding, int64_t bit, Model *a, Model *b, Model *c, int64_t *weights, const MixingTables *tables,
     const int64_t *rates, Coder *coder

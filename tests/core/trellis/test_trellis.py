@@ -292,7 +292,7 @@ def test_mixing_gives_back_levels_of_any_size_and_shape(data):
         guesses = np.empty(levels.shape, np.int32)
         for _ in range(2):  # two segments that share what is learned
             own = labels, np.zeros(rows, np.uint8), max(1, 2048 // columns)
-            how = *own, period, scale0, one_state, *mixings.pop(), guesses
+            how = *own, period, scale0, one_state, mixings.pop(), guesses
             assert code_levels_mixed(coder.encoding, levels, *how, RATES, coder.window, coder.buffer)
         return guesses
 
