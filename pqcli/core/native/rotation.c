@@ -6,7 +6,7 @@
 
 #include "native.h"
 
-enum { WIDTH = 64 }; /* vectors rotated side by side */
+enum { WIDTH = 32 }; /* vectors rotated side by side: as many as the first cache holds, where they are not long */
 
 /* Householder's QR in double, column by column: fills in zeroed normals and coefficients; scratch is `rest`.
 

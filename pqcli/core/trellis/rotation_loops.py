@@ -13,8 +13,8 @@ from pqcli.core.native.library import function, reads, writes
 
 Matrix = NDArray[np.float32]
 
-WIDTH = 64
-"""Vectors rotated side by side."""
+WIDTH = 32
+"""Vectors rotated side by side: as many as the first cache holds, where they are not long."""
 
 _ORTHONORMALIZE = function(
     "orthonormalize",
