@@ -25,13 +25,18 @@ typedef Sums SumsAnywhere __attribute__((aligned(8)));
 
 #define INLINE static inline __attribute__((always_inline)) WIDE
 #define UNROLL _Pragma("clang loop unroll_count(16)")
+#if defined(__FMA__) || defined(__aarch64__)
+#define UNROLL_PRODUCTS UNROLL
+#else /* where a multiply-add is twenty instructions, that is enough of them */
+#define UNROLL_PRODUCTS _Pragma("clang loop unroll(disable)")
+#endif
 
 /* for (t = 0; t < d; t++), where d - rest is a multiple of 8, or d is the rest */
 #define OVER_COORDINATES(...) \
     for (int64_t eighth = 0; eighth < d - rest; eighth += 8) { \
-        UNROLL for (int64_t t = eighth; t < eighth + 8; t++) __VA_ARGS__ \
+        UNROLL_PRODUCTS for (int64_t t = eighth; t < eighth + 8; t++) __VA_ARGS__ \
     } \
-    UNROLL for (int64_t t = d - rest; t < d; t++) __VA_ARGS__
+    UNROLL_PRODUCTS for (int64_t t = d - rest; t < d; t++) __VA_ARGS__
 
 INLINE Floats load(const float *at) { return *(const FloatsAnywhere *)at; }
 
