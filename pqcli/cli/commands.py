@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcli.atomic import check_output
-from pqcli.cli import statistics
+from pqcli.cli import completion, statistics
 from pqcli.cli.options import (
+    LONGEST_SHARD,
     NETWORK,
     Against,
     Base,
@@ -29,6 +30,7 @@ from pqcli.cli.options import (
     Force,
     Format,
     Fresh,
+    Group,
     Json,
     Length,
     Limit,
@@ -51,6 +53,7 @@ from pqcli.cli.options import (
 )
 from pqcli.cli.running import run
 from pqcli.container.peek import check_container, is_container
+from pqcli.defaults import N_LINES_COMPARED, N_WINDOWS_COMPARED
 from pqcli.errors import CheckFailedError, RecipeError, UsageError
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder, goes_to_folder
 from pqcli.limits import limits_of
@@ -65,9 +68,14 @@ LEAST_SHARD = 1000
 
 app = typer.Typer(
     name="pqcli",
+    cls=Group,
     help="Compress trained checkpoints by product quantization, and get the same checkpoint back.\n\n"
     "Saves storage and transfer, not arithmetic: decode before you run the model.",
-    epilog="Example: pqcli compress model.pt --block-size 8",
+    epilog=examples(
+        "pqcli compress model.pt --block-size 8",
+        "pqcli decode model.pq.safetensors",
+        "pqcli COMMAND --help",
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -107,7 +115,7 @@ def compress(
     workers: Workers = None,
     with_copies: WithCopies = False,
     embed_files: EmbedFiles = False,
-    shard_size: ShardSize = "5GB",
+    shard_size: ShardSize = LONGEST_SHARD,
     force: Force = False,
     fresh: Fresh = False,
     no_verify: NoVerify = False,
@@ -127,7 +135,9 @@ def compress(
         _check_bases(base)
         if goes_to_folder(source, target):
             check_folder_output(target or default_folder(source), source, force=force)
-        elif target:
+        else:
+            _say_idle_of_folders(console, with_copies=with_copies, shard_size=shard_size)
+        if target and not goes_to_folder(source, target):
             check_output(target, source, *(base or ()), force=force)
         if dry_run:
             from pqcli.jobs import preview
@@ -290,12 +300,19 @@ def report(
         Path | None, typer.Option("-o", "--output", metavar="PATH", help="Write to this file; without it, to stdout.")
     ] = None,
     sort: Annotated[
-        str | None, typer.Option(help="Order by this column, such as relative_mse or bytes.", metavar="KEY")
+        str | None,
+        typer.Option(
+            help="Order by this column, such as relative_mse or bytes.",
+            metavar="KEY",
+            autocompletion=completion.sort_keys,
+        ),
     ] = None,
     fail_above: Annotated[
         list[str] | None,
         typer.Option(
-            help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.", metavar="KEY=X"
+            help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.",
+            metavar="KEY=X",
+            autocompletion=completion.conditions,
         ),
     ] = None,
     model: Annotated[
@@ -314,7 +331,9 @@ def report(
     samples: Annotated[
         int | None,
         typer.Option(
-            metavar="N", rich_help_panel=NETWORK, help="Examples, drawn at random; without it, 32 windows or 512 lines."
+            metavar="N",
+            rich_help_panel=NETWORK,
+            help=f"Examples, drawn at random; without it, {N_WINDOWS_COMPARED} windows or {N_LINES_COMPARED} lines.",
         ),
     ] = None,
     length: Length = None,
@@ -372,7 +391,10 @@ def report(
 @app.command(cls=Command, epilog=examples("pqcli inspect model.pq.safetensors --tensor fc.weight"))
 def inspect(
     file: File,
-    tensor: Annotated[list[str] | None, typer.Option(help="Only this tensor; repeatable.", metavar="NAME")] = None,
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this tensor; repeatable.", metavar="NAME", autocompletion=completion.tensors),
+    ] = None,
     limit: Limit = None,
     json: Json = False,
 ) -> None:
@@ -518,6 +540,14 @@ def _recipe(console: Console, config: str | None, settings: Mapping[str, Any], d
     if idle:
         console.note(f"without effect {effect.situation(recipe)}: {', '.join(idle)}")
     return recipe
+
+
+def _say_idle_of_folders(console: Console, *, with_copies: bool, shard_size: str) -> None:
+    """Say which options were given that only the compression of a folder into a folder has a use for."""
+    given = {"--with-copies": with_copies, "--shard-size": shard_size != LONGEST_SHARD}
+    idle = [name for name, is_given in given.items() if is_given]
+    if idle:
+        console.note(f"without effect, because the result is one file: {', '.join(idle)}")
 
 
 def _size(path: Path) -> int:

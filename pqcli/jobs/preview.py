@@ -14,9 +14,10 @@ from pqcli.checkpoint.hub import located
 from pqcli.codecs.base import record_of
 from pqcli.container.peek import SUFFIX
 from pqcli.container.shards import cut
+from pqcli.defaults import SHARD_BYTES
 from pqcli.jobs import compress as compressing
 from pqcli.jobs import notebook
-from pqcli.jobs.compress import NO_FILES, SHARD_BYTES, Files
+from pqcli.jobs.compress import NO_FILES, Files
 from pqcli.jobs.devices import resolve_device
 from pqcli.jobs.executors import Threads
 from pqcli.jobs.folders.embedding import check_embedding, small_files

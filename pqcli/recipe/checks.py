@@ -66,10 +66,17 @@ def choice(names: Callable[[], Sequence[str]]) -> Check:
         options = names()
         if not isinstance(value, str) or value not in options:
             close = close_names(value, options) if isinstance(value, str) else ""
-            raise RecipeError(f"must be {' or '.join(map(repr, options))}; got {show(value)}{close}")
+            got = repr(value) if isinstance(value, str) else show(value)
+            raise RecipeError(f"must be {_either(options)}; got {got}{close}")
         return value
 
     return check
+
+
+def _either(names: Sequence[str]) -> str:
+    """`'a'`, `'a' or 'b'`, `'a', 'b' or 'c'`."""
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def text(value: object) -> object:

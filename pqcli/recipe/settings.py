@@ -20,10 +20,11 @@ from pqcli.recipe.checks import Check, choice, show
 
 MAIN = "Options"
 BUDGET = "How much to spend (one of these, --quality or --target-size)"
+KNOWN = "What is known of the network"
 TENSORS = "Which tensors"
 PLAIN = "For experts: plain PQ"
 CODED = "For experts: codecs for whole checkpoints"
-PANELS = (MAIN, BUDGET, TENSORS, PLAIN, CODED)
+PANELS = (MAIN, BUDGET, KNOWN, TENSORS, PLAIN, CODED)
 """Panels of the help, in this order; a field without a panel is no option of the command line."""
 
 Parse = Callable[[str], object]
