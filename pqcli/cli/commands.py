@@ -52,7 +52,7 @@ from pqcli.cli.options import (
     takes_recipe,
 )
 from pqcli.cli.running import run
-from pqcli.container.peek import check_container, is_container
+from pqcli.container.peek import SUFFIX, check_container, is_container
 from pqcli.defaults import N_LINES_COMPARED, N_WINDOWS_COMPARED
 from pqcli.errors import CheckFailedError, RecipeError, UsageError
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder, goes_to_folder
@@ -137,6 +137,8 @@ def compress(
             check_folder_output(target or default_folder(source), source, force=force)
         else:
             _say_idle_of_folders(console, with_copies=with_copies, shard_size=shard_size)
+            if target and target.suffix != ".safetensors":
+                console.note(f"'{target}' will be a safetensors file; x{SUFFIX} is the name by which others tell it")
         if target and not goes_to_folder(source, target):
             check_output(target, source, *(base or ()), force=force)
         if dry_run:
@@ -349,11 +351,16 @@ def report(
     def work(console: Console) -> None:
         from pqcli.reports import checks
 
-        _check_comparison(model, texts, chosen, by_layer=by_layer)
+        _check_comparison(model, text, more, chosen, by_layer=by_layer)
+        if model is None:
+            ways = {"--samples": samples is not None, "--length": length is not None, "--split": split != Split.auto}
+            given = [name for name, is_given in ways.items() if is_given]
+            if given:
+                raise UsageError(f"{' and '.join(given)}: how text is run goes with --model FOLDER, which runs it")
         if sort:
             checks.check_sortable(sort)
-        for text in fail_above or []:
-            checks.check_condition(text)
+        for condition in fail_above or []:
+            checks.check_condition(condition)
         limits = limits_of(limit or ())
         check_container(file, limits)
         if against:
@@ -367,7 +374,7 @@ def report(
             found = report.report(file, against, base=base or (), stats=stats, progress=hook, limits=limits)
         if sort:
             found = checks.sort(found, sort)
-        failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
+        failures = [failure for limit_ in fail_above or [] if (failure := checks.check(found, limit_))]
         network = None
         if model:
             from pqcli.jobs import calibrate, compare
@@ -504,11 +511,23 @@ def _what_statistics_are_for(src: Path) -> str:
     return f"the same bytes can harm the network's output less: give --stats the statistics that {how} makes"
 
 
-def _check_comparison(model: Path | None, texts: Sequence[Path], form: Format, *, by_layer: bool) -> None:
+def _check_comparison(
+    model: Path | None,
+    texts: Sequence[Path] | None,
+    more: Sequence[Path] | None,
+    form: Format,
+    *,
+    by_layer: bool,
+) -> None:
     """Raise UsageError for options of a comparison that cannot be meant."""
     if model is None and (texts or by_layer):
         raise UsageError("--text and --by-layer go with --model FOLDER, the network that is run")
-    if model is not None and not texts:
+    if model is None and more:
+        raise UsageError(
+            f"'{more[0]}': what stands behind FILE is text to run, and goes with --model FOLDER; the original "
+            "checkpoint is named with --against"
+        )
+    if model is not None and not texts and not more:
         raise UsageError("--model wants text to run; name some with --text FILE")
     if model is not None and form not in {Format.table, Format.json}:
         raise UsageError(f"--model goes with --format table or json, not {form.value}")
@@ -533,7 +552,7 @@ def _recipe(console: Console, config: str | None, settings: Mapping[str, Any], d
     from pqcli.recipe import effect, flags, loading
     from pqcli.recipe.recipe import Recipe
 
-    recipe = flags.override(loading.load(config) if config else Recipe(), **settings)
+    recipe = flags.override(loading.load(config) if config is not None else Recipe(), **settings)
     idle = [flags.flag_of(name) if name in settings else name for name in effect.without_effect(recipe, settings)]
     if device != "auto" and recipe.whole_codec:
         idle.append("--device")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from pqcli.cli import completion
+from pqcli.cli import completion, mistakes
 from pqcli.defaults import LINE_LENGTH, SHARD_BYTES, WINDOW_LENGTH
 from pqcli.recipe.recipe import Recipe
 from pqcli.recipe.settings import KNOWN, MAIN, PLAIN, Setting, options_of
@@ -31,6 +31,10 @@ LIMITS = "For experts: what a file may cost to understand"
 """The panel of the budgets that keep a stranger's file from filling memory."""
 
 
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+"""The class of all errors in what was typed, wherever Typer has it from."""
+
+
 class _PlainHelp:
     """Whose help shows no type for `--help`, which stands in the panel `help_panel`."""
 
@@ -43,6 +47,18 @@ class _PlainHelp:
             option.metavar = ""
             option.rich_help_panel = self.help_panel
         return option
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """What Typer makes of the words that were typed; an error of it says what to do."""
+        try:
+            found: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
+        except typer.BadParameter as error:
+            error.message = mistakes.plainer(error.message)
+            raise
+        except _USAGE_ERROR as error:
+            error.message += mistakes.hint(ctx.info_name, error.message)
+            raise
+        return found
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Arguments and options: help shows names of types neither for arguments nor for options without a value."""

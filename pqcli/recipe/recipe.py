@@ -15,6 +15,7 @@ command line. Options, checks and the reference in the docs are made from that.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,7 @@ from pqcli.readable import size as size_of
 from pqcli.recipe import notebook
 from pqcli.recipe.checks import (
     EFFORTS,
+    between,
     boolean,
     kinds,
     objective,
@@ -54,6 +56,7 @@ STATES = ("keep", "drop", "8bit")
 MAX_CENTROIDS = 65_536
 """Assignments are at most 16 bits wide."""
 
+_PRECISION = "weights are coded as float32, whose own rounding is an error of about 150 dB"
 _BLOCK_SIZE = whole(1, None, "auto")
 _CENTROIDS = whole(1, MAX_CENTROIDS)
 
@@ -200,10 +203,20 @@ class Recipe:
         None, check=positive, metavar="B", panel=BUDGET, spends=True, help="Most bits per quantized weight."
     )
     max_relative_mse: float | None = setting(
-        None, check=positive, metavar="X", panel=BUDGET, spends=True, help="Largest relative MSE of all weights."
+        None,
+        check=between(1e-15, math.inf, _PRECISION),
+        metavar="X",
+        panel=BUDGET,
+        spends=True,
+        help="Largest relative MSE of all weights.",
     )
     min_sqnr: float | None = setting(
-        None, check=positive, metavar="DB", panel=BUDGET, spends=True, help="Least signal to noise ratio in dB."
+        None,
+        check=between(0, 150, _PRECISION),
+        metavar="DB",
+        panel=BUDGET,
+        spends=True,
+        help="Least signal to noise ratio in dB.",
     )
     sample: int | Literal["auto", "all"] = setting(
         "auto", check=whole(1, None, "auto", "all"), metavar="N|auto|all", panel=PLAIN,

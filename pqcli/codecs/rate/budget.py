@@ -151,10 +151,9 @@ def _coarsest(goal: Goal, attempt: Callable[[float], Trial[Result]], unit: float
     trial = attempt(extreme * unit)
     if trial.measured <= goal.value:
         return trial
-    hint = "; a number alone is bytes: 6MB is six million" if goal.quantity == "bytes" and goal.value < 1000 else ""
     raise BudgetError(
         f"{goal.described(goal.value)} or less cannot be reached: the most extreme setting gives "
-        f"{goal.described(trial.measured)}; what is kept exactly, and the file's structure, count too{hint}"
+        f"{goal.described(trial.measured)}; what is kept exactly, and the file's structure, count too"
     )
 
 
