@@ -231,7 +231,7 @@ def _scale(values: Sequence[float]) -> _Scale:
         low, top = math.floor(math.log10(above[-1])), math.ceil(math.log10(above[0]))
         low, top = max(low, top - MOST_DECADES), max(top, low + 1)
         every = -(-(top - low) // 6)
-        return _Scale(10.0**low, 10.0**top, tuple(10.0**p for p in range(low, top + 1, every)), is_log=True)
+        return _Scale(10.0**low, 10.0**top, tuple(10.0**p for p in range(top, low - 1, -every)), is_log=True)
     most = inside[0] if len(inside) == len(above) else 1.15 * inside[0]
     marks = round_numbers(0.0, most)
     return _Scale(0.0, max(most, marks[-1]), tuple(marks), is_log=False)

@@ -132,14 +132,12 @@ class Page:
 
     def click(self, selector: str) -> None:
         """Click the middle of an element, as a mouse does."""
-        x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); "
-            "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
-        )
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{element}.scrollIntoView({{block: 'center'}})")
+        x, y = self.run(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
-            self._browser.call(
-                "Input.dispatchMouseEvent", self._session, type=kind, x=x, y=y, button="left", clickCount=1
-            )
+            mouse = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
+            self._browser.call("Input.dispatchMouseEvent", self._session, **mouse)
 
     def type(self, text: str) -> None:
         """Type into what has the focus."""

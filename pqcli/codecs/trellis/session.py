@@ -54,6 +54,11 @@ MIXING_GAINS: Final = ((8e6, 0.0), (math.inf, 0.06))
 three times as long to decode for less."""
 
 
+def n_states(n_weights: int) -> int:
+    """Trellis states for a checkpoint of so many weights, where the recipe does not say."""
+    return next(states for below, states in STATES_BELOW if n_weights < below)
+
+
 @dataclass
 class TrellisSession(Session):
     """The tensors that share streams, their steps, and the rotations that were fitted to them.
@@ -173,7 +178,7 @@ class TrellisSession(Session):
 
     @property
     def _n_states(self) -> int:
-        return self.effort or next(states for below, states in STATES_BELOW if self._n_weights < below)
+        return self.effort or n_states(self._n_weights)
 
     def _params(self, level: float) -> TrellisParams:
         gain = next(gain for below, gain in MIXING_GAINS if self._n_weights < below)

@@ -1,0 +1,249 @@
+"""How long a compression will take on this machine, and how much memory: found out by compressing something small.
+
+Nothing is remembered and no rate is written down anywhere: the loop that compresses (`pqcli.jobs.compress`) runs on two
+small checkpoints of random weights, with the recipe's own codec and settings, and what its stages took is carried over
+to the size of the real one. That takes a fraction of a second, and sees what the machine is like at this moment: its
+processors, its load, and which kernels are compiled already.
+
+Each stage is taken as linear in its work: weights, for most. Plain PQ's encoding has two kinds of work, iterations of
+EM and all else; drafts and shared codebooks look at samples that stop growing; where statistics are used, the work on a
+weight grows with the columns of its matrix. A budget takes as many rounds as it does on the small checkpoint, which is
+not certain: an estimate, that should be right within a factor of two.
+
+Memory: what this process holds once it has done the small work, and what tasks in flight take (`Task.n_bytes`), as the
+executors bound it; whole-checkpoint codecs hold their result on top, several times while a budget is searched for.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+from safetensors.torch import save_file
+
+from pqcli import checkpoint as checkpoints
+from pqcli.codecs import registry
+from pqcli.codecs.base import Weights, record_of
+from pqcli.codecs.plain import PlainJob, options_of
+from pqcli.container.peek import SUFFIX
+from pqcli.core.threads import n_threads
+from pqcli.errors import PQError
+from pqcli.jobs import compress as compressing
+from pqcli.jobs.executors import Threads
+from pqcli.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pqcli.jobs.events import Event
+    from pqcli.plan.plan import Plan, PlanEntry
+
+SMALL, LARGER = 1 << 14, 1 << 17
+"""Weights of each of the tensors of the two small checkpoints."""
+DRAFTED: Final = 1 << 22
+"""Weights that drafts look at most (`codecs.trellis.session`), or shared codebooks are learned from."""
+HELD_WHILE_SEARCHING: Final = 3
+"""Results in memory at most while a budget is searched for."""
+COLUMNS: Final = 512
+"""Columns of the random matrices."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """About how long `compress` will take, without the start of the program, and its largest memory."""
+
+    seconds: float
+    memory_bytes: int
+
+
+@dataclass
+class _Clock:
+    """A hook that notes how long each stage takes: it lasts until the next one begins."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _stage: str = "starting"
+    _since: float = field(default_factory=time.perf_counter)
+
+    def __call__(self, event: Event) -> None:
+        if event.stage != self._stage:
+            self.turn(event.stage)
+
+    def turn(self, stage: str) -> None:
+        """The next stage begins."""
+        now = time.perf_counter()
+        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._since
+        self._stage, self._since = stage, now
+
+
+def predict(
+    plan: Plan, recipe: Recipe, result_bytes: int, device: torch.device, workers: int | None = None
+) -> Prediction | None:
+    """What compressing by this plan will take; None where nothing is to be quantized.
+
+    `result_bytes` is about the size of the result; `workers` the number of processes that do the work, if any do.
+    """
+    coded = [entry for entry in plan.entries if entry.action not in compressing.NOT_CODED]
+    if not coded:
+        return None
+    executor = Threads.within(device, recipe.max_memory)
+    n_weights = sum(entry.info.numel for entry in coded)
+    row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
+    if row.name == registry.PLAIN:
+        seconds = _seconds_of_plain(coded, recipe, executor)
+    else:
+        seconds = _seconds_of_streams(n_weights, _alike(recipe, n_weights), executor)
+    memory = _base_bytes() + _in_flight(coded, recipe, executor)
+    if row.name != registry.PLAIN:
+        memory += (HELD_WHILE_SEARCHING if recipe.spending and recipe.quality is None else 1) * result_bytes
+    if workers is not None:
+        seconds = _started(workers) + seconds * n_threads() / min(workers, n_threads())
+        memory += workers * _base_bytes()
+    return Prediction(seconds, memory)
+
+
+# --- seconds ----------------------------------------------------------------------------------------------------------
+
+
+def _seconds_of_plain(coded: Sequence[PlanEntry], recipe: Recipe, executor: Threads) -> float:
+    """From two runs that differ in iterations alone: what an iteration takes, and what all else takes a weight."""
+    largest = max(coded, key=lambda entry: entry.info.numel)
+    scheme = largest.scheme
+    if scheme is None:
+        return 0.0
+    small = replace(
+        recipe, rules=(), include=(), exclude=(), stats=None, sample="all", block_size=scheme.block_size,
+        n_centroids=scheme.n_centroids, n_iter=1,
+    )  # fmt: skip
+    started = _run(SMALL, small, executor)
+    once = _run(LARGER, small, executor)
+    often = _run(LARGER, replace(small, n_iter=scheme.n_iter), executor)
+    n_weights = LARGER * _n_tensors()
+    vectors = n_weights // scheme.block_size
+    an_iteration = max(_total(often) - _total(once), 0.0) / max(scheme.n_iter - 1, 1) / vectors / scheme.n_centroids
+    a_weight = max(_total(once) - _total(started), 0.0) / (n_weights - SMALL * _n_tensors())
+    work = sum(_em_work(entry) for entry in coded) * max(recipe.restarts, 1)
+    per_block = an_iteration / scheme.block_size
+    return _total(started) + per_block * work + a_weight * sum(entry.info.numel for entry in coded)
+
+
+def _em_work(entry: PlanEntry) -> float:
+    """Products that EM computes for a tensor: blocks of an iteration, centroids, and the length of a block."""
+    scheme = entry.scheme
+    if scheme is None:
+        return 0.0
+    all_blocks = scheme.sample or entry.n_vectors
+    on_samples = [(n, n_iter) for n, n_iter in scheme.stages]
+    left = max(scheme.n_iter - sum(n_iter for _, n_iter in on_samples), 1)
+    blocks = sum(n * n_iter for n, n_iter in on_samples) + all_blocks * left
+    return float(blocks) * scheme.n_centroids * scheme.block_size
+
+
+def _seconds_of_streams(n_weights: int, recipe: Recipe, executor: Threads) -> float:
+    """From a run that is nearly all start and one that is nearly all work: each stage a line through the two."""
+    first = _run(SMALL, recipe, executor)
+    small, larger = _run(SMALL, recipe, executor), _run(LARGER, recipe, executor)
+    total = _total(first)  # what the first run took more than the second is the loading of kernels, once
+    done, difference = SMALL * _n_tensors(), (LARGER - SMALL) * _n_tensors()
+    for stage, seconds in larger.items():
+        rate = max(seconds - small.get(stage, 0.0), 0.0) / difference
+        is_sampled = stage == "searching" or (stage == "learning" and recipe.codec == registry.PLAIN)
+        work = min(n_weights, DRAFTED) if is_sampled else n_weights
+        total += rate * (work - done)
+    return max(total, 0.0)
+
+
+def _alike(recipe: Recipe, n_weights: int) -> Recipe:
+    """A recipe that asks of a small checkpoint what this one asks of the whole."""
+    from pqcli.codecs.trellis.session import n_states
+
+    changes: dict[str, object] = {"rules": (), "include": (), "exclude": (), "stats": None}
+    if recipe.codec != registry.PLAIN:
+        changes["effort"] = recipe.effort or n_states(n_weights)
+    if recipe.target_bytes is not None:
+        bits = min(max(8 * recipe.target_bytes / n_weights, 1.0), 12.0)
+        changes |= {"target_bytes": None, "target_bits": bits}
+    if recipe.target_ratio is not None:
+        changes |= {"target_ratio": None, "target_bits": min(max(32 / recipe.target_ratio, 1.0), 12.0)}
+    return replace(recipe, **changes)  # type: ignore[arg-type]
+
+
+def _run(n_weights_each: int, recipe: Recipe, executor: Threads) -> Mapping[str, float]:
+    """Seconds by stage of compressing random matrices of so many weights, a few for every thread."""
+    with _random(n_weights_each) as checkpoint:
+        clock = _Clock()
+        target = Path(checkpoint.path).with_name(f"small{SUFFIX}")
+        try:
+            compressing.compress_opened(checkpoint, target, recipe, executor, hook=clock)
+        except PQError:  # a budget that so small a checkpoint cannot meet: what it took is about what it would take
+            pass
+        clock.turn("done")
+    return clock.seconds
+
+
+@contextmanager
+def _random(n_weights_each: int) -> Iterator[checkpoints.Checkpoint]:
+    """An open checkpoint of random matrices."""
+    generator = torch.Generator().manual_seed(n_weights_each)
+    shape = (n_weights_each // COLUMNS, COLUMNS)
+    tensors = {f"{i}.weight": torch.randn(shape, generator=generator) for i in range(_n_tensors())}
+    tensors |= {f"{i}.bias": torch.randn(n_weights_each // COLUMNS, generator=generator) for i in range(_n_tensors())}
+    with tempfile.TemporaryDirectory(prefix="pqcli-") as folder:
+        path = Path(folder) / "small.safetensors"
+        save_file(tensors, path)
+        with checkpoints.open(path) as found:
+            yield found
+
+
+def _n_tensors() -> int:
+    return 2 * n_threads()
+
+
+def _total(seconds: Mapping[str, float]) -> float:
+    return sum(seconds.values())
+
+
+def _started(workers: int) -> float:
+    """Seconds that so many processes take to start, as this one has taken."""
+    return time.process_time() * -(-workers // max(os.cpu_count() or 1, 1)) if workers else 0.0
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _base_bytes() -> int:
+    """The largest memory of this process so far, which has all loaded that the work needs."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _in_flight(coded: Sequence[PlanEntry], recipe: Recipe, executor: Threads) -> int:
+    """What tasks take that run side by side: within the executor's bound, unless one alone takes more."""
+    sizes = _task_bytes(coded, recipe)
+    return max(max(sizes), min(sum(sizes), executor.in_flight_bytes))
+
+
+def _task_bytes(coded: Sequence[PlanEntry], recipe: Recipe) -> list[int]:
+    row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
+    if row.name == registry.PLAIN:
+        weights = Weights(_Unread())
+        return [PlainJob(record_of(entry), weights, options_of(entry, recipe)).n_bytes for entry in coded]
+    return [16 * entry.info.numel for entry in coded]
+
+
+class _Unread:
+    """The checkpoint of jobs that are asked for their size alone."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Never called."""
+        raise NotImplementedError(name)
+
+    def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Never called."""
+        raise NotImplementedError(f"{name}[{start}:{stop}]")
