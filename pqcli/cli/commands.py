@@ -152,6 +152,10 @@ def compress(
                 embed_files=embed_files,
                 shard_bytes=shard_bytes,
                 base=base or (),
+                device=device,
+                ray=ray,
+                workers=workers,
+                foretold=console.foretold,
                 limits=limits,
             )
             preview.check_possible(found, device, force=force)
@@ -218,7 +222,8 @@ def plan(
         if explain:
             console.choices(preview.explain(source, recipe, base=base or (), limits=limits))
         else:
-            console.plan(preview.preview(source, target, recipe, base=base or (), limits=limits))
+            found = preview.preview(source, target, recipe, base=base or (), foretold=console.foretold, limits=limits)
+            console.plan(found)
 
     run(work, json=json)
 

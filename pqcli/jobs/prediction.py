@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -47,12 +48,19 @@ if TYPE_CHECKING:
 
 SMALL, LARGER = 1 << 14, 1 << 17
 """Weights of each of the tensors of the two small checkpoints."""
+LEAST: Final = 1 << 16
+"""Weights below which there is nothing to predict: it takes about as long as finding out."""
 DRAFTED: Final = 1 << 22
 """Weights that drafts look at most (`codecs.trellis.session`), or shared codebooks are learned from."""
 HELD_WHILE_SEARCHING: Final = 3
 """Results in memory at most while a budget is searched for."""
+USUAL_BITS: Final = 4.0
+"""Bits a weight of a result whose size is not known yet."""
 COLUMNS: Final = 512
-"""Columns of the random matrices."""
+"""Columns of the random matrices; with statistics, whose work grows with columns, those that real ones have."""
+MOST_COLUMNS: Final = 2048
+STREAM_WEIGHTS: Final = 1 << 20
+"""Weights in a stream of the trellis, which one thread codes (`core.trellis.params`)."""
 
 
 @dataclass(frozen=True)
@@ -82,26 +90,25 @@ class _Clock:
         self._stage, self._since = stage, now
 
 
-def predict(
-    plan: Plan, recipe: Recipe, result_bytes: int, device: torch.device, workers: int | None = None
-) -> Prediction | None:
-    """What compressing by this plan will take; None where nothing is to be quantized.
+def predict(plan: Plan, recipe: Recipe, device: torch.device, workers: int | None = None) -> Prediction | None:
+    """What compressing by this plan will take; None where little or nothing is to be quantized.
 
-    `result_bytes` is about the size of the result; `workers` the number of processes that do the work, if any do.
+    `workers` is the number of processes that do the work, where not threads do.
     """
     coded = [entry for entry in plan.entries if entry.action not in compressing.NOT_CODED]
-    if not coded:
+    n_weights = sum(entry.info.numel for entry in coded)
+    if n_weights < LEAST:
         return None
     executor = Threads.within(device, recipe.max_memory)
-    n_weights = sum(entry.info.numel for entry in coded)
     row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
     if row.name == registry.PLAIN:
         seconds = _seconds_of_plain(coded, recipe, executor)
     else:
-        seconds = _seconds_of_streams(n_weights, _alike(recipe, n_weights), executor)
+        seconds = _seconds_of_streams(coded, recipe, executor)
     memory = _base_bytes() + _in_flight(coded, recipe, executor)
     if row.name != registry.PLAIN:
-        memory += (HELD_WHILE_SEARCHING if recipe.spending and recipe.quality is None else 1) * result_bytes
+        is_searched = bool(recipe.spending) and recipe.quality is None and recipe.rate_weight is None
+        memory += (HELD_WHILE_SEARCHING if is_searched else 1) * _result_bytes(plan, recipe, n_weights)
     if workers is not None:
         seconds = _started(workers) + seconds * n_threads() / min(workers, n_threads())
         memory += workers * _base_bytes()
@@ -121,9 +128,9 @@ def _seconds_of_plain(coded: Sequence[PlanEntry], recipe: Recipe, executor: Thre
         recipe, rules=(), include=(), exclude=(), stats=None, sample="all", block_size=scheme.block_size,
         n_centroids=scheme.n_centroids, n_iter=1,
     )  # fmt: skip
-    started = _run(SMALL, small, executor)
-    once = _run(LARGER, small, executor)
-    often = _run(LARGER, replace(small, n_iter=scheme.n_iter), executor)
+    started = _run(SMALL, COLUMNS, small, executor)
+    once = _run(LARGER, COLUMNS, small, executor)
+    often = _run(LARGER, COLUMNS, replace(small, n_iter=scheme.n_iter), executor)
     n_weights = LARGER * _n_tensors()
     vectors = n_weights // scheme.block_size
     an_iteration = max(_total(often) - _total(once), 0.0) / max(scheme.n_iter - 1, 1) / vectors / scheme.n_centroids
@@ -145,25 +152,31 @@ def _em_work(entry: PlanEntry) -> float:
     return float(blocks) * scheme.n_centroids * scheme.block_size
 
 
-def _seconds_of_streams(n_weights: int, recipe: Recipe, executor: Threads) -> float:
+def _seconds_of_streams(coded: Sequence[PlanEntry], recipe: Recipe, executor: Threads) -> float:
     """From a run that is nearly all start and one that is nearly all work: each stage a line through the two."""
-    first = _run(SMALL, recipe, executor)
-    small, larger = _run(SMALL, recipe, executor), _run(LARGER, recipe, executor)
+    n_weights = sum(entry.info.numel for entry in coded)
+    recipe, columns = _alike(recipe, n_weights), COLUMNS
+    if recipe.stats is not None:  # the work on a weight grows with the columns of its matrix
+        columns = min(sum(entry.info.numel * entry.columns for entry in coded) // n_weights, MOST_COLUMNS)
+    first, small, larger = (_run(n, columns, recipe, executor) for n in (SMALL, SMALL + columns, LARGER))
     total = _total(first)  # what the first run took more than the second is the loading of kernels, once
     done, difference = SMALL * _n_tensors(), (LARGER - SMALL) * _n_tensors()
+    in_streams = min(n_threads(), max(n_weights // STREAM_WEIGHTS, 1))
     for stage, seconds in larger.items():
         rate = max(seconds - small.get(stage, 0.0), 0.0) / difference
         is_sampled = stage == "searching" or (stage == "learning" and recipe.codec == registry.PLAIN)
         work = min(n_weights, DRAFTED) if is_sampled else n_weights
-        total += rate * (work - done)
-    return max(total, 0.0)
+        if stage in ("encoding", "measuring") and recipe.codec != registry.PLAIN:
+            work //= in_streams  # the small checkpoint is one stream, on one thread
+        total += rate * max(work - done, 0)
+    return total
 
 
 def _alike(recipe: Recipe, n_weights: int) -> Recipe:
     """A recipe that asks of a small checkpoint what this one asks of the whole."""
     from pqcli.codecs.trellis.session import n_states
 
-    changes: dict[str, object] = {"rules": (), "include": (), "exclude": (), "stats": None}
+    changes: dict[str, object] = {"rules": (), "include": (), "exclude": ()}
     if recipe.codec != registry.PLAIN:
         changes["effort"] = recipe.effort or n_states(n_weights)
     if recipe.target_bytes is not None:
@@ -174,31 +187,38 @@ def _alike(recipe: Recipe, n_weights: int) -> Recipe:
     return replace(recipe, **changes)  # type: ignore[arg-type]
 
 
-def _run(n_weights_each: int, recipe: Recipe, executor: Threads) -> Mapping[str, float]:
+@cache
+def _run(n_weights_each: int, columns: int, recipe: Recipe, executor: Threads) -> Mapping[str, float]:
     """Seconds by stage of compressing random matrices of so many weights, a few for every thread."""
-    with _random(n_weights_each) as checkpoint:
+    with _random(n_weights_each, columns) as (checkpoint, stats):
+        recipe = recipe if recipe.stats is None else replace(recipe, stats=str(stats))
         clock = _Clock()
         target = Path(checkpoint.path).with_name(f"small{SUFFIX}")
-        try:
+        # a budget that so small a checkpoint cannot meet takes about as long as one that it can
+        with suppress(PQError):
             compressing.compress_opened(checkpoint, target, recipe, executor, hook=clock)
-        except PQError:  # a budget that so small a checkpoint cannot meet: what it took is about what it would take
-            pass
         clock.turn("done")
     return clock.seconds
 
 
 @contextmanager
-def _random(n_weights_each: int) -> Iterator[checkpoints.Checkpoint]:
-    """An open checkpoint of random matrices."""
+def _random(n_weights_each: int, columns: int) -> Iterator[tuple[checkpoints.Checkpoint, Path]]:
+    """An open checkpoint of random matrices, and statistics of random inputs to them."""
+    from pqcli.stats.collecting import collect
+
     generator = torch.Generator().manual_seed(n_weights_each)
-    shape = (n_weights_each // COLUMNS, COLUMNS)
-    tensors = {f"{i}.weight": torch.randn(shape, generator=generator) for i in range(_n_tensors())}
-    tensors |= {f"{i}.bias": torch.randn(n_weights_each // COLUMNS, generator=generator) for i in range(_n_tensors())}
+    rows = max(n_weights_each // columns, 1)
+    tensors = {f"{i}.weight": torch.randn((rows, columns), generator=generator) for i in range(_n_tensors())}
     with tempfile.TemporaryDirectory(prefix="pqcli-") as folder:
-        path = Path(folder) / "small.safetensors"
-        save_file(tensors, path)
+        path, stats = Path(folder) / "small.safetensors", Path(folder) / "small.stats.safetensors"
+        with collect(tensors) as seen, torch.no_grad():
+            inputs = torch.randn((2 * columns, columns), generator=generator)
+            for tensor in tensors.values():
+                torch.nn.functional.linear(inputs, tensor)
+        seen.save(stats)
+        save_file(tensors | {f"{i}.bias": torch.randn(rows, generator=generator) for i in range(_n_tensors())}, path)
         with checkpoints.open(path) as found:
-            yield found
+            yield found, stats
 
 
 def _n_tensors() -> int:
@@ -221,6 +241,12 @@ def _base_bytes() -> int:
     """The largest memory of this process so far, which has all loaded that the work needs."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
+
+
+def _result_bytes(plan: Plan, recipe: Recipe, n_weights: int) -> int:
+    """About the size of the file: what is kept, and the budget or else as many bits as most want."""
+    kept = sum(entry.predicted_bytes for entry in plan.entries if entry.action in compressing.NOT_CODED)
+    return kept + (recipe.target_bytes or int((recipe.target_bits or USUAL_BITS) * n_weights / 8))
 
 
 def _in_flight(coded: Sequence[PlanEntry], recipe: Recipe, executor: Threads) -> int:
