@@ -46,8 +46,10 @@ if TYPE_CHECKING:
     from pqcli.jobs.events import Event
     from pqcli.plan.plan import Plan, PlanEntry
 
-SMALL, LARGER = 1 << 14, 1 << 17
-"""Weights of each of the tensors of the two small checkpoints."""
+SMALL, LARGER, LARGEST = 1 << 14, 1 << 17, 1 << 18
+"""Weights of each of the tensors of the small checkpoints; the largest is for plain PQ, which is quick."""
+ITERATIONS: Final = 10
+"""Iterations of EM that are timed."""
 LEAST: Final = 1 << 16
 """Weights below which there is nothing to predict: it takes about as long as finding out."""
 DRAFTED: Final = 1 << 22
@@ -61,6 +63,11 @@ COLUMNS: Final = 512
 MOST_COLUMNS: Final = 2048
 STREAM_WEIGHTS: Final = 1 << 20
 """Weights in a stream of the trellis, which one thread codes (`core.trellis.params`)."""
+
+
+LONGEST_START: Final = 5.0
+"""A process that imported this later had done other things before."""
+_LOADED: Final = min(time.process_time(), LONGEST_START)
 
 
 @dataclass(frozen=True)
@@ -128,16 +135,14 @@ def _seconds_of_plain(coded: Sequence[PlanEntry], recipe: Recipe, executor: Thre
         recipe, rules=(), include=(), exclude=(), stats=None, sample="all", block_size=scheme.block_size,
         n_centroids=scheme.n_centroids, n_iter=1,
     )  # fmt: skip
-    started = _run(SMALL, COLUMNS, small, executor)
-    once = _run(LARGER, COLUMNS, small, executor)
-    often = _run(LARGER, COLUMNS, replace(small, n_iter=scheme.n_iter), executor)
-    n_weights = LARGER * _n_tensors()
-    vectors = n_weights // scheme.block_size
-    an_iteration = max(_total(often) - _total(once), 0.0) / max(scheme.n_iter - 1, 1) / vectors / scheme.n_centroids
-    a_weight = max(_total(once) - _total(started), 0.0) / (n_weights - SMALL * _n_tensors())
-    work = sum(_em_work(entry) for entry in coded) * max(recipe.restarts, 1)
-    per_block = an_iteration / scheme.block_size
-    return _total(started) + per_block * work + a_weight * sum(entry.info.numel for entry in coded)
+    started = _run(SMALL, COLUMNS, small, executor)  # loads kernels as well, once
+    little, once = (_run(n, COLUMNS, small, executor) for n in (SMALL + COLUMNS, LARGEST))
+    often = _run(LARGEST, COLUMNS, replace(small, n_iter=1 + ITERATIONS), executor)
+    n_weights = LARGEST * _n_tensors()
+    a_product = max(_total(often) - _total(once), 0.0) / ITERATIONS / (n_weights * scheme.n_centroids)
+    a_weight = max(_total(once) - _total(little), 0.0) / (n_weights - SMALL * _n_tensors())
+    work = sum(_em_work(entry) for entry in coded) * recipe.restarts
+    return _total(started) + a_product * work + a_weight * sum(entry.info.numel for entry in coded)
 
 
 def _em_work(entry: PlanEntry) -> float:
@@ -191,7 +196,9 @@ def _alike(recipe: Recipe, n_weights: int) -> Recipe:
 def _run(n_weights_each: int, columns: int, recipe: Recipe, executor: Threads) -> Mapping[str, float]:
     """Seconds by stage of compressing random matrices of so many weights, a few for every thread."""
     with _random(n_weights_each, columns) as (checkpoint, stats):
-        recipe = recipe if recipe.stats is None else replace(recipe, stats=str(stats))
+        if recipe.stats is not None:
+            _collect(checkpoint, columns, stats)
+            recipe = replace(recipe, stats=str(stats))
         clock = _Clock()
         target = Path(checkpoint.path).with_name(f"small{SUFFIX}")
         # a budget that so small a checkpoint cannot meet takes about as long as one that it can
@@ -203,22 +210,27 @@ def _run(n_weights_each: int, columns: int, recipe: Recipe, executor: Threads) -
 
 @contextmanager
 def _random(n_weights_each: int, columns: int) -> Iterator[tuple[checkpoints.Checkpoint, Path]]:
-    """An open checkpoint of random matrices, and statistics of random inputs to them."""
-    from pqcli.stats.collecting import collect
-
+    """An open checkpoint of random matrices, and a place for statistics of their inputs."""
     generator = torch.Generator().manual_seed(n_weights_each)
     rows = max(n_weights_each // columns, 1)
     tensors = {f"{i}.weight": torch.randn((rows, columns), generator=generator) for i in range(_n_tensors())}
     with tempfile.TemporaryDirectory(prefix="pqcli-") as folder:
         path, stats = Path(folder) / "small.safetensors", Path(folder) / "small.stats.safetensors"
-        with collect(tensors) as seen, torch.no_grad():
-            inputs = torch.randn((2 * columns, columns), generator=generator)
-            for tensor in tensors.values():
-                torch.nn.functional.linear(inputs, tensor)
-        seen.save(stats)
         save_file(tensors | {f"{i}.bias": torch.randn(rows, generator=generator) for i in range(_n_tensors())}, path)
         with checkpoints.open(path) as found:
             yield found, stats
+
+
+def _collect(checkpoint: checkpoints.Checkpoint, columns: int, path: Path) -> None:
+    """Write statistics of random inputs to the matrices of a checkpoint."""
+    from pqcli.stats.collecting import collect
+
+    tensors = {info.name: checkpoint.read(info.name) for info in checkpoint.tensors if len(info.shape) > 1}
+    inputs = torch.randn((2 * columns, columns), generator=torch.Generator().manual_seed(columns))
+    with collect(tensors) as seen, torch.no_grad():
+        for tensor in tensors.values():
+            torch.nn.functional.linear(inputs, tensor)
+    seen.save(path)
 
 
 def _n_tensors() -> int:
@@ -230,8 +242,8 @@ def _total(seconds: Mapping[str, float]) -> float:
 
 
 def _started(workers: int) -> float:
-    """Seconds that so many processes take to start, as this one has taken."""
-    return time.process_time() * -(-workers // max(os.cpu_count() or 1, 1)) if workers else 0.0
+    """Seconds that so many processes take to start, by the processor time that it took this one."""
+    return _LOADED * -(-workers // max(os.cpu_count() or 1, 1))
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ try:
 finally:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(one.ru_utime + one.ru_stime for one in used)
-    print(json.dumps([seconds, used[0].ru_maxrss * 1024]), file=sys.stderr)
+    workers = int(sys.argv[sys.argv.index("--workers") + 1]) if "--workers" in sys.argv else 0
+    print(json.dumps([seconds, 1024 * (used[0].ru_maxrss + workers * used[1].ru_maxrss)]), file=sys.stderr)
 """
 
 
