@@ -183,7 +183,7 @@ def _alike(recipe: Recipe, n_weights: int) -> Recipe:
 
     changes: dict[str, object] = {"rules": (), "include": (), "exclude": ()}
     if recipe.codec != registry.PLAIN:
-        changes["effort"] = recipe.effort or n_states(n_weights)
+        changes["effort"] = n_states(n_weights, recipe.effort)
     if recipe.target_bytes is not None:
         bits = min(max(8 * recipe.target_bytes / n_weights, 1.0), 12.0)
         changes |= {"target_bytes": None, "target_bits": bits}

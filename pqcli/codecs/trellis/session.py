@@ -54,11 +54,6 @@ MIXING_GAINS: Final = ((8e6, 0.0), (math.inf, 0.06))
 three times as long to decode for less."""
 
 
-def n_states(n_weights: int) -> int:
-    """Trellis states for a checkpoint of so many weights, where the recipe does not say."""
-    return next(states for below, states in STATES_BELOW if n_weights < below)
-
-
 @dataclass
 class TrellisSession(Session):
     """The tensors that share streams, their steps, and the rotations that were fitted to them.
@@ -178,7 +173,7 @@ class TrellisSession(Session):
 
     @property
     def _n_states(self) -> int:
-        return self.effort or n_states(self._n_weights)
+        return n_states(self._n_weights, self.effort)
 
     def _params(self, level: float) -> TrellisParams:
         gain = next(gain for below, gain in MIXING_GAINS if self._n_weights < below)
@@ -186,6 +181,11 @@ class TrellisSession(Session):
 
     def _side(self, level: float) -> Side:
         return make_side(self.sources, self._params(level), self.rotations, self.steps.at(level), self.rows)
+
+
+def n_states(n_weights: int, effort: int | None) -> int:
+    """The states of the trellis for so many weights; `effort` is what was asked for."""
+    return effort or next(states for below, states in STATES_BELOW if n_weights < below)
 
 
 class WholeMatrix:
