@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from pqcli.jobs.events import Event
     from pqcli.plan.plan import Plan, PlanEntry
 
-SMALL, LARGER, LARGEST = 1 << 14, 1 << 17, 1 << 18
+SMALL, LARGER, LARGEST = 1 << 13, 1 << 16, 1 << 18
 """Weights of each of the tensors of the small checkpoints; the largest is for plain PQ, which is quick."""
 ITERATIONS: Final = 10
 """Iterations of EM that are timed."""

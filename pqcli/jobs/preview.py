@@ -43,10 +43,6 @@ class Foretold(Protocol):
         """Tell it."""
 
 
-def _nobody(found: Prediction, *, is_long: bool) -> None:
-    """For those who do not ask."""
-
-
 @dataclass(frozen=True)
 class Preview:
     """What `compress` would do: the plan, and the size that the file would have.
@@ -88,7 +84,7 @@ def preview(
     device: str = "auto",
     ray: str | None = None,
     workers: int | None = None,
-    foretold: Foretold = _nobody,
+    foretold: Foretold | None = None,
     limits: Limits | None = None,
 ) -> Preview:
     """What `compress` with the same arguments would do.
@@ -104,7 +100,7 @@ def preview(
 
     def predicted(plan: Plan) -> Prediction | None:
         found = None if ray is not None else predict(plan, recipe, on, workers)
-        if found is not None:
+        if found is not None and foretold is not None:
             foretold(found, is_long=_is_rehearsed(plan, bool(bases)))
         return found
 
