@@ -19,7 +19,6 @@ from pqcli.jobs.decode import converted, default_file_suffix, dense_reader
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import ENDING, check_folder_output
-from pqcli.jobs.report import n_weights
 from pqcli.limits import Limits
 
 
@@ -81,7 +80,7 @@ def _write(
     source = container.manifest.source
     path = folder.containers[label]
     name = posixpath.basename(stem_of(path)) + default_file_suffix(container.path, source)
-    done = Stage(hook, "decoding", n_weights(container))
+    done = Stage(hook, "decoding", container.n_weights)
     write_into(
         place,
         name,
