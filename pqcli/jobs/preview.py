@@ -8,18 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from pqcli.checkpoint.hub import located
 from pqcli.codecs.base import record_of
 from pqcli.container.peek import SUFFIX
 from pqcli.container.shards import cut
-from pqcli.jobs import compress as compressing
-from pqcli.jobs.compress import NO_FILES, SHARD_BYTES, Files
-from pqcli.jobs.devices import resolve_device
-from pqcli.jobs.executors import Threads
+from pqcli.jobs import opening
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
+from pqcli.jobs.opening import NO_FILES, SHARD_BYTES, Files
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
@@ -30,6 +26,7 @@ if TYPE_CHECKING:
 
     from pqcli.checkpoint import Checkpoint
     from pqcli.codecs.auto.choosing import Choice
+    from pqcli.jobs.executors import Threads
     from pqcli.tensors.info import TensorInfo
 
 
@@ -66,7 +63,7 @@ def preview(
     """What `compress` with the same arguments would do.
 
     Plain PQ needs the headers alone. What codecs with streams will do, and what a base spares, depends on the weights:
-    they are rehearsed, which takes as long as compressing.
+    they are rehearsed, which takes as long as opening.
     """
     recipe = recipe or Recipe()
     place = located(source)
@@ -81,8 +78,8 @@ def preview(
             source, where, recipe, with_copies=with_copies, shard_bytes=shard_bytes, base=base, limits=limits
         )
     files = small_files(source, limits) if embed_files else {}
-    with compressing.opened(source, recipe, limits) as checkpoint:
-        return preview_opened(checkpoint, output, recipe, bases=compressing.bases_of(base), files=files)
+    with opening.opened(source, recipe, limits) as checkpoint:
+        return preview_opened(checkpoint, output, recipe, bases=opening.bases_of(base), files=files)
 
 
 def preview_opened(
@@ -96,11 +93,11 @@ def preview_opened(
     shard_bytes: int | None = None,
 ) -> Preview:
     """What compressing an open checkpoint would do; the arguments are those of `compress_opened`."""
-    compressing.check_stats(recipe)
+    opening.check_stats(recipe)
     seen = _from_headers(checkpoint, output, recipe, others, files, shard_bytes)
-    coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
+    coded = [entry for entry in seen.plan.entries if entry.action not in opening.NOT_CODED]
     is_known = all(entry.scheme for entry in coded) and not bases
-    has_state = compressing.has_state(seen.plan) or any(entry.action == "moments" for entry in seen.plan.entries)
+    has_state = opening.has_state(seen.plan) or any(entry.action == "moments" for entry in seen.plan.entries)
     if is_known and not has_state:
         return seen
     return _rehearsed(checkpoint, seen, recipe, bases, files, shard_bytes, of_state=is_known)
@@ -108,11 +105,14 @@ def preview_opened(
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     """Raise what `compress` would raise before it does any work: no such device, or an output that may not be."""
-    resolve_device(device)
+    if device != "auto":
+        from pqcli.jobs.devices import resolve_device  # with torch, which plans do without
+
+        resolve_device(device)
     if goes_to_folder(seen.source, seen.output):
         check_folder_output(seen.output, seen.source, force=force)
     else:
-        compressing.check_place(seen.output, seen.source, force=force)
+        opening.check_place(seen.output, seen.source, force=force)
 
 
 def explain(
@@ -124,12 +124,13 @@ def explain(
 ) -> list[Choice]:
     """How `--codec auto` decides: for every tensor the candidates with their measured bits, error and cost."""
     from pqcli.codecs.auto.choosing import choose
+    from pqcli.jobs.compress import compression
 
     recipe = replace(recipe or Recipe(), codec="auto")
-    with compressing.opened(located(source).path, recipe, limits) as checkpoint:
+    with opening.opened(located(source).path, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
-        bases = compressing.bases_of(base)
-        with compressing.compression(checkpoint, plan, recipe, _here(recipe), _nowhere(), bases=bases) as work:
+        bases = opening.bases_of(base)
+        with compression(checkpoint, plan, recipe, _here(recipe), _nowhere(), bases=bases) as work:
             survey = work.prepared()
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
@@ -143,16 +144,16 @@ def _from_headers(
     shard_bytes: int | None,
 ) -> Preview:
     plan = plans.make(recipe, checkpoint.tensors, others)
-    about = compressing.about(checkpoint, recipe, files=files)
+    about = opening.about(checkpoint, recipe, files=files)
     manifest = about.manifest([record_of(entry) for entry in plan.entries])
-    target = Path(output) if output else compressing.default_output(checkpoint.path)
+    target = Path(output) if output else opening.default_output(checkpoint.path)
     return Preview(
         source=checkpoint.path,
         output=target,
         original_bytes=checkpoint.n_bytes,
         predicted_bytes=cut(manifest, None, shard_bytes, target.name.removesuffix(SUFFIX)).n_bytes,
         plan=plan,
-        dropped=compressing.dropped(checkpoint, files),
+        dropped=opening.dropped(checkpoint, files),
     )
 
 
@@ -167,8 +168,10 @@ def _rehearsed(
     of_state: bool,
 ) -> Preview:
     """What comes of compressing, without a file; `of_state`: of training state alone, headers tell of the rest."""
+    from pqcli.jobs.compress import compression  # with torch, as weights are read here
+
     target = _nowhere(seen.output.name)
-    with compressing.compression(
+    with compression(
         checkpoint,
         seen.plan,
         recipe,
@@ -192,6 +195,10 @@ def _rehearsed(
 
 
 def _here(recipe: Recipe) -> Threads:
+    import torch
+
+    from pqcli.jobs.executors import Threads
+
     return Threads.within(torch.device("cpu"), recipe.max_memory)
 
 
