@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,17 @@ def of_every_dtype():
             )
             state[f"{dtype}.kept"] = data.to(torch.uint8).view(getattr(torch, dtype))
     return state
+
+
+def installed(package, python, *more):
+    """Have pip do something with a package; skips where there is no index to get from what it needs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *python, "install" if python else "wheel", "--quiet", *more, package],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "No matching distribution" in done.stderr or "Could not fetch URL" in done.stderr:
+        pytest.skip(f"pip finds no index here: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
 
 
 def bits(tensor):
@@ -128,3 +140,27 @@ def test_what_needs_torch_says_in_one_line_what_to_install(alone):
     for key in ("pt", "compress"):
         code, message = alone[2][key]
         assert (code, " ".join(message.split())) == (1, TO_INSTALL)
+
+
+@pytest.mark.exhaustive
+def test_the_decoder_alone_decodes_where_only_its_own_dependencies_are_installed(tmp_path):
+    """A minute: a wheel is built, and what it depends on fetched."""
+    installed(REPOSITORY / ".decoder", (), "--no-deps", "--wheel-dir", tmp_path)
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    (wheel,) = tmp_path.glob("pqcli_decoder-*.whl")
+    installed(wheel, ("--python", python))
+    there = {path.name for path in (tmp_path / "venv" / "lib").glob("*/site-packages/*")}
+    assert "numpy" in there
+    assert not BLOCKED & there
+    command = tmp_path / "venv" / "bin" / "pqcli"
+    for file in FILES:
+        done = subprocess.run([command, "verify", file], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), file
+    file = GOLDEN / "plain-v1.pq.safetensors"
+    subprocess.run([command, "decode", file, "-o", "model.safetensors"], cwd=tmp_path, check=True)
+    expected = json.loads((GOLDEN / "plain-v1.json").read_text(encoding="utf-8"))
+    assert digests(load_file(tmp_path / "model.safetensors")) == expected
+    for arguments in (["decode", file, "-o", "model.pt"], ["compress", "model.safetensors"]):
+        done = subprocess.run([command, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert (done.returncode, " ".join(done.stderr.split())) == (1, TO_INSTALL)
