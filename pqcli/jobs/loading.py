@@ -11,6 +11,7 @@ import torch
 from pqcli.container.folder import compressed_folder
 from pqcli.container.reader import Container, open_container
 from pqcli.errors import ContainerError, UsageError
+from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.tensors.prefixes import matched
 
@@ -28,6 +29,7 @@ class Loaded(NamedTuple):
     unexpected: tuple[str, ...]
 
 
+@showing
 def load_into(
     model: torch.nn.Module,
     file: str | Path,
@@ -36,7 +38,7 @@ def load_into(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     base: str | Path | Sequence[str | Path] = (),
-    progress: Hook | None = None,
+    progress: Progress = None,
     limits: Limits | None = None,
 ) -> Loaded:
     """Decode the container's tensors into the model's parameters and buffers, by the names of its state dict.
@@ -56,7 +58,15 @@ def load_into(
         places = _places(own, container)
         missing, unexpected = _unmatched(own, places, container)
         _check(own, places, container, (missing, unexpected) if strict else None)
-        _fill(model, own, places, container, dtype, torch.device(device) if device is not None else None, progress)
+        _fill(
+            model,
+            own,
+            places,
+            container,
+            dtype,
+            torch.device(device) if device is not None else None,
+            hook_of(progress),
+        )
     if dtype is not None or device is not None:
         _move(model, dtype, device)
     return Loaded(missing, unexpected)

@@ -12,7 +12,7 @@ from pqcli.checkpoint.hub import located
 from pqcli.codecs.base import record_of
 from pqcli.container.peek import SUFFIX
 from pqcli.container.shards import cut
-from pqcli.jobs import opening
+from pqcli.jobs import notebook, opening
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
 from pqcli.jobs.opening import NO_FILES, SHARD_BYTES, Files
@@ -47,6 +47,13 @@ class Preview:
     dropped: tuple[str, ...]
     carried_bytes: int = 0
     n_carried: int = 0
+
+    def __repr__(self) -> str:
+        return notebook.preview_line(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return notebook.preview_page(self)
 
 
 def preview(

@@ -6,10 +6,11 @@ samples that are drawn once (`pqcli.core.ecpq`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pqcli.codecs.base import Run, StreamCodec, Streams, Survey, Tell, Weights
+from pqcli.codecs.rate.budget import trials
 
 if TYPE_CHECKING:
     from pqcli.codecs.base import Decoder
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
 
 class EcpqCodec(StreamCodec):
     """PQ to a budget."""
+
+    def costs(self, n_weights: int, recipe: Recipe) -> Mapping[str, float]:
+        """Drafts learn from a sample."""
+        from pqcli.core.ecpq import ecpq
+
+        fed = 1.0 if recipe.stats is None else 3.0
+        n_trials = trials(recipe)
+        share = max(ecpq.FRACTION, min(1.0, ecpq.LEAST / max(n_weights, 1))) if n_trials > 1 else 0.0
+        return {
+            "reading": 30.0,
+            "keeping": 0.0,
+            "learning": 1.0,
+            "searching": fed * 20000.0 * share,
+            "encoding": fed * 110.0 * n_trials,
+            "measuring": 80.0,
+        }
 
     def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:
         """Every tensor read once."""
