@@ -162,6 +162,7 @@ def test_a_model_comes_back_from_its_bytes_and_decodes_alike():
     of = model()
     back = ecpq.Model.from_bytes(of.to_bytes())
     assert back.to_bytes() == of.to_bytes()
+    assert all(codebook.magnitudes.flags.c_contiguous for codebook in back.codebooks)  # as loops in C take them
     matrix = gaussian(32, 64)
     encoded = ecpq.encode(matrix, of, BIT_PRICE)
     assert torch.equal(ecpq.decode(encoded.payload, back, 32, 64), encoded.decoded)
