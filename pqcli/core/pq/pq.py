@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pqcli.core import metrics, progress
+from pqcli.core import dtypes, metrics, progress
+from pqcli.core.arrays import as_array, as_tensor
 from pqcli.core.pq import blocks as block_layout
 from pqcli.core.pq import em
 from pqcli.core.pq.feedback import Layer, suits
@@ -174,10 +175,7 @@ def rounded(codebook: Tensor, exponent: int, dtype: torch.dtype) -> tuple[Tensor
 
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
     """`values` in `dtype`; rounding must not turn a large finite value into infinity."""
-    if torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
-        return values.to(dtype)
-    limit = torch.finfo(dtype).max
-    return values.clamp(-limit, limit).to(dtype)
+    return as_tensor(dtypes.saturated(as_array(values), str(dtype).removeprefix("torch.")))
 
 
 class PQ:
