@@ -52,7 +52,8 @@ from pqcli.container.layout import lay_out
 from pqcli.container.naming import BaseName
 from pqcli.container.reader import open_container
 from pqcli.container.writer import Writer
-from pqcli.errors import CheckpointError, ContainerError
+from pqcli.defaults import SHARD_BYTES
+from pqcli.errors import CheckpointError, ContainerError, PQError, UsageError
 from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
@@ -66,7 +67,6 @@ from pqcli.jobs.journal.keeping import Keeping, told
 from pqcli.jobs.opening import (
     NO_FILES,
     NOT_CODED,
-    SHARD_BYTES,
     Files,
     about,
     bases_of,
@@ -84,6 +84,7 @@ from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import documents
+from pqcli.recipe.checks import show
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
 from pqcli.tensors.info import TensorInfo
@@ -249,13 +250,29 @@ def save(
     Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give. Where
     the process is killed meanwhile, the next one that writes `file` removes what is left of it.
     """
+    _check_state_dict(state_dict)
     target = Path(file)
     check_target(target, force=force)
     with temporary_beside(final_path(target), suffix=".pt") as (dense, descriptor):
         with output_errors(target), os.fdopen(os.dup(descriptor), "wb") as saved:
             _torch_save(state_dict, saved)
         # no journal: what it would go on from, the dense file, goes with the process
-        return replace(compress(dense, file, recipe, device=device, force=force, journal=False, base=base), source="")
+        try:
+            found = compress(dense, file, recipe, device=device, force=force, journal=False, base=base)
+        except PQError as error:  # which names a file that nobody but this process knows
+            raise type(error)(str(error).replace(f"'{dense}'", "what was given")) from None
+        return replace(found, source="")
+
+
+def _check_state_dict(given: object) -> None:
+    """Raise UsageError for what is no state dict, but often taken for one."""
+    kind = type(given).__name__
+    if isinstance(given, torch.nn.Module):
+        raise UsageError(f"what was given is a whole model ({kind}); give its weights: save(model.state_dict(), ...)")
+    if not isinstance(given, Mapping):
+        raise UsageError(
+            f"what was given is no state dict but {show(given)} ({kind}); give save(model.state_dict(), ...)"
+        )
 
 
 def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:

@@ -21,8 +21,6 @@ from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
 from pqcli.tensors.records import BUNDLED_BYTES
 
-SHARD_BYTES = 5 * 10**9
-"""A container in a folder that is larger is cut into files of this size."""
 Files = Mapping[str, bytes]
 NO_FILES: Files = {}
 """Small files that go into the container, by their paths."""
