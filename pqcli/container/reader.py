@@ -27,7 +27,7 @@ from pqcli.core.arrays import as_tensor
 from pqcli.core.digests import tensor_bytes, tensor_hash
 from pqcli.core.dtypes import Array, dtype_of, saturated
 from pqcli.core.entropy import lossless
-from pqcli.core.pq import lookup, packing
+from pqcli.core.pq import decoding, packing
 from pqcli.errors import BaseError, ContainerError
 from pqcli.recipe.suggestions import close_names
 from pqcli.stats.damage import Damage
@@ -257,7 +257,7 @@ class Container:
     def _plain(self, record: Record, base: Array | None) -> Array:
         codebook, assignments = self._plain_parts(record, packing.unpack_narrow)
         codebook = saturated(codebook, record.info.dtype if base is None else "float32")
-        matrix = lookup.join(codebook, assignments, *record.matrix_shape)
+        matrix = decoding.join(codebook, assignments, *record.matrix_shape)
         return matrix.reshape(record.info.shape) if base is None else restored(record, matrix, base)
 
     def _same(self, record: Record, base: Array | None) -> Array:
