@@ -6,6 +6,7 @@
     pqcli.decode("model.pq.safetensors")                # -> model.decoded.pt
     state_dict = pqcli.load("model.pq.safetensors")     # dense tensors, nothing written
     pqcli.load_into(model, "model.pq.safetensors")      # the same, one by one into a model
+    pqcli.attach(model, "model.pq.safetensors")         # or compressed in it, to train the codebooks
     pqcli.save(model.state_dict(), "model.pq.safetensors")
 
 Names are loaded when first used: `import pqcli` does not import torch.
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pqcli.container.folder import open_compressed as open  # noqa: A004 - `pqcli.open(file)` reads best
     from pqcli.container.reader import Container
     from pqcli.core.pq.pq import PQ
+    from pqcli.jobs.attach import attach
     from pqcli.jobs.calibrate import calibrate
     from pqcli.jobs.compare import compare
     from pqcli.jobs.compress import compress, save
@@ -47,6 +49,7 @@ _LAZY = {
     "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
     "Statistics": ("pqcli.stats.moments", "Statistics"),
+    "attach": ("pqcli.jobs.attach", "attach"),
     "calibrate": ("pqcli.jobs.calibrate", "calibrate"),
     "collect": ("pqcli.stats.collecting", "collect"),
     "compare": ("pqcli.jobs.compare", "compare"),
@@ -63,8 +66,8 @@ _LAZY = {
 
 __all__ = [
     "PQ", "Container", "Containers", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__",
-    "calibrate", "collect", "compare", "compress", "decode", "load", "load_into", "open", "preview", "report", "save",
-    "verify",
+    "attach", "calibrate", "collect", "compare", "compress", "decode", "load", "load_into", "open", "preview", "report",
+    "save", "verify",
 ]  # fmt: skip
 
 

@@ -52,19 +52,23 @@ def held_by_bits(packed: NDArray[np.uint8], n_zeros: int, record: Record) -> byt
 
 def restored(tensor: torch.Tensor, record: Record, data: bytes) -> torch.Tensor:
     """The tensor with its zeros, in place. Raises ValueError for bytes that `held` did not give."""
+    tensor.view(record.matrix_shape)[mask(record, data)] = 0
+    return tensor
+
+
+def mask(record: Record, data: bytes) -> torch.Tensor:
+    """What is set to zero: bool, (rows,) where that is whole rows, else (rows, columns).
+
+    Raises ValueError for bytes that `held` did not give.
+    """
     rows, columns = record.matrix_shape
     kind = data[0] if data else -1
     if kind not in (_ROWS, _ELEMENTS):
         raise ValueError(f"zeros of kind {kind}")
     n = rows if kind == _ROWS else rows * columns
     (packed,) = lossless.decompress(data[1:], [(1, -(-n // 8))])
-    mask = torch.from_numpy(np.unpackbits(packed, count=n, bitorder="little").view(bool))
-    matrix = tensor.view(rows, columns)
-    if kind == _ROWS:
-        matrix[mask] = 0
-    else:
-        matrix[mask.view(rows, columns)] = 0
-    return tensor
+    found = torch.from_numpy(np.unpackbits(packed, count=n, bitorder="little").view(bool))
+    return found if kind == _ROWS else found.view(rows, columns)
 
 
 def _is_set(packed: NDArray[np.uint8], start: int, stop: int) -> bool:

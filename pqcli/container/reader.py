@@ -79,6 +79,11 @@ class Container:
         """Size of the container: its file, or its files and their index."""
         return self._entries.n_bytes
 
+    @property
+    def identity(self) -> bytes:
+        """Eight bytes that differ between files: a hash of the header, the manifest, and every tensor's hash."""
+        return self._entries.checksum_of_head()
+
     def coded(self, start: int, stop: int) -> bytes:
         """Some bytes of `pqcli.coded`."""
         return bytes(self._entries.read(CODED, start, stop))
@@ -132,6 +137,20 @@ class Container:
             raise self._entries.damaged(f"tensor {name!r} refers to centroid {assignments.max()} of {len(codebook)}")
         dtype = getattr(torch, record.info.dtype)
         return pq.PQTensor(record.info.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
+
+    def packed_assignments(self, name: str) -> bytearray:
+        """The assignments of a tensor that plain PQ quantized, as they lie in the file."""
+        return self._entries.read(f"pq/{name}/assignments")
+
+    def zeros(self, name: str) -> torch.Tensor | None:
+        """Which elements of a quantized tensor are exactly zero, as `zeros.mask` tells it; None where none are told."""
+        record = self.record(name)
+        if record.zero_bytes is None:
+            return None
+        try:
+            return zeros.mask(record, bytes(self._entries.read(zeros.key(name))))
+        except ValueError as error:
+            raise self._entries.damaged(f"zeros of {name!r}: {error}") from None
 
     def entropy(self, name: str) -> float:
         """Bits that the symbols of a whole-checkpoint codec would take at their order-0 entropy, a table a tensor.
