@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pqcli.jobs.compare import compare
     from pqcli.jobs.compress import compress, save
     from pqcli.jobs.decode import decode, load
+    from pqcli.jobs.export import export
     from pqcli.jobs.loading import load_into
     from pqcli.jobs.preview import preview
     from pqcli.jobs.report import report
@@ -55,6 +56,7 @@ _LAZY = {
     "compare": ("pqcli.jobs.compare", "compare"),
     "compress": ("pqcli.jobs.compress", "compress"),
     "decode": ("pqcli.jobs.decode", "decode"),
+    "export": ("pqcli.jobs.export", "export"),
     "load": ("pqcli.jobs.decode", "load"),
     "load_into": ("pqcli.jobs.loading", "load_into"),
     "open": ("pqcli.container.folder", "open_compressed"),
@@ -66,8 +68,8 @@ _LAZY = {
 
 __all__ = [
     "PQ", "Container", "Containers", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__",
-    "attach", "calibrate", "collect", "compare", "compress", "decode", "load", "load_into", "open", "preview", "report",
-    "save", "verify",
+    "attach", "calibrate", "collect", "compare", "compress", "decode", "export", "load", "load_into", "open", "preview",
+    "report", "save", "verify",
 ]  # fmt: skip
 
 

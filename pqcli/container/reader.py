@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -11,15 +12,15 @@ from typing import Any, Self, overload
 import torch
 from numpy.typing import NDArray
 
-from pqcli.codecs import moments, zeros
+from pqcli.codecs import moments, registry, zeros
 from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
 from pqcli.codecs.difference import as_base, exact_sum, restored
 from pqcli.container import checksum
 from pqcli.container.bases import Base, Given, Search, content_hash, find_base, message
 from pqcli.container.checksum import CHECKSUM
 from pqcli.container.door import admit
-from pqcli.container.files import FILES, unpack
-from pqcli.container.layout import CODED, KEPT
+from pqcli.container.files import FILES, Packed, unpack
+from pqcli.container.layout import CODED, KEPT, own_entries
 from pqcli.container.limits import Limits
 from pqcli.container.manifest import KEPT_CODED, CodedStreams
 from pqcli.container.shards import open_any
@@ -112,8 +113,12 @@ class Container:
         return self.records[self._said.index[name]]
 
     def error(self, name: str) -> StoredError | None:
-        """The error that compression measured; None for a tensor that is not quantized."""
+        """The error that compression measured; None for a tensor that is not quantized, or was trained since."""
         return self._said.errors.get(self.record(name).held_by)
+
+    def is_trained(self, name: str) -> bool:
+        """Whether the tensor, or the one that it is a copy of, was trained after it had been compressed."""
+        return self.record(self.record(name).held_by).trained
 
     def damage(self, name: str) -> Damage | None:
         """What compression predicted of the tensor's error, from statistics; None where it knew nothing."""
@@ -137,6 +142,30 @@ class Container:
             raise self._entries.damaged(f"tensor {name!r} refers to centroid {assignments.max()} of {len(codebook)}")
         dtype = getattr(torch, record.info.dtype)
         return pq.PQTensor(record.info.shape, dtype, record.matrix_shape, codebook, torch.from_numpy(assignments))
+
+    def digest(self, name: str) -> bytes:
+        """As much of the hash of the decoded tensor as the file has."""
+        return self._said.hashes[self._said.index[name]]
+
+    def payloads(self, name: str) -> tuple[tuple[str, bytes], ...]:
+        """The entries that a tensor has for itself, as they lie in the file."""
+        record = self.record(name)
+        keys = [entry.key for entry in own_entries(record, self.manifest.features)]
+        keys += [] if record.zero_bytes is None else [zeros.key(name)]
+        return tuple((key, bytes(self._entries.read(key))) for key in keys)
+
+    def streams(self) -> Streams | None:
+        """What tensors share, as it lies in the file; None where they share nothing."""
+        coded = self.manifest.coded
+        if coded is None:
+            return None
+        of_codec = registry.row(coded.codec).features
+        return replace(self._streams(coded), features=tuple(f for f in of_codec if f in self.manifest.features))
+
+    def packed_files(self) -> Packed | None:
+        """The small files inside, as they lie in the file; None where there are none."""
+        about = self.manifest.files
+        return None if about is None else Packed(about, bytes(self._entries.read(FILES)))
 
     def packed_assignments(self, name: str) -> bytearray:
         """The assignments of a tensor that plain PQ quantized, as they lie in the file."""

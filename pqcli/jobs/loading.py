@@ -179,9 +179,9 @@ def fill(
                 with torch.no_grad():
                     place.copy_(decoded)
         done(place.numel(), theirs)
-    for module, counter in list(_counters(model)):
+    for norm, counter in list(_counters(model)):
         if counter.is_meta:
-            module.num_batches_tracked = torch.zeros_like(counter, device=device or "cpu")
+            norm.num_batches_tracked = torch.zeros_like(counter, device=device or "cpu")
 
 
 def move(

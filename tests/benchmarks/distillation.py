@@ -8,7 +8,6 @@ chosen so, and the test images are there for the last word. Prints the rows of t
 """
 
 import argparse
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -68,10 +67,15 @@ def loss_of(student, teacher, args):
     """How far the student is from the teacher: logits and, block by block, features, each relative to its energy."""
     (logits, features), (wanted, theirs) = student, teacher
     terms = [(a - b).square().mean() / b.square().mean() for a, b in zip(features, theirs, strict=True)]
-    found = args.features * torch.stack(terms).mean() + args.logits * (logits - wanted).square().mean() / wanted.square().mean()
+    found = (
+        args.features * torch.stack(terms).mean()
+        + args.logits * (logits - wanted).square().mean() / wanted.square().mean()
+    )
     if args.kl:
         t = args.temperature
-        kl = functional.kl_div((logits / t).log_softmax(1), (wanted / t).log_softmax(1), log_target=True, reduction="batchmean")
+        kl = functional.kl_div(
+            (logits / t).log_softmax(1), (wanted / t).log_softmax(1), log_target=True, reduction="batchmean"
+        )
         found = found + args.kl * t * t * kl
     return found
 
