@@ -167,9 +167,9 @@ class Container:
         about = self.manifest.files
         return None if about is None else Packed(about, bytes(self._entries.read(FILES)))
 
-    def packed_assignments(self, name: str) -> bytearray:
-        """The assignments of a tensor that plain PQ quantized, as they lie in the file."""
-        return self._entries.read(f"pq/{name}/assignments")
+    def packed_assignments(self, name: str) -> torch.Tensor:
+        """The assignments of a tensor that plain PQ quantized, as they lie in the file: (bytes,) uint8."""
+        return self._entries.tensor(f"pq/{name}/assignments")
 
     def zeros(self, name: str) -> torch.Tensor | None:
         """Which elements of a quantized tensor are exactly zero, as `zeros.mask` tells it; None where none are told."""

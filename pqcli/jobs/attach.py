@@ -176,7 +176,7 @@ def assignments_of(container: Container, name: str, dtype: torch.dtype) -> Assig
     mask = container.zeros(name)
     return Assignments(
         lookup,
-        torch.frombuffer(container.packed_assignments(name), dtype=torch.uint8),
+        container.packed_assignments(name),
         None if mask is None else zeros_of(mask, columns),
         record.info.shape,
         dtype,

@@ -167,7 +167,7 @@ def _state(model: torch.nn.Module, attached: Mapping[str, Attached], container: 
                     f"{container.path}: {theirs!r} comes back as {owner!r}, and in the model it does not"
                 )
     for owner, one in codebooks.items():
-        if bytes(container.packed_assignments(owner)) != tensor_bytes(one.assignments.packed).tobytes():
+        if not torch.equal(container.packed_assignments(owner), one.assignments.packed.cpu()):
             raise ContainerError(f"{container.path}: the assignments of {owner!r} in the model are others")
     return _State(container, codebooks, {theirs: dense[ours] for theirs, ours in places.items() if ours in dense})
 

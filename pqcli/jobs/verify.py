@@ -10,6 +10,7 @@ import torch
 
 from pqcli import checkpoint as checkpoints
 from pqcli.checkpoint import Checkpoint
+from pqcli.container.folder import open_compressed
 from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
@@ -93,6 +94,17 @@ def left_out(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ..
             return ()
         dropped = container.manifest.source.dropped
         return tuple(f"{path} ({reason})" for path, reason in dropped if reason.startswith(checkpoints.LEFT_OUT))
+
+
+def trained_in(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ...]:
+    """The tensors that were trained after they had been compressed; of a folder, those of all its containers."""
+    try:
+        opened = open_compressed(file, limits=limits)
+    except DamagedError:
+        return ()  # `verify` tells
+    with opened:
+        containers = [opened] if isinstance(opened, Container) else opened.containers.values()
+        return tuple(record.name for one in containers for record in one.records if record.trained)
 
 
 def _is_dropped(container: Container) -> bool:
