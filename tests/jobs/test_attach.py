@@ -442,5 +442,5 @@ def test_beside_a_codec_with_streams_and_training_state_all_else_stays(tmp_path)
         model.a.bias.add_(1)
     pqcli.export(model, path, tmp_path / "o.pq.safetensors")
     before, after = pqcli.load(path), pqcli.load(tmp_path / "o.pq.safetensors")
-    assert torch.equal(after["model.b.weight"], 2 * before["model.b.weight"])
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {"model.b.weight", "model.a.bias"}
+    assert torch.equal(after["b.weight"], 2 * before["b.weight"])
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"b.weight", "a.bias"}
