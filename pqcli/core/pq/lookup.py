@@ -88,9 +88,10 @@ def mean_by_centroid(grad: Tensor, assignments: Tensor, shape: torch.Size, zeros
     )
     total = _summed(grad, places, n_missing, k, block_size)
     if zeros is None and not n_missing:
-        members = torch.bincount(places, minlength=k)[:, None].to(total.dtype)
+        # not torch.bincount, whose length `torch.compile` cannot know
+        members = places.new_zeros(k).scatter_add_(0, places, torch.ones_like(places))[:, None]
     else:
-        ones = _with_zeros(torch.ones(rows, columns, device=grad.device), zeros)
+        ones = _with_zeros(torch.ones(rows, columns, dtype=torch.int32, device=grad.device), zeros)
         members = _summed(ones, places, n_missing, k, block_size)
     return total / members.clamp(min=1)
 
