@@ -90,9 +90,7 @@ def main():
         pqcli.export(attached, file, Path(folder) / "trained.pq.safetensors")
         after = (Path(folder) / "trained.pq.safetensors").stat().st_size
     said = " | ".join(f"{size:,}" for size in sizes)
-    print(
-        f"| {args.model} | {said} | {times[0]:.3f} s | {times[1]:.3f} s | {losses[0]:.5f}, {losses[1]:.5f} | {after:,} |"
-    )
+    print(f"| {args.model} | {said} | {times[0]:.3f} s | {times[1]:.3f} s | {after:,} |")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ The compressed file is attached to a model, whose codebooks, biases and batch no
 does on the kit's 1,500 CIFAR-10 training images, mirrored and moved; no label is looked at. It is exported, decoded,
 and the decoded file is scored. With `--hold-out` the last so many of the 1,500 are not trained on, and only they are
 scored: settings were chosen so (by the error of the logits: the dense network has learnt these labels), and the test
-images are there for the last word. Prints rows of the table in docs/fine-tuning.md: bytes, top-1, cross-entropy, and the
-squared error of the logits relative to their energy.
+images are there for the last word. Prints rows of the table in docs/fine-tuning.md: bytes, top-1, cross-entropy, and
+the squared error of the logits relative to their energy.
 """
 
 import argparse
