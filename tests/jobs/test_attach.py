@@ -444,3 +444,51 @@ def test_beside_a_codec_with_streams_and_training_state_all_else_stays(tmp_path)
     before, after = pqcli.load(path), pqcli.load(tmp_path / "o.pq.safetensors")
     assert torch.equal(after["b.weight"], 2 * before["b.weight"])
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"b.weight", "a.bias"}
+
+
+def test_training_regains_what_compression_lost_at_the_same_bytes(tmp_path):
+    """The whole way, from a dense network to a decoded file, with the dense one for a teacher."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 96), nn.Tanh(), nn.Linear(96, 16))
+    path = compressed(dense, tmp_path / "m.pq.safetensors")
+    x = torch.randn(256, 16)
+    wanted = dense(x).detach()
+    model = copy.deepcopy(dense)
+    pqcli.attach(model, path)
+    before = (model(x) - wanted).square().mean().item()
+    parameters = list(model.parameters())
+    for _ in range(60):
+        gradients = torch.autograd.grad((model(x) - wanted).square().mean(), parameters)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.sub_(gradient, alpha=4.0)
+    pqcli.export(model, path, tmp_path / "o.pq.safetensors")
+    decoded = copy.deepcopy(dense)
+    decoded.load_state_dict(pqcli.load(tmp_path / "o.pq.safetensors"))
+    assert (decoded(x) - wanted).square().mean().item() < 0.7 * before
+    assert abs((tmp_path / "o.pq.safetensors").stat().st_size - path.stat().st_size) < 50
+
+
+def test_what_was_compressed_in_an_earlier_stage_is_found_again_without_error(attached, file):
+    """Where there are neither exact zeros nor padding, which make more distinct blocks than there are centroids."""
+    train(attached)
+    pqcli.export(attached, file, file.with_name("o.pq.safetensors"))
+    again = file.with_name("again.pq.safetensors")
+    report = pqcli.save(pqcli.load(file.with_name("o.pq.safetensors")), again, RECIPE)
+    errors = {tensor.name: tensor.relative_mse for tensor in report.quantized}
+    assert all(errors[name] == 0 for name in ("bag.weight", "conv3.weight", "up.weight", "fp16.weight"))
+
+
+def test_the_command_line_tells_what_was_trained(attached, file, pqcli_command):
+    train(attached)
+    target = pqcli.export(attached, file, file.with_name("o.pq.safetensors"))
+    told = pqcli_command("report", target).stdout
+    assert "PQ 4x16, trained" in told
+    assert "trained   3 quantized tensors and 1 kept one since they were compressed" in told
+    assert "relative MSE" not in told.splitlines()[0]
+    measured = pqcli_command("report", target, "--against", file.with_name("m.pt")).stdout
+    assert "relative MSE" in measured.splitlines()[0]
+    verified = pqcli_command("verify", target, "--against", file.with_name("m.pt"))
+    assert "not compared, because they were trained since they were compressed: embed.weight" in verified.stderr
+    assert "every tensor decodes to the bytes that were written" in verified.stderr
+    assert pqcli_command("report", target, "--fail-above", "relative_mse=1").returncode != 0
