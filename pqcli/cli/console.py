@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from pqcli.cli import readable
-from pqcli.cli.readable import elide, visible
+from pqcli.cli.readable import visible
 from pqcli.cli.tables import (
     N_NAMED,
     comparison_lines,
@@ -242,9 +242,9 @@ class Console:
         if self._quiet or self._json or not (self._stderr.isatty() and self._err.is_interactive):
             yield self._noting(ignore)
             return
-        from pqcli.cli.progress import bar
+        from pqcli.jobs.bars import on_terminal
 
-        with bar(self._err, elide(visible(label), self._err.width // 3), self._clock) as hook:
+        with on_terminal(self._err, label, self._clock) as hook:
             yield self._noting(hook)
 
     # --- how ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pqcli.checkpoint.walking import walk
+from pqcli.container import notebook
 from pqcli.container.header import INDEX_SUFFIX, SHARD_NAME, SUFFIX
 from pqcli.errors import CheckpointError, ContainerError
 
@@ -133,6 +134,13 @@ class Containers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def __repr__(self) -> str:
+        return notebook.folder_line(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return notebook.folder_page(self)
 
     @property
     def infos(self) -> tuple[TensorInfo, ...]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pqcli.codecs import moments, registry, zeros
 from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
 from pqcli.codecs.difference import as_base, exact_sum, restored
-from pqcli.container import checksum
+from pqcli.container import checksum, notebook
 from pqcli.container.bases import Base, Given, Search, content_hash, find_base, message
 from pqcli.container.checksum import CHECKSUM
 from pqcli.container.door import admit
@@ -57,6 +57,13 @@ class Container:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        return notebook.container_line(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return notebook.container_page(self)
 
     def close(self) -> None:
         """Close the file, and its base; may be called twice."""

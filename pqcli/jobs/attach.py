@@ -18,7 +18,7 @@ from pqcli.core.pq import packing
 from pqcli.core.pq.lookup import Lookup
 from pqcli.errors import ContainerError, UsageError
 from pqcli.integrations.assignments import UNSUITABLE, Assignments, attached_in, put_in, zeros_of
-from pqcli.jobs.events import Hook
+from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.loading import Fit, fill, fit_of, lone, move
 from pqcli.tensors.records import Alias, Copy, Plain
 
@@ -42,6 +42,7 @@ class Attached(NamedTuple):
     unexpected: tuple[str, ...]
 
 
+@showing
 def attach(
     model: torch.nn.Module,
     file: str | Path,
@@ -49,7 +50,7 @@ def attach(
     strict: bool = True,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    progress: Hook | None = None,
+    progress: Progress = None,
     limits: Limits | None = None,
 ) -> Attached:
     """Put a container into a model so that it stays compressed there, and its codebooks can be trained.
@@ -88,7 +89,7 @@ def attach(
             )
         apart = {theirs for _, names in groups for theirs in names}
         others = [theirs for theirs in fit.places if theirs not in apart]
-        fill(model, fit, container, others, dtype, device, progress)
+        fill(model, fit, container, others, dtype, device, hook_of(progress))
         frozen = tuple(_frozen(model, fit, container, others))
         move(model, dtype, device, but=[fit.own[fit.places[theirs]] for theirs in apart])
         for owner, names in groups:

@@ -13,8 +13,9 @@ from pqcli.claim import check_space, claimed
 from pqcli.errors import CheckpointError, StatsError, UsageError
 from pqcli.integrations import loading, running, texts
 from pqcli.integrations.places import is_weight, places
+from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.devices import resolve_device
-from pqcli.jobs.events import Event, Hook, Stage, ignore
+from pqcli.jobs.events import Event, Stage
 from pqcli.stats.collecting import collect
 from pqcli.stats.files import n_bytes_of, save
 from pqcli.stats.moments import gradient_of
@@ -87,6 +88,7 @@ class Calibrated:
     random: tuple[str, ...]
 
 
+@showing
 def calibrate(
     folder: str | Path,
     text: Sequence[str | Path],
@@ -98,7 +100,7 @@ def calibrate(
     block_width: int = BLOCK_WIDTH,
     device: str = "auto",
     force: bool = False,
-    progress: Hook | None = None,
+    progress: Progress = None,
 ) -> Calibrated:
     """Run text through the model of a Hugging Face folder and write `NAME.stats.safetensors`, by default beside it.
 
@@ -110,7 +112,7 @@ def calibrate(
     CheckpointError, OutputError or UsageError.
     """
     started = time.perf_counter()
-    sampling, hook = sampling or Sampling(), progress or ignore
+    sampling, hook = sampling or Sampling(), hook_of(progress)
     folder, paths = Path(folder), [Path(path) for path in text]
     target = Path(output) if output else default_output(folder)
     where = resolve_device(device)

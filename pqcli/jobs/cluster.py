@@ -23,6 +23,7 @@ from pqcli.core.threads import n_threads
 from pqcli.errors import MissingExtraError, UsageError
 from pqcli.jobs import remote
 from pqcli.jobs.devices import WORKERS_PER_GPU
+from pqcli.jobs.executors import Hear, unheard
 from pqcli.jobs.remote import Answer, LostWorkerError
 
 LOCAL: Final = "local"
@@ -103,8 +104,8 @@ class Cluster:
             "_temp_dir": self._temporary,
         }  # fmt: skip
 
-    def results(self, tasks: Sequence[Task[Found]]) -> Iterator[tuple[int, Found]]:
-        """The largest are sent first; results as they come."""
+    def results(self, tasks: Sequence[Task[Found]], hear: Hear = unheard) -> Iterator[tuple[int, Found]]:  # noqa: ARG002
+        """The largest are sent first; results as they come. Nothing is told of tasks before they are done."""
         self._look()
         return remote.results(self, tasks, self.in_flight_bytes)
 

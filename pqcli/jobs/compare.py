@@ -15,8 +15,10 @@ import torch
 from pqcli.core.outputs import OutputSums, PredictionSums, neighbours_agree
 from pqcli.errors import ContainerError, UsageError
 from pqcli.integrations.running import IGNORED
+from pqcli.jobs import notebook
+from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.decode import load
-from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.events import Hook, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -58,7 +60,15 @@ class Comparison:
     neighbours: float | None = None
     layers: tuple[LayerComparison, ...] = ()
 
+    def __repr__(self) -> str:
+        return notebook.comparison_line(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return notebook.comparison_page(self)
+
+
+@showing
 def compare(
     model: torch.nn.Module,
     file: str | Path,
@@ -66,7 +76,7 @@ def compare(
     *,
     by_layer: bool = False,
     base: str | Path | Sequence[str | Path] = (),
-    progress: Hook | None = None,
+    progress: Progress = None,
 ) -> Comparison:
     """Run a model with its own weights and with those of a container, and say how far the outputs are.
 
@@ -82,6 +92,7 @@ def compare(
     return compare_models(model, decoded, batches, by_layer=by_layer, progress=progress)
 
 
+@showing
 def compare_folder(
     folder: str | Path,
     file: str | Path,
@@ -90,7 +101,7 @@ def compare_folder(
     *,
     by_layer: bool = False,
     base: str | Path | Sequence[str | Path] = (),
-    progress: Hook | None = None,
+    progress: Progress = None,
 ) -> Comparison:
     """The same for the model of a Hugging Face folder, on text; see `calibrate` for how examples are drawn.
 
@@ -120,22 +131,23 @@ def compare_folder(
         return lambda batch: running.output_of(runnable, batch["batch"])
 
     return _compared(
-        (dense.model, run(dense)), (decoded.model, run(decoded)), batches, dense.is_causal, by_layer, progress or ignore
+        (dense.model, run(dense)), (decoded.model, run(decoded)), batches, dense.is_causal, by_layer, hook_of(progress)
     )
 
 
+@showing
 def compare_models(
     dense: torch.nn.Module,
     decoded: torch.nn.Module,
     batches: Iterable[Any],
     *,
     by_layer: bool = False,
-    progress: Hook | None = None,
+    progress: Progress = None,
 ) -> Comparison:
     """How far the outputs of `decoded` are from those of `dense`."""
     is_causal = type(dense).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     pairs = ((dense, lambda batch: _called(dense, batch)), (decoded, lambda batch: _called(decoded, batch)))
-    return _compared(*pairs, batches, is_causal, by_layer, progress or ignore)
+    return _compared(*pairs, batches, is_causal, by_layer, hook_of(progress))
 
 
 Run = tuple[torch.nn.Module, "Callable[[Any], Any]"]

@@ -40,8 +40,9 @@ from pqcli.codecs.base import (
     record_of,
 )
 from pqcli.codecs.kept import KeptJob, reference_piece
+from pqcli.codecs.kept import cost as kept_cost
 from pqcli.codecs.moments import MomentsJob
-from pqcli.codecs.rate.budget import Goal, error_bound
+from pqcli.codecs.rate.budget import Goal, error_bound, trials
 from pqcli.codecs.rate.level import Frame, first_level, reach
 from pqcli.codecs.rate.measuring import measured_pieces, relative_mse
 from pqcli.codecs.rate.protection import Watch
@@ -56,8 +57,10 @@ from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
 from pqcli.errors import CheckpointError, ContainerError, OutputError
+from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
+from pqcli.jobs.course import Course
 from pqcli.jobs.events import Event, Hook, Stage, ignore
 from pqcli.jobs.executors import Executor, resuming, running
 from pqcli.jobs.folders.embedding import check_embedding, small_files
@@ -90,6 +93,8 @@ COPIES = 2
 SAMPLED = 1 / 16
 """The fraction of the dense bytes that a finished file is decoded for, to check it."""
 SHARD_BYTES = 5 * 10**9
+MATCHING = 3.0
+"""About the nanoseconds that comparing a weight with a base's takes."""
 """A container in a folder that is larger is cut into files of this size."""
 Files = Mapping[str, bytes]
 NO_FILES: Files = {}
@@ -98,6 +103,7 @@ NOT_CODED = frozenset({"keep", "moments", "alias", "base"})
 """Actions of a plan that no codec takes part in."""
 
 
+@showing
 def compress(
     source: str | Path,
     output: str | Path | None = None,
@@ -114,7 +120,7 @@ def compress(
     base: str | Path | Sequence[str | Path] = (),
     ray: str | None = None,
     workers: int | None = None,
-    progress: Hook | None = None,
+    progress: Progress = None,
     limits: Limits | None = None,
 ) -> Report:
     """Compress the checkpoint at `source` into one container, by default `STEM.pq.safetensors` beside it.
@@ -129,7 +135,8 @@ def compress(
     whole or not at all. With `verify`, what was written is read again before it is put in place: its bytes must be
     those that were meant, and a sample must decode to its hashes. With a `base`, a checkpoint or a container, what the
     file holds are differences to it where these take less (`pqcli.jobs.base`); several are the base, its own base, and
-    so on. `progress` is told of every stage (`pqcli.jobs.events.Event`). `limits` bound what the structure of the
+    so on. `progress` is True for a bar, in a terminal or a notebook, or is called with every event
+    (`pqcli.jobs.events.Event`). `limits` bound what the structure of the
     checkpoint may cost to understand.
 
     The work is done by threads of this process, or by that many `workers`, processes of this machine, or by a `ray`
@@ -156,7 +163,7 @@ def compress(
             force=force,
             verify=verify,
             base=base,
-            progress=progress,
+            hook=hook_of(progress),
             limits=limits,
         )
 
@@ -174,7 +181,7 @@ def _compressed(
     force: bool,
     verify: bool,
     base: str | Path | Sequence[str | Path],
-    progress: Hook | None,
+    hook: Hook,
     limits: Limits | None,
 ) -> Report:
     """What `compress` does, wherever the work is done."""
@@ -196,7 +203,7 @@ def _compressed(
             force=force,
             verify=verify,
             keeping=keeping,
-            hook=progress,
+            hook=hook,
             limits=limits,
         )
     files = small_files(source, limits) if embed_files else NO_FILES
@@ -207,7 +214,7 @@ def _compressed(
         check_place(target, checkpoint.path, force=force)
         with (
             claimed(target),
-            keeping.journal(target, progress or ignore, [checkpoint], recipe, bases=bases, files=files) as kept,
+            keeping.journal(target, hook, [checkpoint], recipe, bases=bases, files=files) as kept,
         ):
             report = compress_opened(
                 checkpoint,
@@ -219,7 +226,7 @@ def _compressed(
                 verify=verify,
                 bases=bases,
                 journal=kept,
-                hook=progress,
+                hook=hook,
                 limits=limits,
             )
         return told(report, kept)
@@ -421,8 +428,8 @@ def compression(
     In a rehearsal, `rehearsed` is the output that is meant: the file would say where its base lies from there.
     """
     row = registry.chosen(recipe.codec, has_budget=bool(recipe.spending))
-    codec, hook = load(row.name), hook or ignore
-    weights, beside = Weights(checkpoint), None
+    codec, weights, beside = load(row.name), Weights(checkpoint), None
+    hook = Course(hook or ignore, costs(plan, recipe, codec, has_base=bool(bases)), {"encoding": trials(recipe)})
     with ExitStack() as stack:
         if bases:
             beside = stack.enter_context(compared(checkpoint, plan, bases, target, rehearsed or target, hook, limits))
@@ -591,7 +598,7 @@ class Compression:
         def measure(streams: Streams) -> float:
             if not isinstance(self.codec, StreamCodec):
                 raise TypeError(f"{self.codec_name} has no streams to measure")
-            return relative_mse(self.codec, streams, survey, self.weights)
+            return relative_mse(self.codec, streams, survey, self.weights, self._stage("checking", survey.records))
 
         return measure
 
@@ -619,6 +626,16 @@ class Compression:
 
     def _stage(self, stage: str, records: Sequence[Record]) -> Stage:
         return Stage(self.hook, stage, sum(record.info.numel for record in records))
+
+
+def costs(plan: Plan, recipe: Recipe, codec: Codec, *, has_base: bool = False) -> dict[str, float]:
+    """The stages of compressing what is planned, with about the time that each takes, in nanoseconds of one core."""
+    kept = sum(entry.info.n_bytes for entry in plan.entries if entry.action in ("keep", Moments.action))
+    n_weights = sum(entry.info.numel for entry in plan.entries if entry.action not in NOT_CODED)
+    found = {"matching": MATCHING * n_weights} if has_base else {}
+    found |= {stage: cost * n_weights for stage, cost in codec.costs(n_weights, recipe).items()}
+    quick = has_state(plan)
+    return found | {"keeping": kept_cost(kept, is_compact=codec.is_compact or quick, quick=quick)}
 
 
 def has_state(plan: Plan) -> bool:

@@ -20,7 +20,8 @@ from pqcli.container.manifest import Source
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import Container, open_container
 from pqcli.errors import ContainerError, OutputError, UsageError
-from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.bars import Progress, hook_of, showing
+from pqcli.jobs.events import Stage
 from pqcli.jobs.folders.embedding import write_files
 from pqcli.jobs.report import n_weights
 from pqcli.limits import Limits
@@ -29,6 +30,7 @@ from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Copy
 
 
+@showing
 def decode(
     file: str | Path,
     output: str | Path | None = None,
@@ -37,7 +39,7 @@ def decode(
     force: bool = False,
     verify: bool = True,
     base: str | Path | Sequence[str | Path] = (),
-    progress: Hook | None = None,
+    progress: Progress = None,
     limits: Limits | None = None,
 ) -> Path:
     """Rebuild the dense checkpoint: same keys, order, shapes and dtypes, kept tensors bit-identical.
@@ -50,6 +52,7 @@ def decode(
     """
     if dtype is not None and dtype not in plans.QUANTIZABLE_DTYPES:
         raise UsageError(f"dtype {dtype!r}: use one of {', '.join(sorted(plans.QUANTIZABLE_DTYPES))}")
+    hook = hook_of(progress)
     if Path(file).is_dir():
         from pqcli.jobs.folders import decoding as folders  # which needs this module
 
@@ -57,7 +60,14 @@ def decode(
         lone = folders.lone_container(Path(file), where)
         if lone is None:
             return folders.decode_folder(
-                Path(file), where, dtype=dtype, force=force, verify=verify, base=base, hook=progress, limits=limits
+                Path(file),
+                where,
+                dtype=dtype,
+                force=force,
+                verify=verify,
+                base=base,
+                hook=hook,
+                limits=limits,
             )
         file = lone
     with open_container(file, limits=limits, base=base) as container:
@@ -68,7 +78,7 @@ def decode(
         _check_place(target, Path(file), force=force)
         format_ = formats.by_suffix(target) if output else source.format
         infos = [converted(info, dtype) for info in container.infos]
-        read = dense_reader(container, dtype, Stage(progress or ignore, "decoding", n_weights(container)))
+        read = dense_reader(container, dtype, Stage(hook, "decoding", n_weights(container)))
         with claimed(target):
             check_space(target, sum(info.n_bytes for info in infos if info.alias_of is None))
             if format_ == formats.FOLDER and container.manifest.files:

@@ -10,8 +10,10 @@ keeping     weights kept bit for bit                         compress
 learning    weights looked at for what tensors share         compress
 searching   drafts of levels, until a budget is nearly met   compress
 encoding    weights quantized and coded                      compress; once for each level tried
+checking    weights decoded, to see if a budget is met       compress, to a budget of error
 measuring   weights decoded and compared                     compress, report
 decoding    weights decoded                                  decode; compress, those of a base
+writing     weights of a trained model, written              export
 verifying   weights decoded and checked                      verify
 comparing   batches that have run through both networks      compare
 """
@@ -28,7 +30,8 @@ class Event:
     """`done` of `total` units of a stage, the last of them on the tensor `name`.
 
     The unit is weights, tokens, batches, or drafts. `resumed` of those done were done by an earlier run, whose journal
-    was found; of the stage "resuming" the `name` says in words what that one had done.
+    was found; of the stage "resuming" the `name` says in words what that one had done. Of the time that the whole job
+    is expected to take, the fraction `before` lies before this stage and `share` in it (`pqcli.jobs.course`).
     """
 
     stage: str
@@ -36,6 +39,13 @@ class Event:
     total: int
     name: str = ""
     resumed: int = 0
+    before: float = 0.0
+    share: float = 1.0
+
+    @property
+    def fraction(self) -> float:
+        """How much of the whole job is done, from 0 to 1, by the time that it is expected to take."""
+        return self.before + self.share * min(self.done / max(self.total, 1), 1.0)
 
 
 Hook = Callable[[Event], None]
@@ -46,7 +56,7 @@ def ignore(event: Event) -> None:
 
 
 class Stage:
-    """Counts what is done of one stage, and tells the hook; from any thread. Its start is told too.
+    """Counts what is done of one stage, and tells the hook: from any thread, one after the other, the start too.
 
     `resumed` units were done by an earlier run.
     """
@@ -61,5 +71,4 @@ class Stage:
         """So much more is done."""
         with self._counting:
             self._done += amount
-            event = Event(self._stage, self._done, max(self._total, self._done), name, self._resumed)
-        self._hook(event)
+            self._hook(Event(self._stage, self._done, max(self._total, self._done), name, self._resumed))

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from pqcli.codecs.base import Found, Run, Task, Weights
+from pqcli.core import progress
 from pqcli.core.lookahead import in_order
 from pqcli.jobs.devices import at_work, workers
 from pqcli.jobs.events import Hook, Stage
@@ -31,11 +33,22 @@ BASE_MEMORY_BYTES = 400 << 20
 """Memory of a process that has torch loaded and kernels compiled."""
 
 
+Hear = Callable[[int, float], None]
+"""`hear(place, fraction)`: so much of the task at that place is done."""
+
+
+def unheard(place: int, fraction: float) -> None:
+    """For those who do not want to know."""
+
+
 class Executor(Protocol):
     """A place where tasks run."""
 
-    def results(self, tasks: Sequence[Task[Found]]) -> Iterator[tuple[int, Found]]:
-        """The result of every task with its place among them, in any order. The first exception ends it."""
+    def results(self, tasks: Sequence[Task[Found]], hear: Hear = unheard) -> Iterator[tuple[int, Found]]:
+        """The result of every task with its place among them, in any order. The first exception ends it.
+
+        `hear` may be told, from any thread, how much of a task is done before all of it is.
+        """
 
 
 @dataclass(frozen=True)
@@ -50,11 +63,11 @@ class Threads:
         """Threads for a process that may take so much memory, in bytes; None: the usual."""
         return cls(device) if max_memory is None else cls(device, max(max_memory - BASE_MEMORY_BYTES, 0))
 
-    def results(self, tasks: Sequence[Task[Found]]) -> Iterator[tuple[int, Found]]:
+    def results(self, tasks: Sequence[Task[Found]], hear: Hear = unheard) -> Iterator[tuple[int, Found]]:
         """The largest first."""
 
         def work(item: tuple[int, Task[Found]], device: torch.device) -> tuple[int, Found]:
-            with at_work(device):
+            with at_work(device), progress.heard(partial(hear, item[0])):
                 return item[0], item[1].run(device)
 
         return largest_first(
@@ -66,10 +79,10 @@ def running(executor: Executor, hook: Hook) -> Run:
     """Tasks run by the executor, while the hook is told of what is done of each stage."""
 
     def run(tasks: Sequence[Task[Found]], stage: str) -> Iterator[tuple[int, Found]]:
-        done = Stage(hook, stage, sum(task.n_weights for task in tasks))
-        for place, found in executor.results(tasks):
+        done = _Parts(Stage(hook, stage, sum(task.n_weights for task in tasks)), tasks)
+        for place, found in executor.results(tasks, done.hear):
             yield place, found
-            done(tasks[place].n_weights, tasks[place].name)
+            done.hear(place, 1.0)
 
     return run
 
@@ -92,12 +105,31 @@ def resuming(executor: Executor, hook: Hook, journal: Journal, scope: str, weigh
                 left.append(place)
                 continue
             yield place, found
-        for i, found in executor.results([tasks[place] for place in left]):
+        remaining = [tasks[place] for place in left]
+        parts = _Parts(done, remaining)
+        for i, found in executor.results(remaining, parts.hear):
             known.add(left[i], found)
             yield left[i], found
-            done(tasks[left[i]].n_weights, tasks[left[i]].name)
+            parts.hear(i, 1.0)
 
     return run
+
+
+class _Parts:
+    """Counts for a stage what is done of each task, and never less than was told before."""
+
+    def __init__(self, done: Stage, tasks: Sequence[Task[Any]]) -> None:
+        self._done, self._tasks = done, tasks
+        self._told = [0] * len(tasks)
+
+    def hear(self, place: int, fraction: float) -> None:
+        """So much of the task at that place is done. A task is told of in one thread at a time."""
+        task = self._tasks[place]
+        n_weights = int(min(fraction, 1.0) * task.n_weights)
+        more = n_weights - self._told[place]
+        if more > 0 or fraction >= 1:
+            self._told[place] = max(n_weights, self._told[place])
+            self._done(max(more, 0), task.name)
 
 
 def largest_first(

@@ -37,8 +37,10 @@ from pqcli.core.pq import pq
 from pqcli.errors import ContainerError, UsageError
 from pqcli.integrations.assignments import Attached, attached_in
 from pqcli.jobs.attach import owner_of
+from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.compress import COPIES, SHARD_BYTES, check_written
-from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.course import at_the_end
+from pqcli.jobs.events import Hook, Stage
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import check_folder_output
 from pqcli.jobs.loading import lone, places_of
@@ -51,6 +53,7 @@ AS_TRAINED = "trained since it was compressed"
 """The reason of a tensor that was a copy of another one, and is none any more."""
 
 
+@showing
 def export(
     model: torch.nn.Module,
     file: str | Path,
@@ -58,7 +61,7 @@ def export(
     *,
     force: bool = False,
     verify: bool = True,
-    progress: Hook | None = None,
+    progress: Progress = None,
     limits: Limits | None = None,
 ) -> Path:
     """Write an attached model as a container: trained codebooks and kept tensors, the assignments byte for byte.
@@ -76,7 +79,7 @@ def export(
     written so: centroids that are not finite or too large for their dtype, tied or frozen tensors that were changed;
     OutputError as `compress` does.
     """
-    target, source = Path(output), Path(file)
+    target, source, hook = Path(output), Path(file), hook_of(progress)
     attached = {one.name: one for one in attached_in(model)}
     if not attached:
         raise UsageError("the model is attached to no file; `pqcli.attach` attaches it")
@@ -86,7 +89,7 @@ def export(
             raise UsageError(f"'{path}' lies in several files; export its folder into a new one")
         check_output(target, path, force=force)
         with open_container(path, limits=limits) as container, claimed(target):
-            _write(model, attached, container, target, force=force, verify=verify, hook=progress, limits=limits)
+            _write(model, attached, container, target, force=force, verify=verify, hook=hook, limits=limits)
         return target
     folder = compressed_folder(source)
     check_folder_output(target, source, force=force)
@@ -96,8 +99,8 @@ def export(
             make_folders(new, folder.folders, folder.links)
             inner = new / path.relative_to(source)
             inner = inner.with_name(inner.name.removesuffix(".index.json"))
-            _write(model, attached, container, inner, force=False, verify=verify, hook=progress, limits=limits)
-            copy_files(source, new, folder.side, progress or ignore, verify=verify)
+            _write(model, attached, container, inner, force=False, verify=verify, hook=hook, limits=limits)
+            copy_files(source, new, folder.side, at_the_end(hook), verify=verify)
     return target
 
 
@@ -109,7 +112,7 @@ def _write(
     *,
     force: bool,
     verify: bool,
-    hook: Hook | None,
+    hook: Hook,
     limits: Limits | None,
 ) -> None:
     """Write the container to its place."""
@@ -124,7 +127,7 @@ def _write(
     )
     check_space(target, COPIES * container.n_bytes)
     shard_bytes = None if manifest.shards is None else SHARD_BYTES
-    done = Stage(hook or ignore, "writing", sum(record.info.numel for record in container.records))
+    done = Stage(hook, "writing", sum(record.info.numel for record in container.records))
     with Writer(target, about, force, compact=KEPT_CODED in manifest.features, shard_bytes=shard_bytes) as writer:
         for record in container.records:
             writer.add(_piece(state, record))

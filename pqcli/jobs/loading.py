@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from pqcli.container.folder import compressed_folder
 from pqcli.container.reader import Container, open_container
 from pqcli.errors import ContainerError, UsageError
-from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.bars import Progress, hook_of, showing
+from pqcli.jobs.events import Hook, Stage
 from pqcli.tensors.prefixes import matched
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Loaded(NamedTuple):
     unexpected: tuple[str, ...]
 
 
+@showing
 def load_into(
     model: torch.nn.Module,
     file: str | Path,
@@ -38,7 +40,7 @@ def load_into(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     base: str | Path | Sequence[str | Path] = (),
-    progress: Hook | None = None,
+    progress: Progress = None,
     limits: Limits | None = None,
 ) -> Loaded:
     """Decode the container's tensors into the model's parameters and buffers, by the names of its state dict.
@@ -55,7 +57,7 @@ def load_into(
     """
     with open_container(lone(file), limits=limits, base=base) as container:
         fit = fit_of(model, container, strict=strict)
-        fill(model, fit, container, list(fit.places), dtype, device, progress)
+        fill(model, fit, container, list(fit.places), dtype, device, hook_of(progress))
     move(model, dtype, device)
     return Loaded(fit.missing, fit.unexpected)
 
@@ -154,10 +156,10 @@ def fill(
     chosen: Sequence[str],
     dtype: torch.dtype | None,
     device: str | torch.device | None,
-    hook: Hook | None,
+    hook: Hook,
 ) -> None:
     """Decode the chosen tensors, in the container's names and order, which is the quickest, into their places."""
-    done = Stage(hook or ignore, "decoding", sum(fit.own[fit.places[theirs]].numel() for theirs in chosen))
+    done = Stage(hook, "decoding", sum(fit.own[fit.places[theirs]].numel() for theirs in chosen))
     names: dict[int, list[str]] = {}
     for name, tensor in fit.own.items():
         names.setdefault(id(tensor), []).append(name)

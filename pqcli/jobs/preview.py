@@ -15,6 +15,7 @@ from pqcli.codecs.base import record_of
 from pqcli.container.peek import SUFFIX
 from pqcli.container.shards import cut
 from pqcli.jobs import compress as compressing
+from pqcli.jobs import notebook
 from pqcli.jobs.compress import NO_FILES, SHARD_BYTES, Files
 from pqcli.jobs.devices import resolve_device
 from pqcli.jobs.executors import Threads
@@ -50,6 +51,13 @@ class Preview:
     dropped: tuple[str, ...]
     carried_bytes: int = 0
     n_carried: int = 0
+
+    def __repr__(self) -> str:
+        return notebook.preview_line(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return notebook.preview_page(self)
 
 
 def preview(

@@ -24,6 +24,7 @@ import torch
 from pqcli.codecs.base import Found, Task
 from pqcli.core.threads import n_threads
 from pqcli.jobs import remote
+from pqcli.jobs.executors import Hear, unheard
 from pqcli.jobs.remote import Answer, LostWorkerError
 
 _LOOKS: Final = 1.0
@@ -54,8 +55,8 @@ class Processes:
             del pool
             gc.collect()  # its locks: a process that ends in a hurry would leave them behind, and say so
 
-    def results(self, tasks: Sequence[Task[Found]]) -> Iterator[tuple[int, Found]]:
-        """The largest are sent first; results as they come."""
+    def results(self, tasks: Sequence[Task[Found]], hear: Hear = unheard) -> Iterator[tuple[int, Found]]:  # noqa: ARG002
+        """The largest are sent first; results as they come. Nothing is told of tasks before they are done."""
         return remote.results(self, tasks, self.in_flight_bytes)
 
     @property

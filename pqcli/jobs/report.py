@@ -24,7 +24,8 @@ from pqcli.container.naming import BaseName
 from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics, rtn
 from pqcli.errors import CheckpointError, RecipeError, UsageError
-from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.bars import Progress, hook_of, showing
+from pqcli.jobs.events import Stage
 from pqcli.limits import Limits
 from pqcli.plan.paper import paper_bytes
 from pqcli.recipe import documents
@@ -45,6 +46,7 @@ from pqcli.tensors.records import (
 )
 
 
+@showing
 def report(
     file: str | Path,
     against: str | Path | None = None,
@@ -52,7 +54,7 @@ def report(
     weights: tuple[str, ...] | None = None,
     base: str | Path | Sequence[str | Path] = (),
     stats: str | Path | None = None,
-    progress: Hook | None = None,
+    progress: Progress = None,
     limits: Limits | None = None,
 ) -> Report:
     """Size and error of every tensor of a container, as compression measured them; the entropy of its assignments.
@@ -68,14 +70,14 @@ def report(
         from pqcli.jobs.folders.reading import report_folder  # which needs this module
 
         where = Path(against) if against else None
-        return report_folder(Path(file), where, base=base, stats=stats, progress=progress, limits=limits)
+        return report_folder(Path(file), where, base=base, stats=stats, progress=hook_of(progress), limits=limits)
     with open_container(file, limits=limits, base=base) as container:
         container.check_figures()
         records = with_bundle_shares(list(container.records), container.bundle_bytes)
         if against is None:
             tensors = tuple(_stored_report(container, record) for record in records)
         else:
-            stage = Stage(progress or ignore, "measuring", n_weights(container))
+            stage = Stage(hook_of(progress), "measuring", n_weights(container))
             with original_of(container, against, limits, weights) as original:
                 known = None if stats is None else opened(str(stats), records)
                 tensors = tuple(_measured_reports(container, records, original, stage, known))

@@ -15,7 +15,8 @@ from pqcli.container.reader import Container, open_container
 from pqcli.core import metrics
 from pqcli.core.digests import tensor_hash
 from pqcli.errors import BaseError, ContainerError, DamagedError
-from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.bars import Progress, hook_of, showing
+from pqcli.jobs.events import Stage
 from pqcli.jobs.report import describe, n_weights, original_of
 from pqcli.limits import Limits
 from pqcli.tensors.records import Alias, Record, StoredError
@@ -36,13 +37,14 @@ class Finding:
         return self.problem if self.name is None else f"tensor {self.name!r} {self.problem}"
 
 
+@showing
 def verify(
     file: str | Path,
     against: str | Path | None = None,
     *,
     weights: tuple[str, ...] | None = None,
     base: str | Path | Sequence[str | Path] = (),
-    progress: Hook | None = None,
+    progress: Progress = None,
     limits: Limits | None = None,
 ) -> list[Finding]:
     """What is wrong with a container; an empty list if nothing is.
@@ -59,7 +61,7 @@ def verify(
         from pqcli.jobs.folders.reading import verify_folder  # which needs this module
 
         where = Path(against) if against else None
-        return verify_folder(Path(file), where, base=base, progress=progress, limits=limits)
+        return verify_folder(Path(file), where, base=base, progress=hook_of(progress), limits=limits)
     try:
         container = open_container(file, limits=limits, base=base)
     except DamagedError as error:
@@ -67,7 +69,7 @@ def verify(
     with container:
         if container.needs_base:
             container.base()
-        stage = Stage(progress or ignore, "verifying", n_weights(container))
+        stage = Stage(hook_of(progress), "verifying", n_weights(container))
         if against is None:
             found = [finding for record in container.records for finding in _checked(container, record, None, stage)]
         else:

@@ -23,6 +23,7 @@ from pqcli.core import moments
 from pqcli.plan.matching import NumberedRules, applies, holds, refuse_idle_patterns, refuse_idle_rules
 from pqcli.plan.scheme import Scheme, scheme_for
 from pqcli.plan.structure import patterns_for, structure_of
+from pqcli.readable import plural
 from pqcli.recipe.patterns import matches
 from pqcli.recipe.recipe import Recipe, Rule
 from pqcli.tensors.info import TensorInfo
@@ -70,6 +71,9 @@ class Plan:
 
     entries: tuple[PlanEntry, ...]
     recipe: Recipe
+
+    def __repr__(self) -> str:
+        return f"<Plan: {len(self.quantized)} of {plural(len(self.entries), 'tensor')} to be quantized>"
 
     @property
     def quantized(self) -> tuple[PlanEntry, ...]:

@@ -20,6 +20,7 @@ from typing import Literal
 
 from pqcli.codecs import registry
 from pqcli.errors import RecipeError
+from pqcli.recipe import notebook
 from pqcli.recipe.checks import (
     EFFORTS,
     boolean,
@@ -104,6 +105,9 @@ class Rule:
     )
     optional: bool = setting(False, check=boolean, metavar="true|false", help="May apply to no tensor at all.")
     why: str | None = setting(None, check=text, metavar="TEXT", help="The reason, shown in plans and reports.")
+
+    def __repr__(self) -> str:
+        return notebook.call_of(self)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -233,6 +237,13 @@ class Recipe:
     rules: tuple[Rule, ...] = setting((), check=_rules, metavar="LIST", help="Rules; the first that applies wins.")
     name: str = setting("flags", check=text, metavar="TEXT", help="What plans call the recipe; a file's name, if any.")
     description: str = setting("", check=text, metavar="TEXT", compare=False, help="What it is for, in a sentence.")
+
+    def __repr__(self) -> str:
+        return notebook.call_of(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return notebook.recipe_page(self)
 
     def __post_init__(self) -> None:
         check_fields(self)

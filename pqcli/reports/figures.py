@@ -24,6 +24,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
+from pqcli.reports import notebook
+
 INT4_GROUP = 128
 """Weights that share a scale in the int4 baseline; the scale takes two bytes."""
 DB_PER_BIT = 20 * math.log10(2)
@@ -76,6 +78,9 @@ class TensorReport:
     output_mse: float | None = None
     damage: float | None = None
     role: str = "model"
+
+    def __repr__(self) -> str:
+        return notebook.tensor_line(self)
 
     @property
     def has_error(self) -> bool:
@@ -171,6 +176,13 @@ class Report:
     side_bytes: int = 0
     base: BaseReport | None = None
     resumed: str = ""
+
+    def __repr__(self) -> str:
+        return notebook.report_line(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return notebook.report_page(self)
 
     @property
     def quantized(self) -> tuple[TensorReport, ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pqcli.readable import plural
 from pqcli.stats.sums import Outline, SiteSums, WeightSums, watched
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ class Statistics:
     ) -> None:
         self.weights, self.aliases, self.n_sites, self.site = weights, aliases, n_sites, site
         self.outline = outline or (lambda index: site(index).outline)
+
+    def __repr__(self) -> str:
+        return f"<Statistics of {plural(len(self.weights), 'weight')}, {plural(self.n_sites, 'input')}>"
 
     def __contains__(self, name: str) -> bool:
         return self.aliases.get(name, name) in self.weights

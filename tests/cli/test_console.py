@@ -13,7 +13,6 @@ from rich.text import Text
 
 from pqcli.cli import readable
 from pqcli.cli.console import Console, safe
-from pqcli.cli.progress import speed
 from pqcli.cli.tables import record_table, report_table
 from pqcli.errors import UsageError
 from pqcli.jobs.events import Event
@@ -291,14 +290,6 @@ def test_that_a_killed_run_is_gone_on_with_is_noted_with_a_terminal_or_without_a
         assert ("resumed: encoding, 37 of 120 tensors were done" in spoken.err) is is_said
         assert "k weights/s" not in spoken.err
         assert "M weights/s" not in spoken.err
-
-
-def test_the_time_left_follows_the_work_done_and_promises_nothing_when_overdue():
-    assert speed(0, 100, 0, 5) == ""
-    assert speed(50e6, 100e6, 10, 10) == "5.00 M weights/s, 10 s left"
-    assert speed(50e6, 100e6, 10, 14) == "5.00 M weights/s, 6.0 s left"
-    assert speed(50e6, 100e6, 10, 30) == "5.00 M weights/s, ? left"
-    assert speed(100e6, 100e6, 10, 11) == "10.0 M weights/s, finishing"
 
 
 def test_an_inspection_shows_fields_nested_ones_indented_and_a_table_of_tensors():

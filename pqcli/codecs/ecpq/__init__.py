@@ -29,7 +29,7 @@ from pqcli.codecs.base import (
     Weights,
     as_matrix,
 )
-from pqcli.codecs.rate.budget import error_bound
+from pqcli.codecs.rate.budget import error_bound, trials
 from pqcli.codecs.rate.steps import RATE_WEIGHT, Steps, steps_of
 from pqcli.codecs.rate.survey import survey_weights
 from pqcli.core.digests import seed_of
@@ -199,6 +199,20 @@ class EcpqDecoder(Decoder):
 
 class EcpqCodec(StreamCodec):
     """PQ to a budget."""
+
+    def costs(self, n_weights: int, recipe: Recipe) -> Mapping[str, float]:
+        """Drafts learn from a sample."""
+        fed = 1.0 if recipe.stats is None else 3.0
+        n_trials = trials(recipe)
+        share = max(ecpq.FRACTION, min(1.0, ecpq.LEAST / max(n_weights, 1))) if n_trials > 1 else 0.0
+        return {
+            "reading": 30.0,
+            "keeping": 0.0,
+            "learning": 1.0,
+            "searching": fed * 20000.0 * share,
+            "encoding": fed * 110.0 * n_trials,
+            "measuring": 80.0,
+        }
 
     def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:
         """Every tensor read once."""

@@ -79,6 +79,11 @@ class Goal:
         return self.value * (1 - self.tolerance) <= measured <= self.value
 
 
+def trials(recipe: Recipe) -> int:
+    """How often all weights are encoded, most of the time: once, or twice where a budget is to be met."""
+    return 1 if Goal.of(recipe, 0) is None else 2
+
+
 def error_bound(recipe: Recipe) -> float | None:
     """The relative MSE that the whole is to have; None where the recipe does not ask for one."""
     goal = Goal.of(recipe, 0)

@@ -69,6 +69,7 @@ def reach(
     empty_bytes = frame.file_bytes(nothing, with_shares(records, nothing))
 
     n_drafts = count(1)
+    drafted(0, MOST_DRAFTS)
 
     def draft(level: float) -> float:
         found = session.draft(level)

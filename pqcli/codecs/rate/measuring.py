@@ -45,13 +45,17 @@ def measured_pieces(
         tell(record.info.numel, record.name)
 
 
-def relative_mse(codec: StreamCodec, streams: Streams, survey: Survey, weights: Weights) -> float:
+def relative_mse(codec: StreamCodec, streams: Streams, survey: Survey, weights: Weights, tell: Tell) -> float:
     """The relative MSE of all coded tensors together."""
     records = survey.records
     decoder = codec.decoder(streams, [source_of(record) for record in records])
-    return metrics.total(
-        metrics.compare(weights.original(record.name), _decoded(decoder, record, survey, weights)) for record in records
-    ).relative_mse
+
+    def errors() -> Iterator[metrics.Error]:
+        for record in records:
+            yield metrics.compare(weights.original(record.name), _decoded(decoder, record, survey, weights))
+            tell(record.info.numel, record.name)
+
+    return metrics.total(errors()).relative_mse
 
 
 def _decoded(decoder: Decoder, record: Record, survey: Survey, weights: Weights) -> torch.Tensor:

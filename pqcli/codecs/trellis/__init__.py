@@ -5,10 +5,11 @@ A job is a stream. What tensors share are rotations, fitted for the first level 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pqcli.codecs.base import Run, StreamCodec, Streams, Survey, Tell, Weights
+from pqcli.codecs.rate.budget import trials
 from pqcli.codecs.rate.survey import survey_weights
 
 if TYPE_CHECKING:
@@ -23,6 +24,23 @@ class TrellisCodec(StreamCodec):
     """The smallest file for an error, at the price of random access."""
 
     takes_blocks = True
+
+    def costs(self, n_weights: int, recipe: Recipe) -> Mapping[str, float]:
+        """By the number of states; drafts look at some of the weights only."""
+        from pqcli.codecs.trellis import session
+
+        fed = 1.0 if recipe.stats is None else 2.0
+        n_trials = trials(recipe)
+        n_drafted = min(n_weights, session.DRAFT_WEIGHTS) if n_trials > 1 else 0
+        encoding = fed * (275.0 + 0.25 * session.n_states(n_weights, recipe.effort))
+        return {
+            "reading": 30.0,
+            "keeping": 0.0,
+            "learning": 150.0,
+            "searching": fed * 1500.0 * n_drafted / max(n_weights, 1),
+            "encoding": encoding * n_trials,
+            "measuring": 180.0,
+        }
 
     def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:
         """Every tensor read once."""

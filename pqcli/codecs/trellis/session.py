@@ -174,7 +174,7 @@ class TrellisSession(Session):
 
     @property
     def _n_states(self) -> int:
-        return self.effort or next(states for below, states in STATES_BELOW if self._n_weights < below)
+        return n_states(self._n_weights, self.effort)
 
     def _params(self, level: float) -> TrellisParams:
         gain = next(gain for below, gain in MIXING_GAINS if self._n_weights < below)
@@ -182,6 +182,11 @@ class TrellisSession(Session):
 
     def _side(self, level: float) -> Side:
         return make_side(self.sources, self._params(level), self.rotations, self.steps.at(level), self.rows)
+
+
+def n_states(n_weights: int, effort: int | None) -> int:
+    """The states of the trellis for so many weights; `effort` is what was asked for."""
+    return effort or next(states for below, states in STATES_BELOW if n_weights < below)
 
 
 class WholeMatrix:

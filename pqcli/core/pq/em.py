@@ -25,11 +25,12 @@ that are still empty are dropped.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
-from pqcli.core import kernels
+from pqcli.core import kernels, progress
 from pqcli.errors import EmptyClusterResolveError
 
 if TYPE_CHECKING:
@@ -103,7 +104,10 @@ def fit(blocks: Blocks, options: Options, codebook: Tensor | None = None) -> Fit
     vectors than `n_centroids`, those vectors are the codebook, and the error is zero.
     Raises EmptyClusterResolveError if `max_tentatives` passes of splitting leave a cluster empty.
     """
-    fits = [_fit_once(blocks, options, codebook, options.seed + i) for i in range(options.restarts)]
+    fits = []
+    for i in range(options.restarts):
+        with progress.within(i / options.restarts, (i + 1) / options.restarts):
+            fits.append(_fit_once(blocks, options, codebook, options.seed + i))
     return min(fits, key=lambda found: found.objective[-1] if found.objective else 0.0)
 
 
@@ -115,17 +119,28 @@ def _fit_once(blocks: Blocks, options: Options, codebook: Tensor | None, seed: i
             return Fit(start.codebook, (0.0,))
         codebook = start.codebook
     training = sample(blocks, options.sample, generator)
-    left = options.n_iter
+    left = options.n_iter - sum(n_iter for _, n_iter in options.stages)
+    n_refine = min(REFINEMENTS, options.n_iter) if training is not blocks else 0
+    costs = [min(n, len(training.body)) * n_iter for n, n_iter in options.stages]
+    costs += [len(training.body) * left, len(blocks.body) * n_refine]
+    parts = iter(_shares(costs))
     for n, n_iter in options.stages:
         drawn = spread_sample(training, n, generator)
-        codebook = lloyd(drawn, codebook, replace(options, n_iter=n_iter), generator, settling=0).codebook
-        left -= n_iter
-    fitted = lloyd(training, codebook, replace(options, n_iter=left), generator)
+        with progress.within(*next(parts)):
+            codebook = lloyd(drawn, codebook, replace(options, n_iter=n_iter), generator, settling=0).codebook
+    with progress.within(*next(parts)):
+        fitted = lloyd(training, codebook, replace(options, n_iter=left), generator)
     if training is not blocks:
-        refine = replace(options, n_iter=min(REFINEMENTS, options.n_iter))
-        refined = lloyd(blocks, fitted.codebook, refine, generator)
+        with progress.within(*next(parts)):
+            refined = lloyd(blocks, fitted.codebook, replace(options, n_iter=n_refine), generator)
         fitted = replace(refined, objective=fitted.objective + refined.objective)
     return fitted
+
+
+def _shares(costs: list[int]) -> list[tuple[float, float]]:
+    """From which fraction of the whole to which each part goes."""
+    ends = [end / max(sum(costs), 1) for end in accumulate(costs, initial=0)]
+    return list(pairwise(ends))
 
 
 def assign(blocks: Blocks, codebook: Tensor) -> Tensor:
@@ -160,6 +175,7 @@ def lloyd(
         else:
             codebook = _moved(codebook, sweep, step)
         del sweep  # its assignments: the next one's take their place in memory
+        progress.tell((i + 1) / options.n_iter)
         if len(objective) > 1 and objective[-2] - objective[-1] <= CONVERGED * objective[-2]:
             break
     return Fit(codebook, tuple(objective))

@@ -30,6 +30,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.core import progress
 from pqcli.core.feeding import (
     Inputs,
     bundles,
@@ -102,8 +103,13 @@ class Layer:
 
         What is left to do once the codebook is rounded is `descended`.
         """
-        found = self.fed_forward(self.learned(codebook))
-        return self.fitted(self.descended(self.fitted(found)))
+        learned = self.learned(codebook)
+        progress.tell(0.3)
+        found = self.fed_forward(learned)
+        progress.tell(0.6)
+        found = self.descended(self.fitted(found))
+        progress.tell(0.9)
+        return self.fitted(found)
 
     def in_order(self, found: Assigned) -> Assignments:
         """The assignments in the matrix's own order, row by row, (rows * blocks_per_row,)."""

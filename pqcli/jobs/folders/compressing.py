@@ -26,6 +26,7 @@ from pqcli.container.folder import full_name, labels
 from pqcli.container.header import SUFFIX
 from pqcli.errors import CheckpointError, UsageError
 from pqcli.jobs.compress import bases_of, compress_opened, of_model
+from pqcli.jobs.course import at_the_end, parts
 from pqcli.jobs.events import Hook, ignore
 from pqcli.jobs.executors import Executor
 from pqcli.jobs.folders.copying import copy_files, make_folders
@@ -98,6 +99,7 @@ def compress_folder(
         recipes = shared_recipes(folder, recipe)
         check_space(target, folder.parts.side_bytes)
         reports = {}
+        hooks = parts(hook or ignore, {path: one.n_bytes for path, one in folder.checkpoints.items()})
         with atomic_folder(target, force=force, may_go=lambda path: SUFFIX in path) as temporary:
             make_folders(temporary, folder.parts.folders, folder.parts.links)
             for path, checkpoint in folder.checkpoints.items():
@@ -116,11 +118,11 @@ def compress_folder(
                     verify=verify,
                     journal=journal,
                     scope=path if len(folder.checkpoints) > 1 else "",
-                    hook=hook,
+                    hook=hooks[path],
                     limits=limits,
                 )
                 reports[path] = replace(report, output=str(target / Path(report.output).relative_to(temporary)))
-            copy_files(source, temporary, folder.parts.side, hook or ignore, verify=verify)
+            copy_files(source, temporary, folder.parts.side, at_the_end(hook or ignore), verify=verify)
         report = folder_report(
             _by_label(reports),
             source=str(source),

@@ -15,6 +15,7 @@ from pqcli.claim import check_space, claimed
 from pqcli.container.folder import CompressedFolder, Containers, compressed_folder, stem_of
 from pqcli.container.reader import Container
 from pqcli.errors import OutputError, UsageError
+from pqcli.jobs.course import at_the_end, parts
 from pqcli.jobs.decode import converted, default_file_suffix, dense_reader
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.folders.copying import copy_files, make_folders
@@ -59,11 +60,13 @@ def decode_folder(
         check_space(target, folder.side_bytes + dense)
         with atomic_folder(target, force=force, may_go=is_weights_name) as temporary:
             make_folders(temporary, folder.folders, folder.links)
+            sizes = {label: n_weights(container) for label, container in opened.containers.items()}
+            hooks = parts(hook or ignore, sizes)
             for label, container in opened.containers.items():
                 place = temporary / folder.place(label)
-                _write(container, folder, label, place, dtype, hook or ignore, verify=verify, limits=limits)
+                _write(container, folder, label, place, dtype, hooks[label], verify=verify, limits=limits)
             _check_free(folder, temporary)
-            copy_files(folder.path, temporary, folder.side, hook or ignore, verify=verify)
+            copy_files(folder.path, temporary, folder.side, at_the_end(hook or ignore), verify=verify)
     return target
 
 

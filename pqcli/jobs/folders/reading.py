@@ -14,7 +14,8 @@ from pqcli.container.folder import CompressedFolder, compressed_folder, full_nam
 from pqcli.errors import CheckpointError, ContainerError, DamagedError
 from pqcli.jobs import report as reporting
 from pqcli.jobs import verify as verifying
-from pqcli.jobs.events import Hook
+from pqcli.jobs.course import parts
+from pqcli.jobs.events import Hook, ignore
 from pqcli.jobs.folders.copying import is_same
 from pqcli.jobs.verify import Finding
 from pqcli.limits import Limits
@@ -60,14 +61,15 @@ def report_folder(
     """What the reports of all containers add up to; see `report`."""
     folder = compressed_folder(source)
     original = None if against is None else Original.of(folder, against, limits)
-    parts = {}
+    found = {}
+    hooks = _hooks(folder, progress)
     for label, path in folder.containers.items():
         place, weights = original.weights(path) if original else (None, None)
-        parts[label] = reporting.report(
-            source / path, place, weights=weights, base=base, stats=stats, progress=progress, limits=limits
+        found[label] = reporting.report(
+            source / path, place, weights=weights, base=base, stats=stats, progress=hooks[label], limits=limits
         )
-    recipe = next(iter(parts.values())).recipe
-    return folder_report(parts, source=str(against or ""), output=str(source), side=folder.side, recipe=recipe)
+    recipe = next(iter(found.values())).recipe
+    return folder_report(found, source=str(against or ""), output=str(source), side=folder.side, recipe=recipe)
 
 
 def inspect_folder(source: Path, names: Sequence[str] | None = None, *, limits: Limits | None = None) -> dict[str, Any]:
@@ -108,10 +110,11 @@ def verify_folder(
     folder = compressed_folder(source)
     original = None if against is None else Original.of(folder, against, limits)
     found = []
+    hooks = _hooks(folder, progress)
     for label, path in folder.containers.items():
         place, weights = original.weights(path) if original else (None, None)
         for finding in verifying.verify(
-            source / path, place, weights=weights, base=base, progress=progress, limits=limits
+            source / path, place, weights=weights, base=base, progress=hooks[label], limits=limits
         ):
             name = None if finding.name is None else full_name(label, finding.name)
             problem = finding.problem if name else f"{path}: {finding.problem}"
@@ -125,6 +128,12 @@ def left_out_of_folder(source: Path, *, limits: Limits | None = None) -> tuple[s
     return tuple(
         what for path in folder.containers.values() for what in verifying.left_out(source / path, limits=limits)
     )
+
+
+def _hooks(folder: CompressedFolder, hook: Hook | None) -> dict[str, Hook]:
+    """A hook for each container, by the bytes of its file."""
+    sizes = {label: (folder.path / path).stat().st_size for label, path in folder.containers.items()}
+    return parts(hook or ignore, sizes)
 
 
 def _beside(folder: CompressedFolder, original: Original, limits: Limits | None) -> Iterator[Finding]:

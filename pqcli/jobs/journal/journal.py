@@ -149,7 +149,7 @@ class Journal:
             self._take(frame)
         if self._progress is not None:
             self.resumed = f"{self._progress} were done"
-            hook(Event("resuming", self._progress.done, self._progress.total, self.resumed))
+            hook(Event("resuming", self._progress.done, self._progress.total, self.resumed, share=0.0))
 
     def close(self, *, leave: bool) -> None:
         """Leave the file to the next run, or remove it."""
