@@ -26,7 +26,6 @@ UNSUITABLE = (
     torch.jit.ScriptModule,
 )
 """Modules that reach their parameters by other ways than their attributes."""
-PLACES_BYTES = {True: 4, False: 8}
 
 
 class Assignments(torch.nn.Module):
@@ -70,13 +69,12 @@ class Assignments(torch.nn.Module):
 
 def zeros_of(mask: Tensor, columns: int) -> Tensor:
     """The zeros that a `mask` (rows,) or (rows, columns) tells of, in whichever form takes less memory."""
-    n = mask.numel() * (columns if mask.dim() == 1 else 1)
-    n_zeros = int(mask.sum()) * (columns if mask.dim() == 1 else 1)
-    fits = n <= torch.iinfo(torch.int32).max
-    whole = mask[:, None].expand(-1, columns) if mask.dim() == 1 else mask
-    if PLACES_BYTES[fits] * n_zeros <= -(-n // 8):
-        return whole.reshape(-1).nonzero()[:, 0].to(torch.int32 if fits else torch.int64)
-    bits = torch.nn.functional.pad(whole.reshape(-1).to(torch.uint8), (0, -n % 8)).view(-1, 8)
+    elements = (mask[:, None].expand(-1, columns) if mask.dim() == 1 else mask).reshape(-1)
+    n, n_zeros = len(elements), int(elements.sum())
+    dtype = torch.int32 if n <= torch.iinfo(torch.int32).max else torch.int64
+    if dtype.itemsize * n_zeros <= n // 8:
+        return elements.nonzero()[:, 0].to(dtype)
+    bits = torch.nn.functional.pad(elements.to(torch.uint8), (0, -n % 8)).view(-1, 8)
     powers = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8)
     return (bits * powers).sum(1, dtype=torch.uint8)
 
@@ -91,7 +89,7 @@ def put_in(module: torch.nn.Module, leaf: str, codebook: torch.nn.Parameter, ass
     parametrize.register_parametrization(module, leaf, assignments, unsafe=True)
 
 
-class Attached(NamedTuple):
+class AttachedWeight(NamedTuple):
     """A weight of an attached model: its name there, its codebook, and what makes it of that."""
 
     name: str
@@ -99,11 +97,11 @@ class Attached(NamedTuple):
     assignments: Assignments
 
 
-def attached_in(model: torch.nn.Module) -> Iterator[Attached]:
+def attached_in(model: torch.nn.Module) -> Iterator[AttachedWeight]:
     """The weights of a model that are codebook and assignments; a tied one under each of its names."""
     for path, module in model.named_modules(remove_duplicate=False):
         if not parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
             continue
         for leaf, found in module.parametrizations.items():
             if isinstance(found[0], Assignments):
-                yield Attached(f"{path}.{leaf}" if path else leaf, found.original, found[0])
+                yield AttachedWeight(f"{path}.{leaf}" if path else leaf, found.original, found[0])

@@ -35,7 +35,7 @@ from pqcli.container.writer import About, Writer
 from pqcli.core.digests import HASH_BYTES, tensor_bytes, tensor_hash
 from pqcli.core.pq import pq
 from pqcli.errors import ContainerError, UsageError
-from pqcli.integrations.assignments import Attached, attached_in
+from pqcli.integrations.assignments import AttachedWeight, attached_in
 from pqcli.jobs.attach import owner_of
 from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.compress import COPIES, SHARD_BYTES, check_written
@@ -106,7 +106,7 @@ def export(
 
 def _write(
     model: torch.nn.Module,
-    attached: Mapping[str, Attached],
+    attached: Mapping[str, AttachedWeight],
     container: Container,
     target: Path,
     *,
@@ -146,11 +146,11 @@ class _State:
     """
 
     container: Container
-    attached: Mapping[str, Attached]
+    attached: Mapping[str, AttachedWeight]
     dense: Mapping[str, torch.Tensor]
 
 
-def _state(model: torch.nn.Module, attached: Mapping[str, Attached], container: Container) -> _State:
+def _state(model: torch.nn.Module, attached: Mapping[str, AttachedWeight], container: Container) -> _State:
     """Check that the model is attached to this container and to nothing else, and find its tensors."""
     if any(one.assignments.of != container.identity for one in attached.values()):
         raise UsageError(f"{container.path}: the model was attached to another file, or this one has changed since")
@@ -160,7 +160,7 @@ def _state(model: torch.nn.Module, attached: Mapping[str, Attached], container: 
         )
     dense = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     places = places_of([*dense, *attached], container)
-    codebooks: dict[str, Attached] = {}
+    codebooks: dict[str, AttachedWeight] = {}
     for theirs, ours in places.items():
         if ours in attached:
             owner = owner_of(container, theirs)
@@ -189,7 +189,7 @@ def _piece(state: _State, record: Record) -> Piece:
     return _as_it_lies(state.container, record)
 
 
-def _plain(state: _State, record: Record, one: Attached) -> Piece:
+def _plain(state: _State, record: Record, one: AttachedWeight) -> Piece:
     """The codebook as it is now."""
     container, before = state.container, state.container.pq_tensor(record.name)
     now = one.codebook.detach().cpu()
