@@ -492,3 +492,44 @@ def test_the_command_line_tells_what_was_trained(attached, file, pqcli_command):
     assert "not compared, because they were trained since they were compressed: embed.weight" in verified.stderr
     assert "every tensor decodes to the bytes that were written" in verified.stderr
     assert pqcli_command("report", target, "--fail-above", "relative_mse=1").returncode != 0
+
+
+@pytest.mark.slow  # transformers takes seconds to import
+def test_a_model_of_transformers_is_attached_and_trained(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=200, max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    model, dense = (transformers.BertForMaskedLM(config).eval() for _ in range(2))
+    path = compressed(model, tmp_path / "m.pq.safetensors")
+    pqcli.load_into(dense, path)
+    pqcli.attach(model, path)
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(model(ids).logits, dense(ids).logits)
+    tied = model.cls.predictions.decoder.parametrizations.weight.original
+    assert tied is model.bert.embeddings.word_embeddings.parametrizations.weight.original
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    pqcli.export(model, path, tmp_path / "o.pq.safetensors")
+    pqcli.load_into(dense, tmp_path / "o.pq.safetensors")
+    assert torch.equal(model(ids).logits, dense(ids).logits)
+
+
+@pytest.mark.slow  # torch.compile takes seconds to import
+def test_an_attached_model_is_compiled_without_a_break(attached):
+    def run():
+        return attached.fc(attached.own @ attached.fc.weight[:24])
+
+    gradients = []
+    for runs in (run, torch.compile(run, backend="eager", fullgraph=True)):
+        attached.zero_grad()
+        runs().sum().backward()
+        gradients.append(attached.fc.parametrizations.weight.original.grad.clone())
+    assert torch.equal(*gradients)
