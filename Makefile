@@ -19,7 +19,7 @@ help: ## Show this list
 
 install: $(STAMP) ## Install pqcli and its development tools into .venv
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard pqcli/core/native/*.[ch]) pqcli/core/native/build.py
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'

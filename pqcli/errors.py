@@ -67,5 +67,9 @@ class MissingExtraError(PQError):
     """An optional package is needed and not installed; the message names the pip command."""
 
 
+class NotBuiltError(PQError):
+    """The loops in C were not compiled, or not for this machine; the message says how to."""
+
+
 class EmptyClusterResolveError(PQError):
     """Splitting populated clusters could not fill every empty one within `max_tentatives` passes."""

@@ -30,7 +30,7 @@ Device = TypeVar("Device")
 IN_FLIGHT_BYTES = 128 << 20
 """Dense bytes of the tensors being worked on at one time, unless a single tensor is larger."""
 BASE_MEMORY_BYTES = 400 << 20
-"""Memory of a process that has torch loaded and kernels compiled."""
+"""Memory of a process that has torch loaded."""
 
 
 Hear = Callable[[int, float], None]

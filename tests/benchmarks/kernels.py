@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import resource
 import subprocess
@@ -30,8 +31,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pqcli.core.compiled import ir
-from pqcli.core.kernels import sweep
+from pqcli.core.kernels import cpu, sweep
 from pqcli.core.pq import blocks, em
 
 N_ITER = 20
@@ -53,31 +53,25 @@ def multiply_add_peak(n_threads: int) -> float:
     return max(_multiply_adds(n_threads, chains) for chains in CHAINS)
 
 
+@functools.cache
+def _peak() -> ctypes.CDLL:
+    """`peak.c`, for this very processor; the compiler is the one that builds pqcli."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "peak.so"
+        compiler = [sys.executable, "-m", "ziglang", "cc", "-O3", "-march=native", "-fno-sanitize=all", "-shared"]
+        subprocess.run([*compiler, Path(__file__).with_name("peak.c"), "-o", library], check=True)
+        return ctypes.CDLL(str(library))
+
+
 def _multiply_adds(n_threads: int, chains: int) -> float:
-    lanes, unrolled, turns = ir.host_lanes(), 4, 20_000
-    code = ir.Code(lanes)
-    kind = f"<{lanes} x float>"
-    x = code.splat("float", "%x")
-    with code.loop(0, "%n", 1, [(kind, x)] * chains) as loop:
-        values = loop.carried
-        for _ in range(unrolled):
-            values = [code.fma(value, x, x) for value in values]
-        loop.following = values
-    for value in loop.following:
-        code.store(kind, value, "%out")
-    module = "\n".join(
-        [
-            f"declare {kind} @llvm.fma.v{lanes}f32({kind}, {kind}, {kind})",
-            "define void @peak(i64 %n, float %x, ptr %out) {",
-            *code.lines,
-            "ret void\n}\n",
-        ]
-    ).replace(f"store {kind}", f"store volatile {kind}")
-    function = ir.compile_function(module, "peak", [ctypes.c_int64, ctypes.c_float, ctypes.c_void_p])
+    lanes, unrolled, turns = cpu.lanes(), 4, 20_000
+    call = getattr(_peak(), f"peak_{chains}")
+    call.argtypes = [ctypes.c_int64, ctypes.c_float, ctypes.c_void_p]
+    call.restype = None
     out = torch.empty(n_threads, 16)
 
     def work(i: int) -> None:
-        function.call(turns, 0.5, out[i].data_ptr())
+        call(turns, 0.5, out[i].data_ptr())
 
     best = float("inf")
     for _ in range(10):

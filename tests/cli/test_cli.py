@@ -161,7 +161,6 @@ def test_help_and_version_answer_without_importing_torch(pqcli_command):
         )
         assert done.returncode == 0
         assert " torch" not in done.stderr
-        assert " numba" not in done.stderr
 
 
 def test_what_is_wrong_with_names_is_told_without_importing_torch(tmp_path):

@@ -5,5 +5,5 @@ model      what the tensors of a file share: codebooks of magnitudes and the pro
 fit        learning a codebook by EM
 lattice    where EM starts: points of the best lattices
 search     the E-step, and the scales of rows and columns
-loops      the compiled loops
+loops      the loops in C
 """

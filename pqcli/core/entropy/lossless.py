@@ -282,27 +282,23 @@ def _unzstd(body: bytes, n: int) -> NDArray[np.uint8]:
 
 
 def _model(plane: NDArray[np.uint8], starts: NDArray[np.int64], below: bool) -> bytes:
-    from pqcli.core.entropy.lossless_loops import code_plane, fresh_models
-    from pqcli.core.entropy.rangecoder import RATES, RangeCoder
+    from pqcli.core.entropy.lossless_loops import code_plane
+    from pqcli.core.entropy.rangecoder import RangeCoder
 
     coder = RangeCoder.writer(16 * plane.size, 0)
-    start_count = _START_COUNT * below
-    models = fresh_models(start_count)
-    code_plane(True, plane, starts, start_count, *models, RATES, coder.window, coder.buffer)
+    code_plane(coder, plane, starts, _START_COUNT * below)
     return coder.finish()
 
 
 def _unmodel(body: bytes, starts: NDArray[np.int64], below: bool) -> NDArray[np.uint8]:
-    from pqcli.core.entropy.lossless_loops import code_plane, fresh_models
-    from pqcli.core.entropy.rangecoder import RATES, RangeCoder
+    from pqcli.core.entropy.lossless_loops import code_plane
+    from pqcli.core.entropy.rangecoder import RangeCoder
 
     n = int(starts[-1])
     if n > (len(body) + 8) * _MODEL_BYTES_PER_BYTE:
         raise ValueError(f"{len(body)} bytes cannot hold {n} bytes")
     coder = RangeCoder.reader(body, 0)
     plane = np.empty(n, np.uint8)
-    start_count = _START_COUNT * below
-    models = fresh_models(start_count)
-    code_plane(False, plane, starts, start_count, *models, RATES, coder.window, coder.buffer)
+    code_plane(coder, plane, starts, _START_COUNT * below)
     coder.finish()
     return plane

@@ -2,13 +2,12 @@
 
 Predictions are mixed as logarithms of odds, where the surest counts most; the weights follow the gradient of the code
 length. Logarithms are to base 2 and in 1/256 octaves throughout, and every table follows from whole numbers, so that
-every machine mixes the same. The method is that of the PAQ compressors (Mahoney 2005).
+every machine mixes the same. The method is that of the PAQ compressors (Mahoney 2005). Mixing itself is in C, for the
+loops that mix to build in (`mixing.h`); here are its tables.
 
     models (n, 2) int32: probability of a one in 1/65536, count, as in `pqcli.core.entropy.rangecoder`
     weights (n_sets, N_INPUTS) int64: of each input in 1/65536
 """
-
-# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, check-untyped-defs=False
 
 from __future__ import annotations
 
@@ -17,15 +16,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from pqcli.core.compiled.jit import kernel
-from pqcli.core.entropy.rangecoder import adapt, code_bit
-
 N_INPUTS = 3
 FIRST_WEIGHT = 22_000
 """Where weights start: a little more than a share of one, as inputs that know different things add up."""
 
-_LEARNING = 220
-"""Weights move by 220 / 2^24 of (error in 1/65536) * (log odds in 1/256)."""
 _OCTAVE = 256
 _LARGEST = 12 * _OCTAVE
 """Log odds are cut off at 12 octaves."""
@@ -66,39 +60,5 @@ def _squashed() -> NDArray[np.int64]:
 
 _STRETCH = _stretched()
 _SQUASH = _squashed()
-
-
-@kernel
-def log2(value):
-    """floor(log2 value) octaves, and the fraction from the next eight bits, for 0 < value < 2^53."""
-    bits = np.float64(value).view(np.int64)  # its exponent and mantissa; exact
-    return ((bits >> 52) - 1023) * 256 + _LOG2[(bits >> 44) & 255]
-
-
-@kernel
-def exp2(log):
-    """About 2^(log / 256), for 0 <= log < 40 octaves."""
-    return (_EXP2[log & 255] << (log >> 8)) >> 16
-
-
-@kernel
-def code_mixed(encoding, bit, models, a, b, c, weights, which, rates, low, span, code, position, length, buffer):
-    """One decision predicted by models a, b and c, all of which learn, as do the weights of set `which`.
-
-    (bit, low, span, code, position) afterwards. A weight moves by less than 2^12 at a time, and log odds stay below
-    2^12: no sum overflows within 2^38 decisions.
-    """
-    log_a = _STRETCH[models[a, 0] >> 4]
-    log_b = _STRETCH[models[b, 0] >> 4]
-    log_c = _STRETCH[models[c, 0] >> 4]
-    dot = weights[which, 0] * log_a + weights[which, 1] * log_b + weights[which, 2] * log_c
-    probability = _SQUASH[(min(max(dot >> 16, -_LARGEST), _LARGEST - 1) + _LARGEST) >> _SQUASH_SHIFT]
-    bit, low, span, code, position = code_bit(encoding, bit, probability, low, span, code, position, length, buffer)
-    error = ((bit << 16) - probability) * _LEARNING
-    weights[which, 0] += (error * log_a + (1 << 23)) >> 24
-    weights[which, 1] += (error * log_b + (1 << 23)) >> 24
-    weights[which, 2] += (error * log_c + (1 << 23)) >> 24
-    adapt(models, a, bit, rates)
-    adapt(models, b, bit, rates)
-    adapt(models, c, bit, rates)
-    return bit, low, span, code, position
+TABLES = np.concatenate([_LOG2, _EXP2, _STRETCH, _SQUASH])
+"""What `mixing.h` looks up."""

@@ -10,10 +10,9 @@ coded before, alike in the coder and the decoder, so that no tables are sent. Ev
 
 `range` lies in [2^32, 2^48] between decisions and two bytes move at a time. A model's k-th adaptation moves its
 probability by RATES[k] / 65536 of the way to the decision: fast at first, then slow. Encoder and decoder are one
-function each way with an `encoding` flag, so that the two cannot drift apart.
+function each way with an `encoding` flag, so that the two cannot drift apart; they are in C (`rangecoder.h`).
 """
 
-# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False
 from __future__ import annotations
 
 from typing import Self
@@ -21,106 +20,31 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pqcli.core.compiled.jit import kernel
+from pqcli.core.native.library import function, reads, writes
 
 COUNT_LIMIT = 500
 RATES = np.array([int(655360 // (10 * n + 16)) for n in range(COUNT_LIMIT + 1)], np.int64)
 """RATES[n] = floor(65536 / (n + 1.6)): the share of the way a probability moves at its n-th decision."""
 
 _FULL = 1 << 48
-_SPLIT = 1 << 32
 _WINDOW_BYTES = 6
 N_INTEGER_MODELS = 33
 """Models that one kind of integer uses (see `RangeCoder.integer`)."""
 
 
-@kernel
-def code_bit(encoding, bit, probability, low, span, code, position, length, buffer):
-    """One decision with P(1) = probability / 65536: (bit, low, span, code, position) afterwards."""
-    bound = (span >> 16) * probability
-    if not encoding:
-        bit = 1 if code < bound else 0
-    if bit:
-        span = bound
-    else:
-        span -= bound
-        if encoding:
-            low += bound
-        else:
-            code -= bound
-    if span < _SPLIT:
-        span <<= 16
-        if encoding:
-            if low >= _FULL:
-                low -= _FULL
-                i = position - 1
-                while buffer[i] == 255:
-                    buffer[i] = 0
-                    i -= 1
-                buffer[i] += 1
-            buffer[position] = low >> 40
-            buffer[position + 1] = (low >> 32) & 255
-            low = (low & (_SPLIT - 1)) << 16
-        else:
-            high = np.int64(buffer[position]) if position < length else 0
-            rest = np.int64(buffer[position + 1]) if position + 1 < length else 0
-            code = (code << 16) | (high << 8) | rest
-        position += 2
-    return bit, low, span, code, position
+_code_integer = function(
+    "code_integer",
+    bool, int, writes(np.int32), int, reads(np.int64), writes(np.int64), writes(np.uint8),
+    returns=int,
+)  # fmt: skip
+"""(encoding, value, models, first, rates, window, buffer): the integer."""
 
-
-@kernel
-def adapt(models, index, bit, rates):
-    """Move one model towards `bit`; probabilities stay in [32, 65504]."""
-    probability = np.int64(models[index, 0])
-    count = models[index, 1]
-    if bit:
-        probability += ((65535 - probability) * rates[count]) >> 16
-    else:
-        probability -= ((probability - 1) * rates[count]) >> 16
-    models[index, 0] = min(max(probability, 32), 65504)
-    if count < COUNT_LIMIT:
-        models[index, 1] = count + 1
-
-
-@kernel
-def _code_integer(encoding, value, models, first, rates, window, buffer):
-    """One integer in [0, 2^32): an adaptive unary number of bits of value + 1, then those below the leading one."""
-    low, span, code, position, length = window[0], window[1], window[2], window[3], window[4]
-    target = value + 1
-    n_bits = 0
-    while encoding and target >> (n_bits + 1):
-        n_bits += 1
-    bits = 0
-    while bits < N_INTEGER_MODELS - 1:
-        bit, low, span, code, position = code_bit(
-            encoding, 1 if bits < n_bits else 0, np.int64(models[first + bits, 0]),
-            low, span, code, position, length, buffer,
-        )  # fmt: skip
-        adapt(models, first + bits, bit, rates)
-        if bit == 0:
-            break
-        bits += 1
-    result = 1
-    for i in range(bits - 1, -1, -1):
-        bit, low, span, code, position = code_bit(
-            encoding, (target >> i) & 1, 32768, low, span, code, position, length, buffer
-        )
-        result = (result << 1) | bit
-    window[0], window[1], window[2], window[3] = low, span, code, position
-    return result - 1
-
-
-@kernel
-def _code_decision(encoding, bit, models, index, rates, window, buffer):
-    """One adaptive decision."""
-    low, span, code, position, length = window[0], window[1], window[2], window[3], window[4]
-    bit, low, span, code, position = code_bit(
-        encoding, bit, np.int64(models[index, 0]), low, span, code, position, length, buffer
-    )
-    adapt(models, index, bit, rates)
-    window[0], window[1], window[2], window[3] = low, span, code, position
-    return bit
+_code_decision = function(
+    "code_decision",
+    bool, int, writes(np.int32), int, reads(np.int64), writes(np.int64), writes(np.uint8),
+    returns=int,
+)  # fmt: skip
+"""(encoding, bit, models, index, rates, window, buffer): the decision."""
 
 
 class RangeCoder:
@@ -153,11 +77,13 @@ class RangeCoder:
 
     def bit(self, model: int, bit: int = 0) -> int:
         """One decision; adapts one model."""
-        return int(_code_decision(self.encoding, bit, self.models, model, RATES, self.window, self.buffer))
+        found: int = _code_decision(self.encoding, bit, self.models, model, RATES, self.window, self.buffer)
+        return found
 
     def integer(self, first_model: int, value: int = 0) -> int:
         """One integer in [0, 2^32 - 2]; adapts the N_INTEGER_MODELS models from `first_model` on."""
-        return int(_code_integer(self.encoding, value, self.models, first_model, RATES, self.window, self.buffer))
+        found: int = _code_integer(self.encoding, value, self.models, first_model, RATES, self.window, self.buffer)
+        return found
 
     def signed(self, first_model: int, value: int = 0) -> int:
         """One integer of either sign, |value| < 2^31, small ones cheap: 0, -1, 1, -2, ... become 0, 1, 2, 3, ..."""

@@ -7,7 +7,7 @@ the entropy-constrained choice (Chou, Lookabaugh, Gray 1989). So one primitive p
 EM. One `sweep` is the E-step over all vectors and, because each vector is in cache just then, the sums of the M-step.
 
     reference    plain torch, on any device
-    cpu          LLVM IR for the processor it runs on
+    cpu          loops in C, for registers of every width
     cuda         Triton, for NVIDIA GPUs
 """
 
@@ -25,7 +25,7 @@ Backend = Literal["auto", "reference", "cpu", "cuda"]
 
 DEFAULT_BUDGET_BYTES = 256 << 20
 
-_COMPILED_FROM = 1 << 17  # multiply-adds; a kernel is compiled in 0.1 s, and ResNet-20 as a whole gains from it
+_COMPILED_FROM = 1 << 17  # multiply-adds; the reference has other last bits, so files hang on this number
 _COMPILED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_COMPILED_BLOCK_SIZE = 64  # beyond, a matrix product is as fast
 

@@ -52,20 +52,16 @@ class _LaidOut:
     """A codebook as the processor's own kernel reads it, with the kernel's scratch memory."""
 
     def __init__(self, codebook: Matrix) -> None:
-        from pqcli.core.compiled.ir import host_lanes
         from pqcli.core.kernels import cpu
 
         self.k, self.d = codebook.shape
-        self.lanes = host_lanes()
+        self.lanes = cpu.lanes()
+        self.sweep_slab = cpu.sweep_slab
         nothing = torch.zeros(self.k)
         self.rows, bias, self.columns = cpu.layouts(torch.from_numpy(codebook), nothing, self.lanes)
         self.bias = bias.copy()
-        # held whole: of two that threads make at once the cache keeps one, and machine code goes with its engine
-        self.compiled = cpu.compiled(self.d, torch.float32, self.lanes)
-        block = cpu.block_vectors(self.lanes)
-        self.scratch = torch.empty(block * (self.d + 2))
-        self.ones, self.score = torch.ones(self.lanes), np.zeros(self.lanes)
-        at = self.scratch.data_ptr()
+        self.scratch = torch.empty(cpu.scratch_size(self.d, self.lanes))
+        self.ones, self.score = torch.ones(cpu.N_SCORES), np.zeros(cpu.N_SCORES)
         self.codebook_arguments = (
             self.rows.ctypes.data,
             self.bias.ctypes.data,
@@ -74,13 +70,8 @@ class _LaidOut:
             cpu.chunks_in_cache(self.d, self.lanes),
             self.k,
         )
-        self.scratch_arguments = (
-            at,
-            at + 4 * block * self.d,
-            at + 4 * block * (self.d + 1),
-            self.ones.data_ptr(),
-            0,
-        )
+        self.scratch_arguments = self.scratch.data_ptr(), self.ones.data_ptr(), 0
+        self.at_score = self.score.ctypes.data
 
     def __call__(
         self, vectors: Matrix, bias: Matrix, counts: NDArray[np.float64] | None, sums: NDArray[np.float64]
@@ -89,7 +80,9 @@ class _LaidOut:
         self.columns[:, self.d] = self.bias.reshape(-1, self.lanes)
         found = np.empty(len(vectors), np.int32)
         if len(vectors):
-            self.compiled.call(
+            self.sweep_slab(
+                self.d,
+                0,
                 vectors.ctypes.data,
                 self.d,
                 len(vectors),
@@ -99,6 +92,6 @@ class _LaidOut:
                 int(counts is not None),
                 sums.ctypes.data,
                 0 if counts is None else counts.ctypes.data,
-                self.score.ctypes.data,
+                self.at_score,
             )
         return found

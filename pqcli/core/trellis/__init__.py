@@ -9,8 +9,8 @@ stream           one stream, coded and decoded
 stream_fields    the fields of a stream
 slots            where the models of a range coder lie
 search           the encoder's search for levels and reconstruction points
-viterbi          one pass of it: the cheapest walk through the trellis (viterbi_loops: its compiled loops)
+viterbi          one pass of it: the cheapest walk through the trellis (viterbi_loops: its loops, in C)
 rotation         rotations fitted to weights (rotation_loops: their fixed-order arithmetic)
-loops            the compiled coder of levels, and what decoding undoes
+loops            the coder of levels, and what decoding undoes, in C
 mixing_loops     the second coder of levels, which predicts them
 """

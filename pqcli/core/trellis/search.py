@@ -172,8 +172,8 @@ def _sample(block: Block) -> Block:
             weights=np.empty_like(unfed),
             levels=np.zeros(unfed.shape, np.int32),
             unfed=unfed,
-            labels=block.labels[chosen],
-            column_scale=block.column_scale[chosen],
+            labels=np.ascontiguousarray(block.labels[chosen]),
+            column_scale=np.ascontiguousarray(block.column_scale[chosen]),
         )
     height = max(1, RUN_LENGTH // n_columns) * LANES
     rows = np.flatnonzero((np.arange(n_rows) // height) % _TRIAL_SHARE == 0)

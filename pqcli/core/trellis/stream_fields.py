@@ -94,13 +94,23 @@ def level_code(coder: RangeCoder, *, is_mixed: bool) -> LevelCode:
         return decoded.levels, decoded.labels, rows.labels, rows.run_rows(n_columns)
 
     if not is_mixed:
-        return lambda decoded, *how: code_levels(encoding, *matrix(decoded), *how, coder.models, RATES, window, buffer)
+
+        def plain(decoded: Decoded, period: int, scale0: int, next_state: NDArray[np.int64]) -> bool:
+            return code_levels(
+                encoding, *matrix(decoded), period, scale0, next_state, coder.models, RATES, window, buffer
+            )
+
+        return plain
     from pqcli.core.trellis.mixing_loops import Mixing, code_levels_mixed
 
     mixing = Mixing.fresh()
-    return lambda decoded, *how: code_levels_mixed(
-        encoding, *matrix(decoded), *how, *mixing, decoded.guesses, RATES, window, buffer
-    )
+
+    def mixed(decoded: Decoded, period: int, scale0: int, next_state: NDArray[np.int64]) -> bool:
+        return code_levels_mixed(
+            encoding, *matrix(decoded), period, scale0, next_state, mixing, decoded.guesses, RATES, window, buffer
+        )
+
+    return mixed
 
 
 def code_shrinkage(coder: RangeCoder, decoded: Decoded, shrinkage: int = 0) -> Decoded:

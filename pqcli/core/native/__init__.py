@@ -1,0 +1,1 @@
+"""Loops in C: compiled when the package is built, loaded when they are first called."""
