@@ -60,7 +60,9 @@ class Assignments(torch.nn.Module):
 
     def forward(self, codebook: Tensor) -> Tensor:
         """The weight; its gradient becomes that of the codebook, a mean over the members of each centroid."""
-        return self.lookup.matrix(codebook, self.packed, self.zeros, self.like.dtype).view(self.shape)
+        matrix = self.lookup.matrix(codebook, self.packed, self.zeros, self.like.dtype)
+        # an embedding's gradient may be sparse, and such a one goes through no view
+        return matrix if matrix.shape == self.shape else matrix.view(self.shape)
 
     def extra_repr(self) -> str:
         """What a printed model shows."""

@@ -123,10 +123,11 @@ def _groups(
     for theirs, ours in fit.places.items():
         owner = owner_of(container, theirs)
         by_owner.setdefault(owner, []).append(theirs)
-        if owners.setdefault(id(fit.own[ours]), owner) != owner and isinstance(container.record(owner).coding, Plain):
+        first = owners.setdefault(id(fit.own[ours]), owner)
+        if first != owner and any(isinstance(container.record(name).coding, Plain) for name in (first, owner)):
             raise ContainerError(
                 f"{container.path}: the model ties {ours!r} to another tensor, and the file holds them apart as "
-                f"{owner!r} and {owners[id(fit.own[ours])]!r}; untie them, or compress the model as it is"
+                f"{first!r} and {owner!r}; untie them, or compress the model as it is"
             )
     for owner, names in by_owner.items():
         if isinstance(container.record(owner).coding, Plain):

@@ -187,6 +187,25 @@ def test_frozen_parameters_stay_frozen(file):
     assert model.embed.parametrizations.weight.original.requires_grad
 
 
+def test_embeddings_with_sparse_gradients_and_layers_with_fast_paths_are_trained_too(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Embedding(64, 32, sparse=True), layer)
+    path = compressed(model, tmp_path / "m.pq.safetensors")
+    dense = copy.deepcopy(model)
+    pqcli.load_into(dense, path)
+    assert "1.self_attn.in_proj_weight" in pqcli.attach(model, path).attached
+    ids = torch.arange(12).view(2, 6)
+    assert torch.equal(model(ids), dense(ids))
+    model(ids).square().sum().backward()
+    dense(ids).square().sum().backward()
+    assert model[0].parametrizations.weight.original.grad.any()
+    assert model[1].self_attn.parametrizations.in_proj_weight.original.grad.any()
+    assert torch.equal(model[1].norm1.weight.grad, dense[1].norm1.weight.grad)
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(ids), dense.eval()(ids))
+
+
 def test_transformers_own_linear_layer_is_attached_as_any_other(tmp_path):
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     model = nn.Sequential(pytorch_utils.Conv1D(48, 32))

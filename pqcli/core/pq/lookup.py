@@ -68,6 +68,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed, zeros = ctx.saved_tensors
+        grad = grad.to_dense() if grad.is_sparse else grad  # an embedding's may be
         assignments = ctx.of.assignments(packed, ctx.shape[1])
         mean = mean_by_centroid(grad, assignments, ctx.shape, zeros)
         return mean.to(ctx.dtype), None, None, None, None
