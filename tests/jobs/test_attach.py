@@ -206,6 +206,7 @@ def test_embeddings_with_sparse_gradients_and_layers_with_fast_paths_are_trained
         assert torch.equal(model.eval()(ids), dense.eval()(ids))
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_transformers_own_linear_layer_is_attached_as_any_other(tmp_path):
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     model = nn.Sequential(pytorch_utils.Conv1D(48, 32))
