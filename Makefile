@@ -12,7 +12,7 @@ FUZZ_INPUTS := 1000000
 FUZZ_SECONDS := 225
 FUZZ_SEED := 0
 
-.PHONY: help install demo test test-slow test-all test-exhaustive fuzz fuzz-parsers check docs bench format clean
+.PHONY: help install demo test test-slow test-integrations test-all test-exhaustive fuzz fuzz-parsers check docs bench format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -30,16 +30,20 @@ demo: $(STAMP) ## Compress a real sentence encoder (91 MB), decode it, verify it
 	$(PYTHON) tests/benchmarks/demo.py $(DEMO)
 
 test: $(STAMP) ## Run the tests, but for those that take long
-	$(PYTHON) -m pytest -n 2 -m "not slow and not exhaustive"
+	$(PYTHON) -m pytest -n 2 -m "not slow and not exhaustive and not integrations"
 
 # some faults are injected by strace (apt-get install strace); without it those tests are skipped
 test-slow: $(STAMP) ## Run the tests that take long: large files, real faults, many processes
-	$(PYTHON) -m pytest -n 2 -m "slow and not exhaustive"
+	$(PYTHON) -m pytest -n 2 -m "slow and not exhaustive and not integrations"
 
 test-exhaustive: $(STAMP) ## Flip every bit of a 5 kB file of each codec, kill fifty runs (half an hour of CPU time)
 	$(PYTHON) -m pytest -n 2 -m exhaustive
 
-test-all: test test-slow ## Run all tests
+# the browser is Debian's (apt-get install chromium); without one those tests are skipped
+test-integrations: $(STAMP) ## Run the tests with the real libraries: transformers, a notebook, a browser
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "integrations and not exhaustive"
+
+test-all: test test-slow test-integrations ## Run all tests
 
 fuzz: $(STAMP) ## Run the property tests on new random examples, FUZZ_ROUNDS times
 	for i in $$(seq $(FUZZ_ROUNDS)); do $(PYTHON) -m pytest -n 2 -m hypothesis --hypothesis-profile new || exit 1; done

@@ -118,6 +118,15 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
 
 
+def about(seconds: float) -> str:
+    """`a second`, `12 s`, `3:50`: a time as it is foretold, with two digits that count."""
+    if seconds < 1.5:
+        return "a second"
+    step = 10 ** max(math.floor(math.log10(seconds)) - 1, 0)
+    rounded = round(seconds / step) * step
+    return duration(rounded) if rounded >= 10 else f"{rounded} s"
+
+
 def plural(n: int, noun: str, several: str = "") -> str:
     """`1 tensor`, `2 tensors`; `several` is the plural of a noun that takes more than an s."""
     return f"{n:,} {noun if n == 1 else several or noun + 's'}"

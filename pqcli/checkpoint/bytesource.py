@@ -20,6 +20,7 @@ from pqcli.checkpoint.limits import Budget
 from pqcli.checkpoint.stamps import Stamp
 from pqcli.errors import CheckpointError
 from pqcli.limits import Limits, hint
+from pqcli.recipe.suggestions import close_files
 from pqcli.tensors.info import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -315,7 +316,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise CheckpointError(f"'{path}' does not exist") from error
+        raise CheckpointError(f"'{path}' does not exist{close_files(path)}") from error
     except PermissionError as error:
         raise CheckpointError(f"'{path}' cannot be read: permission denied") from error
     except OSError as error:

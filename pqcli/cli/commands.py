@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcli.atomic import check_output
-from pqcli.cli import readable, statistics
+from pqcli.cli import completion, readable, statistics
 from pqcli.cli.options import (
+    LONGEST_SHARD,
     NETWORK,
     Against,
     Base,
@@ -29,6 +30,7 @@ from pqcli.cli.options import (
     Force,
     Format,
     Fresh,
+    Group,
     Json,
     Length,
     Limit,
@@ -50,7 +52,8 @@ from pqcli.cli.options import (
     takes_recipe,
 )
 from pqcli.cli.running import run
-from pqcli.container.peek import check_container, is_container
+from pqcli.container.peek import SUFFIX, check_container, is_container
+from pqcli.defaults import N_LINES_COMPARED, N_WINDOWS_COMPARED
 from pqcli.errors import CheckFailedError, RecipeError, UsageError
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder, goes_to_folder
 from pqcli.limits import limits_of
@@ -65,9 +68,14 @@ LEAST_SHARD = 1000
 
 app = typer.Typer(
     name="pqcli",
+    cls=Group,
     help="Compress trained checkpoints by product quantization, and get the same checkpoint back.\n\n"
     "Saves storage and transfer, not arithmetic: decode before you run the model.",
-    epilog="Example: pqcli compress model.pt --block-size 8",
+    epilog=examples(
+        "pqcli compress model.pt --block-size 8",
+        "pqcli decode model.pq.safetensors",
+        "pqcli COMMAND --help",
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -107,7 +115,7 @@ def compress(
     workers: Workers = None,
     with_copies: WithCopies = False,
     embed_files: EmbedFiles = False,
-    shard_size: ShardSize = "5GB",
+    shard_size: ShardSize = LONGEST_SHARD,
     force: Force = False,
     fresh: Fresh = False,
     no_verify: NoVerify = False,
@@ -127,7 +135,11 @@ def compress(
         _check_bases(base)
         if goes_to_folder(source, target):
             check_folder_output(target or default_folder(source), source, force=force)
-        elif target:
+        else:
+            _say_idle_of_folders(console, with_copies=with_copies, shard_size=shard_size)
+            if target and target.suffix != ".safetensors":
+                console.note(f"'{target}' will be a safetensors file; x{SUFFIX} is the name by which others tell it")
+        if target and not goes_to_folder(source, target):
             check_output(target, source, *(base or ()), force=force)
         if dry_run:
             from pqcli.jobs import preview
@@ -140,6 +152,10 @@ def compress(
                 embed_files=embed_files,
                 shard_bytes=shard_bytes,
                 base=base or (),
+                device=device,
+                ray=ray,
+                workers=workers,
+                foretold=console.foretold,
                 limits=limits,
             )
             preview.check_possible(found, device, force=force)
@@ -206,7 +222,8 @@ def plan(
         if explain:
             console.choices(preview.explain(source, recipe, base=base or (), limits=limits))
         else:
-            console.plan(preview.preview(source, target, recipe, base=base or (), limits=limits))
+            found = preview.preview(source, target, recipe, base=base or (), foretold=console.foretold, limits=limits)
+            console.plan(found)
 
     run(work, json=json)
 
@@ -290,12 +307,19 @@ def report(
         Path | None, typer.Option("-o", "--output", metavar="PATH", help="Write to this file; without it, to stdout.")
     ] = None,
     sort: Annotated[
-        str | None, typer.Option(help="Order by this column, such as relative_mse or bytes.", metavar="KEY")
+        str | None,
+        typer.Option(
+            help="Order by this column, such as relative_mse or bytes.",
+            metavar="KEY",
+            autocompletion=completion.sort_keys,
+        ),
     ] = None,
     fail_above: Annotated[
         list[str] | None,
         typer.Option(
-            help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.", metavar="KEY=X"
+            help="Exit with 3 if a layer or the total lies above: relative_mse=0.1; repeatable.",
+            metavar="KEY=X",
+            autocompletion=completion.conditions,
         ),
     ] = None,
     model: Annotated[
@@ -314,7 +338,9 @@ def report(
     samples: Annotated[
         int | None,
         typer.Option(
-            metavar="N", rich_help_panel=NETWORK, help="Examples, drawn at random; without it, 32 windows or 512 lines."
+            metavar="N",
+            rich_help_panel=NETWORK,
+            help=f"Examples, drawn at random; without it, {N_WINDOWS_COMPARED} windows or {N_LINES_COMPARED} lines.",
         ),
     ] = None,
     length: Length = None,
@@ -330,11 +356,16 @@ def report(
     def work(console: Console) -> None:
         from pqcli.reports import checks
 
-        _check_comparison(model, texts, chosen, by_layer=by_layer)
+        _check_comparison(model, text, more, chosen, by_layer=by_layer)
+        if model is None:
+            ways = {"--samples": samples is not None, "--length": length is not None, "--split": split != Split.auto}
+            given = [name for name, is_given in ways.items() if is_given]
+            if given:
+                raise UsageError(f"{' and '.join(given)}: how text is run goes with --model FOLDER, which runs it")
         if sort:
             checks.check_sortable(sort)
-        for text in fail_above or []:
-            checks.check_condition(text)
+        for condition in fail_above or []:
+            checks.check_condition(condition)
         limits = limits_of(limit or ())
         check_container(file, limits)
         if against:
@@ -348,7 +379,7 @@ def report(
             found = report.report(file, against, base=base or (), stats=stats, progress=hook, limits=limits)
         if sort:
             found = checks.sort(found, sort)
-        failures = [failure for text in fail_above or [] if (failure := checks.check(found, text))]
+        failures = [failure for limit_ in fail_above or [] if (failure := checks.check(found, limit_))]
         network = None
         if model:
             from pqcli.jobs import calibrate, compare
@@ -372,7 +403,10 @@ def report(
 @app.command(cls=Command, epilog=examples("pqcli inspect model.pq.safetensors --tensor fc.weight"))
 def inspect(
     file: File,
-    tensor: Annotated[list[str] | None, typer.Option(help="Only this tensor; repeatable.", metavar="NAME")] = None,
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this tensor; repeatable.", metavar="NAME", autocompletion=completion.tensors),
+    ] = None,
     limit: Limit = None,
     json: Json = False,
 ) -> None:
@@ -488,11 +522,23 @@ def _what_statistics_are_for(src: Path) -> str:
     return f"the same bytes can harm the network's output less: give --stats the statistics that {how} makes"
 
 
-def _check_comparison(model: Path | None, texts: Sequence[Path], form: Format, *, by_layer: bool) -> None:
+def _check_comparison(
+    model: Path | None,
+    texts: Sequence[Path] | None,
+    more: Sequence[Path] | None,
+    form: Format,
+    *,
+    by_layer: bool,
+) -> None:
     """Raise UsageError for options of a comparison that cannot be meant."""
     if model is None and (texts or by_layer):
         raise UsageError("--text and --by-layer go with --model FOLDER, the network that is run")
-    if model is not None and not texts:
+    if model is None and more:
+        raise UsageError(
+            f"'{more[0]}': what stands behind FILE is text to run, and goes with --model FOLDER; the original "
+            "checkpoint is named with --against"
+        )
+    if model is not None and not texts and not more:
         raise UsageError("--model wants text to run; name some with --text FILE")
     if model is not None and form not in {Format.table, Format.json}:
         raise UsageError(f"--model goes with --format table or json, not {form.value}")
@@ -517,13 +563,21 @@ def _recipe(console: Console, config: str | None, settings: Mapping[str, Any], d
     from pqcli.recipe import effect, flags, loading
     from pqcli.recipe.recipe import Recipe
 
-    recipe = flags.override(loading.load(config) if config else Recipe(), **settings)
+    recipe = flags.override(loading.load(config) if config is not None else Recipe(), **settings)
     idle = [flags.flag_of(name) if name in settings else name for name in effect.without_effect(recipe, settings)]
     if device != "auto" and recipe.whole_codec:
         idle.append("--device")
     if idle:
         console.note(f"without effect {effect.situation(recipe)}: {', '.join(idle)}")
     return recipe
+
+
+def _say_idle_of_folders(console: Console, *, with_copies: bool, shard_size: str) -> None:
+    """Say which options were given that only the compression of a folder into a folder has a use for."""
+    given = {"--with-copies": with_copies, "--shard-size": shard_size != LONGEST_SHARD}
+    idle = [name for name, is_given in given.items() if is_given]
+    if idle:
+        console.note(f"without effect, because the result is one file: {', '.join(idle)}")
 
 
 def _size(path: Path) -> int:

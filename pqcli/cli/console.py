@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pqcli.codecs.auto.choosing import Choice
     from pqcli.jobs.calibrate import Calibrated
     from pqcli.jobs.compare import Comparison
+    from pqcli.jobs.prediction import Prediction
     from pqcli.jobs.preview import Preview
     from pqcli.jobs.statistics import Seen
 
@@ -113,6 +114,14 @@ class Console:
             return
         self._lines(plan_table(preview, self._width, ascii_only=self._out.options.ascii_only))
         self._dropped(preview.dropped, "folder" if preview.n_carried else "file")
+
+    def foretold(self, found: Prediction, *, is_long: bool) -> None:
+        """Say how long a plan will take that takes as long as the work; other plans show it themselves."""
+        if is_long:
+            self.note(
+                f"compressing takes about {readable.about(found.seconds)}, and so does its plan, because the size "
+                "depends on the weights"
+            )
 
     def summary(self, report: Report) -> None:
         """Print what `compress` did: the result in one line on stdout, what to know about it on stderr."""

@@ -1,12 +1,17 @@
-"""A report as one self-contained HTML page: no script, no request, readable on a phone and in the dark.
+"""A report as one self-contained HTML page: no request, readable on a phone, in the dark, on paper, without scripts.
 
 This module turns a `Report` into what is drawn: positions in the units of an SVG picture 400 wide. The template
-`report.html.j2` only writes it down, and escapes every text. The page's content security policy forbids scripts and
-requests, so that even a name that got through could do nothing.
+`report.html.j2` only writes it down, and escapes every text. The page's content security policy forbids requests, and
+all scripts but one, `report.js`, by its hash: even a name that got through could do nothing.
+
+One value that is far from all others does not crush a picture: it is drawn at the edge, marked, and labelled with what
+it is. Where values are spread over powers of ten, the scale is logarithmic.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -27,6 +32,16 @@ N_LARGEST = 7
 """Tensors that the size plot names; the others share a bar."""
 ROW = 32.0
 """Height of a row of the size plot: a name and its bar below."""
+FAR = 3.0
+"""A value so many times the next, or so many times as far from the middle, would crush a picture."""
+CRUSHING = 4.0
+"""And a size that is so many times the next one."""
+LOG_ABOVE = 15.0
+"""Where the largest error is so many times the median, the axis is logarithmic."""
+MOST_DECADES = 8
+"""Powers of ten on that axis."""
+N_LABELS = 4
+"""Outliers that are labelled."""
 N_WORST = 3
 """Layers with the largest error, named below the plot: a phone shows no tooltips."""
 
@@ -50,6 +65,7 @@ class Bar:
     label: str
     text: str
     muted: bool = False
+    is_clipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,13 +79,39 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Outlier:
+    """What is written above a bar that is longer than drawn; `x` is the bar's middle."""
+
+    x: float
+    text_x: float
+    anchor: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A triangle at the edge of the picture for a tensor that lies beyond it, turned towards it by degrees."""
+
+    x: float
+    y: float
+    turn: int
+    text_x: float
+    text_y: float
+    anchor: str
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
 class ErrorPlot:
-    """Relative MSE of each quantized tensor, in the report's order."""
+    """Relative MSE of each quantized tensor, in the report's order; bars of `outliers` end where the axis does."""
 
     bars: tuple[Bar, ...]
     ticks: tuple[Tick, ...]
     total: float | None
     worst: tuple[str, ...]
+    outliers: tuple[Outlier, ...] = ()
+    is_log: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +120,7 @@ class SizePlot:
 
     bars: tuple[Bar, ...]
     height: float
+    is_clipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,11 +131,14 @@ class RatePlot:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     bound: tuple[float, float, float, float]
+    outside: tuple[Outside, ...] = ()
 
 
 def render(report: Report) -> str:
     """The page as text."""
-    source = resources.files("pqcli").joinpath("report.html.j2").read_text(encoding="utf-8")
+    source, script = (
+        resources.files("pqcli").joinpath(name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.js")
+    )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(visible=visible, size=readable.size, error=readable.error, shape=readable.shape)
     environment.filters.update(
@@ -119,6 +165,8 @@ def render(report: Report) -> str:
         predicted=[one for one in ("output_mse", "damage") if any(getattr(t, one) is not None for t in report.tensors)],
         recipe=json.dumps(report.to_json()["recipe"], indent=2),
         version=__version__,
+        script=script,
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         elide=lambda name: elide(visible(name), 56),
     )
 
@@ -129,33 +177,78 @@ def error_plot(report: Report) -> ErrorPlot | None:
     shown = [(tensor, mse) for tensor, mse in known if mse is not None and math.isfinite(mse)]
     if not shown:
         return None
-    top = max(mse for _, mse in shown) or 1.0
-    marks = round_numbers(0.0, top)
-    top = max(top, marks[-1])
+    scale = _scale([mse for _, mse in shown])
     step = (RIGHT - LEFT) / len(shown)
-    bars = []
+    bars: list[Bar] = []
+    outliers: list[Outlier] = []
     for index, (tensor, mse) in enumerate(shown):
-        height = (BOTTOM - TOP) * mse / top
+        height, left = scale.height(mse), LEFT + step * (index + 0.1)
         label, text = visible(tensor.name), readable.error(mse)
-        bars.append(Bar(LEFT + step * (index + 0.1), BOTTOM - height, 0.8 * step, height, label, text))
-    ticks = tuple(Tick(BOTTOM - (BOTTOM - TOP) * mark / top, f"{mark:g}") for mark in marks)
+        bars.append(Bar(left, BOTTOM - height, 0.8 * step, height, label, text, is_clipped=mse > scale.top))
+        if mse > scale.top and len(outliers) < N_LABELS:
+            middle = left + 0.4 * step
+            place = min(max(middle, LEFT + 20), RIGHT - 20)
+            outliers.append(Outlier(middle, place, "middle", text))
     total = report.relative_mse
     return ErrorPlot(
         bars=tuple(bars),
-        ticks=ticks,
-        total=None if total is None or not total <= top else BOTTOM - (BOTTOM - TOP) * total / top,
+        ticks=tuple(Tick(BOTTOM - scale.height(mark), f"{mark:g}") for mark in scale.marks),
+        total=None if total is None or not scale.low <= total <= scale.top else BOTTOM - scale.height(total),
         worst=tuple(
             f"{elide(visible(tensor.name), 48)} {readable.error(mse)}"
             for tensor, mse in sorted(shown, key=lambda pair: -pair[1])[:N_WORST]
         ),
+        outliers=tuple(outliers),
+        is_log=scale.is_log,
     )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """An axis of errors from `low` (0, or with `is_log` a power of ten) to `top`; what is above is drawn as high."""
+
+    low: float
+    top: float
+    marks: tuple[float, ...]
+    is_log: bool
+
+    def height(self, value: float) -> float:
+        """How high a bar of this value is."""
+        if self.is_log:
+            value = max(value, self.low)
+            share = (math.log(value) - math.log(self.low)) / (math.log(self.top) - math.log(self.low))
+        else:
+            share = value / self.top
+        return (BOTTOM - TOP) * min(max(share, 0.0), 1.0)
+
+
+def _scale(values: Sequence[float]) -> _Scale:
+    """The axis on which most of these errors can be told apart."""
+    above = sorted((value for value in values if value > 0), reverse=True)
+    if not above:
+        return _Scale(0.0, 1.0, (0.0, 0.5, 1.0), is_log=False)
+    inside = above[n_outliers(above) :]
+    if inside[0] > LOG_ABOVE * inside[len(inside) // 2]:
+        low, top = math.floor(math.log10(above[-1])), math.ceil(math.log10(above[0]))
+        low, top = max(low, top - MOST_DECADES), max(top, low + 1)
+        every = -(-(top - low) // 6)
+        return _Scale(10.0**low, 10.0**top, tuple(10.0**p for p in range(top, low - 1, -every)), is_log=True)
+    most = inside[0] if len(inside) == len(above) else 1.15 * inside[0]
+    marks = round_numbers(0.0, most)
+    return _Scale(0.0, max(most, marks[-1]), tuple(marks), is_log=False)
+
+
+def n_outliers(falling: Sequence[float]) -> int:
+    """How many of the largest of these lie so far above the next that they would crush it: few, or none."""
+    most = min(max(1, len(falling) // 20), len(falling) - 1)
+    return max((n for n in range(1, most + 1) if falling[n - 1] > FAR * falling[n] > 0), default=0)
 
 
 def size_plot(report: Report) -> SizePlot:
     """Where the bytes of the file are."""
     by_size = sorted(report.tensors, key=lambda tensor: -tensor.bytes)
     largest, rest = by_size[:N_LARGEST], [tensor for tensor in by_size[N_LARGEST:] if tensor.bytes]
-    rows = [(elide(visible(tensor.name), 52), tensor.bytes, not tensor.quantized) for tensor in largest if tensor.bytes]
+    rows = [(elide(visible(tensor.name), 42), tensor.bytes, not tensor.quantized) for tensor in largest if tensor.bytes]
     for word, quantized in (("quantized", True), ("kept", False)):
         group = [tensor for tensor in rest if tensor.quantized is quantized]
         if group:
@@ -164,12 +257,17 @@ def size_plot(report: Report) -> SizePlot:
     rows.append(("header and manifest", max(0, report.overhead_bytes), True))
     if report.n_carried:
         rows.append((f"{readable.plural(report.n_carried, 'file')} beside the weights", report.carried_bytes, True))
-    most = max(n_bytes for _, n_bytes, _ in rows) or 1
+    sizes = sorted((n_bytes for _, n_bytes, _ in rows), reverse=True)
+    is_clipped = len(sizes) > 1 and sizes[0] > CRUSHING * sizes[1] > 0
+    most = (1.25 * sizes[1] if is_clipped else sizes[0]) or 1
     bars = tuple(
-        Bar(0.0, ROW * index + 16, max(1.0, WIDTH * n_bytes / most), 10.0, label, _of(n_bytes, report), muted)
+        Bar(
+            0.0, ROW * index + 16, min(WIDTH, max(1.0, WIDTH * n_bytes / most)), 10.0, label, _of(n_bytes, report),
+            muted, is_clipped=n_bytes > most,
+        )
         for index, (label, n_bytes, muted) in enumerate(rows)
-    )
-    return SizePlot(bars, ROW * len(rows))
+    )  # fmt: skip
+    return SizePlot(bars, ROW * len(rows), is_clipped)
 
 
 def _of(n_bytes: int, report: Report) -> str:
@@ -182,8 +280,8 @@ def rate_plot(report: Report) -> RatePlot | None:
     shown = [(tensor, *rate) for tensor in report.quantized if (rate := _rate(tensor)) is not None]
     if not shown:
         return None
-    x_low, x_high = _padded([bits for _, bits, _ in shown], least=0.2)
-    y_low, y_high = _padded([sqnr for _, _, sqnr in shown] + [DB_PER_BIT * (x_low + x_high) / 2], least=1.0)
+    x_low, x_high = _padded(_near([bits for _, bits, _ in shown]), least=0.2)
+    y_low, y_high = _padded([*_near([sqnr for *_, sqnr in shown]), DB_PER_BIT * (x_low + x_high) / 2], least=1.0)
     most = max(tensor.n_weights for tensor, _, _ in shown) or 1
 
     def x(bits: float) -> float:
@@ -192,16 +290,42 @@ def rate_plot(report: Report) -> RatePlot | None:
     def y(sqnr: float) -> float:
         return BOTTOM - (BOTTOM - TOP) * (sqnr - y_low) / (y_high - y_low)
 
-    points = []
+    points, outside = [], []
     for tensor, bits, sqnr in sorted(shown, key=lambda item: -item[0].n_weights):
         label = f"{visible(tensor.name)}: {bits:.3f} bits/weight, {sqnr:.2f} dB"
-        points.append(Point(x(bits), y(sqnr), 3 + 7 * math.sqrt(tensor.n_weights / most), label))
+        if x_low <= bits <= x_high and y_low <= sqnr <= y_high:
+            points.append(Point(x(bits), y(sqnr), 3 + 7 * math.sqrt(tensor.n_weights / most), label))
+        else:
+            outside.append(_outside(x(bits), y(sqnr), label, f"{bits:.3g} bits, {sqnr:.3g} dB"))
     return RatePlot(
         points=tuple(points),
         x_ticks=tuple(Tick(x(mark), f"{mark:g}") for mark in round_numbers(x_low, x_high)),
         y_ticks=tuple(Tick(y(mark), f"{mark:g}") for mark in round_numbers(y_low, y_high)),
         bound=(x(x_low), y(DB_PER_BIT * x_low), x(x_high), y(DB_PER_BIT * x_high)),
+        outside=tuple(outside),
     )
+
+
+def _near(values: Sequence[float]) -> list[float]:
+    """The values without those few that lie so far off that the others could not be told apart."""
+    kept, most = sorted(values), max(1, len(values) // 20)
+    for _ in range(most if len(kept) > 3 else 0):
+        middle = kept[len(kept) // 2]
+        far = kept[0] if middle - kept[0] > kept[-1] - middle else kept[-1]
+        others = [value for value in kept if value != far]
+        if not others or abs(far - middle) <= FAR * max(others[-1] - middle, middle - others[0], 0.1 * abs(middle)):
+            break
+        kept = others
+    return kept
+
+
+def _outside(x: float, y: float, label: str, text: str) -> Outside:
+    """The mark of a point beyond the picture: at its edge, where the line to it leaves."""
+    at_x, at_y = min(max(x, LEFT + 7), RIGHT - 7), min(max(y, TOP + 7), BOTTOM - 7)
+    turn = 90 if x > RIGHT else 270 if x < LEFT else 0 if y < TOP else 180
+    is_right = at_x > (LEFT + RIGHT) / 2
+    beside = (at_x - 11, "end") if is_right else (at_x + 11, "start")
+    return Outside(at_x, at_y, turn, beside[0], at_y + 4, beside[1], text, label)
 
 
 def _rate(tensor: TensorReport) -> tuple[float, float] | None:

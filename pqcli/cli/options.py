@@ -9,17 +9,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from pqcli.limits import Limits
+from pqcli.cli import completion, mistakes
+from pqcli.defaults import LINE_LENGTH, SHARD_BYTES, WINDOW_LENGTH
 from pqcli.recipe.recipe import Recipe
-from pqcli.recipe.settings import MAIN, PLAIN, Setting, options_of
+from pqcli.recipe.settings import KNOWN, MAIN, PLAIN, Setting, options_of
 
 RUNNING = "Files and messages"
 """The panel of options that every command has some of."""
@@ -31,16 +31,50 @@ LIMITS = "For experts: what a file may cost to understand"
 """The panel of the budgets that keep a stranger's file from filling memory."""
 
 
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+"""The class of all errors in what was typed, wherever Typer has it from."""
+
+
 class _PlainHelp:
-    """Whose help shows no type for `--help`."""
+    """Whose help shows no type for `--help`, which stands in the panel `help_panel`."""
+
+    help_panel = RUNNING
 
     def get_help_option(self, ctx: Any) -> TyperOption | None:
         """The option `--help`."""
         option: TyperOption | None = super().get_help_option(ctx)  # type: ignore[misc]
         if option is not None:
             option.metavar = ""
-            option.rich_help_panel = RUNNING
+            option.rich_help_panel = self.help_panel
         return option
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """What Typer makes of the words that were typed; an error of it says what to do."""
+        try:
+            found: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
+        except typer.BadParameter as error:
+            error.message = mistakes.plainer(error.message)
+            raise
+        except _USAGE_ERROR as error:
+            error.message += mistakes.hint(ctx.info_name, error.message)
+            raise
+        return found
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Arguments and options: help shows names of types neither for arguments nor for options without a value."""
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if isinstance(parameter, TyperArgument):
+                parameter.display_type_rich = _nothing  # type: ignore[method-assign]
+            elif getattr(parameter, "is_flag", False) and parameter.metavar is None:
+                parameter.metavar = ""
+            if parameter.name == "show_completion":  # Typer's own, for those who install it by hand: the docs tell
+                parameter.hidden = True
+        return parameters
+
+
+def _nothing(ctx: Any) -> None:
+    """No type: the help of an argument says what it is."""
 
 
 class Command(_PlainHelp, TyperCommand):
@@ -49,6 +83,8 @@ class Command(_PlainHelp, TyperCommand):
 
 class Group(_PlainHelp, TyperGroup):
     """Likewise for a command that has commands."""
+
+    help_panel = MAIN
 
 
 class Dtype(StrEnum):
@@ -102,12 +138,6 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def _preset_names() -> list[str]:
-    from pqcli.recipe import loading
-
-    return list(loading.preset_names())
-
-
 Source = Annotated[
     Path,
     typer.Argument(
@@ -127,14 +157,14 @@ Output = Annotated[
 Config = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE|PRESET", rich_help_panel=MAIN, autocompletion=_preset_names,
+        metavar="FILE|PRESET", rich_help_panel=MAIN, autocompletion=completion.recipes,
         help="A recipe: a YAML file, or a preset's name (see `pqcli presets`).",
     ),
 ]  # fmt: skip
 Base = Annotated[
     list[Path] | None,
     typer.Option(
-        "--base", metavar="BASE", rich_help_panel=MAIN,
+        "--base", metavar="BASE", rich_help_panel=KNOWN,
         help="What SRC was made from, a checkpoint or a .pq.safetensors file: differences to it are coded. Repeated: "
         "that one's own base.",
     ),
@@ -151,14 +181,14 @@ DryRun = Annotated[bool, flag("--dry-run", help="Show what would be done, and wr
 Device = Annotated[
     str,
     typer.Option(
-        metavar="DEVICE", rich_help_panel=PLAIN, autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
+        metavar="DEVICE", rich_help_panel=PLAIN, autocompletion=completion.devices,
         help="Where the EM of plain PQ runs: auto, cpu, cuda, cuda:0, mps.",
     ),
 ]  # fmt: skip
 Ray = Annotated[
     str | None,
     typer.Option(
-        "--ray", metavar="ADDRESS", rich_help_panel=PLACE, autocompletion=lambda: ["auto", "local"],
+        "--ray", metavar="ADDRESS", rich_help_panel=PLACE, autocompletion=completion.clusters,
         help="Have a Ray cluster do the work: auto for the one that this machine belongs to, local for one of its own, "
         "or its address. All nodes must see the checkpoint under the same path.",
     ),
@@ -204,13 +234,13 @@ Length = Annotated[
     int | None,
     typer.Option(
         metavar="N", rich_help_panel=NETWORK,
-        help="Most tokens of an example; without it, 512 for windows and 256 for lines.",
+        help=f"Most tokens of an example; without it, {WINDOW_LENGTH} for windows and {LINE_LENGTH} for lines.",
     ),
 ]  # fmt: skip
 Limit = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME=N", rich_help_panel=LIMITS, autocompletion=lambda: [f"{field.name}=" for field in fields(Limits)],
+        metavar="NAME=N", rich_help_panel=LIMITS, autocompletion=completion.limits,
         help="Raise a limit that a message names, for a file that you trust; repeatable.",
     ),
 ]  # fmt: skip
@@ -218,6 +248,10 @@ Against = Annotated[
     Path | None,
     typer.Option(help="The original checkpoint: measure everything again from the two files.", metavar="ORIGINAL"),
 ]
+
+
+LONGEST_SHARD = f"{SHARD_BYTES // 10**9}GB"
+"""The default of `--shard-size`, as it is typed."""
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from pqcli.readable import UNKNOWN, count, duration, elide, error, fixed, plural, shape, size, times, visible
+from pqcli.readable import UNKNOWN, about, count, duration, elide, error, fixed, plural, shape, size, times, visible
 from pqcli.reports.figures import INT4_GROUP, Report
 from pqcli.reports.notebook import headline
 
 __all__ = [
-    "COMES_BACK", "UNKNOWN", "base_line", "count", "duration", "elide", "entropy_line", "error", "felt_line", "fixed",
-    "grouped", "headline", "int4_line", "joined", "kept_reasons", "part_lines", "plural", "reasons", "shape",
+    "COMES_BACK", "UNKNOWN", "about", "base_line", "count", "duration", "elide", "entropy_line", "error", "felt_line",
+    "fixed", "grouped", "headline", "int4_line", "joined", "kept_reasons", "part_lines", "plural", "reasons", "shape",
     "side_line", "size", "state_line", "times", "visible",
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pqcli.cli import completion
 from pqcli.cli.options import (
     NETWORK,
     Command,
@@ -23,6 +24,7 @@ from pqcli.cli.options import (
     examples,
 )
 from pqcli.cli.running import run
+from pqcli.defaults import BLOCK_WIDTH, FULL_WIDTH, LINES_AT_ONCE, N_LINES, N_WINDOWS, WINDOWS_AT_ONCE
 from pqcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,13 +63,17 @@ def calibrate(
         typer.Option(
             metavar="N",
             rich_help_panel=NETWORK,
-            help="Examples, drawn at random; without it, 128 windows or 2048 lines.",
+            help=f"Examples, drawn at random; without it, {N_WINDOWS} windows or {N_LINES} lines.",
         ),
     ] = None,
     length: Length = None,
     batch: Annotated[
         int | None,
-        typer.Option(metavar="N", rich_help_panel=NETWORK, help="Examples at once; without it, 4 windows or 32 lines."),
+        typer.Option(
+            metavar="N",
+            rich_help_panel=NETWORK,
+            help=f"Examples at once; without it, {WINDOWS_AT_ONCE} windows or {LINES_AT_ONCE} lines.",
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(metavar="N", rich_help_panel=NETWORK, help="Draws the examples, and labels or projections.")
@@ -80,8 +86,8 @@ def calibrate(
     ] = True,
     full_width: Annotated[
         int, typer.Option(metavar="N", help="Inputs wider than this keep blocks of their moments only.")
-    ] = 4096,
-    block_width: Annotated[int, typer.Option(metavar="N", help="Width of those blocks.")] = 512,
+    ] = FULL_WIDTH,
+    block_width: Annotated[int, typer.Option(metavar="N", help="Width of those blocks.")] = BLOCK_WIDTH,
     dtype: Annotated[
         ComputeDtype, typer.Option(rich_help_panel=NETWORK, help="What the model computes in.")
     ] = ComputeDtype.float32,
@@ -90,7 +96,7 @@ def calibrate(
         typer.Option(
             metavar="DEVICE",
             rich_help_panel=NETWORK,
-            autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
+            autocompletion=completion.devices,
             help="Where the model runs: auto, cpu, cuda, cuda:0, mps.",
         ),
     ] = "auto",

@@ -260,6 +260,10 @@ def plan_table(preview: Preview, width: int | None, *, ascii_only: bool = False)
     ]
     is_coded = [entry.action not in ("keep", "moments", "alias", "copy", "base") for entry in entries]
     why += _planned_state(entries)
+    if preview.prediction is not None:
+        foreseen = preview.prediction
+        cost = f"{readable.about(foreseen.seconds)}, {readable.size(foreseen.memory_bytes)} of memory"
+        why.append(("cost", f"about {cost}, by what something small took on this machine just now"))
     styles = ["" if coded else "dim" for coded in is_coded]
     quantized = sum(is_coded)
     ratio = preview.original_bytes / preview.predicted_bytes if preview.predicted_bytes else 0.0
@@ -299,6 +303,8 @@ def plan_document(preview: Preview) -> dict[str, object]:
         "original_bytes": preview.original_bytes,
         "predicted_bytes": preview.predicted_bytes,
         "predicted_ratio": preview.original_bytes / preview.predicted_bytes if preview.predicted_bytes else None,
+        "predicted_seconds": None if preview.prediction is None else preview.prediction.seconds,
+        "predicted_memory_bytes": None if preview.prediction is None else preview.prediction.memory_bytes,
         "dropped": list(preview.dropped),
         "tensors": [
             {

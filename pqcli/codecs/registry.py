@@ -51,7 +51,7 @@ register(
         PLAIN, "pqcli.codecs.plain", with_budget="ecpq",
         settings=(
             "block_size", "n_centroids", "n_iter", "codebook_dtype", "clamp", "sample", "restarts", "eps",
-            "max_tentatives",
+            "max_tentatives", "seed",
         ),
     )
 )  # fmt: skip
@@ -63,9 +63,16 @@ register(
         settings=("objective", "effort"),
     )
 )
-register(Row("auto", "pqcli.codecs.auto", stored_as="trellis", settings=("objective", "effort")))
+register(Row("auto", "pqcli.codecs.auto", stored_as="trellis", settings=("objective", "effort", "seed")))
 register(
-    Row("ecpq", "pqcli.codecs.ecpq", is_choosable=False, settings=("objective",), label="PQ, coded", reported_as=PLAIN)
+    Row(
+        "ecpq",
+        "pqcli.codecs.ecpq",
+        is_choosable=False,
+        settings=("objective", "seed"),
+        label="PQ, coded",
+        reported_as=PLAIN,
+    )
 )
 
 

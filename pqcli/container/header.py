@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Final
 from pqcli.container.limits import Limits, parse_json
 from pqcli.errors import ContainerError, DamagedError
 from pqcli.limits import OverLimitError
+from pqcli.recipe.suggestions import close_files
 from pqcli.tensors.info import ITEM_BYTES
 
 SUFFIX: Final = ".pq.safetensors"
@@ -72,7 +73,7 @@ def open_file(path: Path) -> BinaryIO:
             raise ContainerError(f"{path}: a pipe or a device, not a {SUFFIX} file; copy it to a file first")
         return path.open("rb")
     except FileNotFoundError:
-        raise ContainerError(f"{path}: no such file") from None
+        raise ContainerError(f"{path}: no such file{close_files(path)}") from None
     except (OSError, ValueError) as error:
         raise ContainerError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

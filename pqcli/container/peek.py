@@ -1,15 +1,15 @@
-"""Is this one of pqcli's own files? Told from its header, before torch is imported."""
+"""Is this one of pqcli's own files, and of which tensors? Told from its header and manifest, without torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pqcli.container.folder import compressed_folder
-from pqcli.container.header import INDEX_SUFFIX, MANIFEST, SUFFIX, open_file, recognised
-from pqcli.container.limits import Limits
+from pqcli.container.folder import compressed_folder, full_name
+from pqcli.container.header import INDEX_SUFFIX, MANIFEST, SHARD_NAME, SUFFIX, open_file, read_header, recognised
+from pqcli.container.limits import TEXT_SHARE, Limits, inflate, parse_json
 from pqcli.errors import ContainerError
 
-__all__ = ["MANIFEST", "SUFFIX", "check_container", "is_container"]
+__all__ = ["MANIFEST", "SUFFIX", "check_container", "is_container", "tensor_names"]
 
 
 def check_container(path: Path, limits: Limits | None = None) -> None:
@@ -32,3 +32,28 @@ def is_container(path: Path, limits: Limits | None = None) -> bool:
     except ContainerError:
         return False
     return True
+
+
+def tensor_names(path: Path) -> list[str]:
+    """What the tensors of a container, or of a compressed folder, are called, for completion: nothing of it is checked.
+
+    Raises ContainerError or ValueError where that cannot be told.
+    """
+    if path.is_dir():
+        found = compressed_folder(path).containers
+        return [full_name(label, name) for label, place in found.items() for name in tensor_names(path / place)]
+    if path.name.endswith(INDEX_SUFFIX):  # the manifest lies in the first of its files
+        stem = path.name.removesuffix(INDEX_SUFFIX)
+        shards = sorted(one for one in path.parent.glob(f"*{SUFFIX}") if _is_of(one.name, stem))
+        return tensor_names(shards[0]) if shards else []
+    limits = Limits()
+    with open_file(path) as file:
+        place = read_header(path, file, limits).entries[MANIFEST]
+        file.seek(place.start)
+        manifest = parse_json(inflate(file.read(place.n_bytes), limits.json_bytes // TEXT_SHARE), limits.json_bytes)
+    return [str(record["name"]) for record in manifest["tensors"]]
+
+
+def _is_of(name: str, stem: str) -> bool:
+    shard = SHARD_NAME.fullmatch(name)
+    return shard is not None and shard[1] == stem

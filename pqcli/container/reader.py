@@ -28,6 +28,7 @@ from pqcli.core.digests import tensor_bytes, tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.core.pq import packing, pq
 from pqcli.errors import BaseError, ContainerError
+from pqcli.recipe.suggestions import close_names
 from pqcli.stats.damage import Damage
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
 from pqcli.tensors.records import Alias, Coded, Coding, Copy, Kept, Moments, Plain, Record, Same, StoredError
@@ -114,8 +115,9 @@ class Container:
     def record(self, name: str) -> Record:
         """The record of a tensor. Raises ContainerError for a name that is not there."""
         if name not in self._said.index:
+            close = close_names(name, [record.name for record in self.records])
             raise ContainerError(
-                f"{self.path}: no tensor {name!r}; `pqcli inspect` lists the {len(self.records)} there are"
+                f"{self.path}: no tensor {name!r}{close}; `pqcli inspect` lists the {len(self.records)} there are"
             )
         return self.records[self._said.index[name]]
 

@@ -23,6 +23,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.core import progress
 from pqcli.core.importance import Importance
 from pqcli.core.trellis.feedback import LEAST_MOMENT, triangle
 
@@ -121,6 +122,7 @@ def fed_forward(weights: Matrix, factor: Matrix, groups: Sequence[slice], code: 
             reached = fed[group] + factor[before, group].T @ errors[before]
             np.subtract(weights[group], code(i, group, reached), out=errors[group])
         fed[together.stop :] += factor[together, together.stop :].T @ errors[together]
+        progress.tell(together.stop / len(weights))
 
 
 def within(factor: Matrix, groups: Sequence[slice]) -> list[Matrix]:

@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import check_target
 from pqcli.claim import check_space, claimed
+from pqcli.defaults import (
+    BLOCK_WIDTH,
+    FULL_WIDTH,
+    LINE_LENGTH,
+    LINES_AT_ONCE,
+    N_LINES,
+    N_WINDOWS,
+    WINDOW_LENGTH,
+    WINDOWS_AT_ONCE,
+)
 from pqcli.errors import CheckpointError, StatsError, UsageError
 from pqcli.integrations import loading, running, texts
 from pqcli.integrations.places import is_weight, places
@@ -20,7 +30,6 @@ from pqcli.stats.collecting import collect
 from pqcli.stats.files import n_bytes_of, save
 from pqcli.stats.moments import gradient_of
 from pqcli.stats.renaming import renamed
-from pqcli.stats.sums import BLOCK_WIDTH, FULL_WIDTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +41,6 @@ if TYPE_CHECKING:
 
 SUFFIX = ".stats.safetensors"
 SPLITS = ("auto", "lines", "windows")
-N_WINDOWS, N_LINES = 128, 2048
-"""Examples where nothing is asked for."""
-WINDOW_LENGTH, LINE_LENGTH = 512, 256
-WINDOWS_AT_ONCE, LINES_AT_ONCE = 4, 32
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pqcli.core.outputs import OutputSums, PredictionSums, neighbours_agree
+from pqcli.defaults import N_LINES_COMPARED, N_WINDOWS_COMPARED
 from pqcli.errors import ContainerError, UsageError
 from pqcli.integrations.running import IGNORED
 from pqcli.jobs import notebook
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from pqcli.jobs.calibrate import Sampling
-
-N_SAMPLES = 32
-"""Windows that are compared where nothing is asked for."""
-N_LINES = 512
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def compare_folder(
             f"{file}: has no '{min(lacking)}' ({len(lacking)} parameters of the model are not in it); was it made from "
             f"'{folder}'?"
         )
-    examples = drawn(dense, [Path(path) for path in text], sampling, N_SAMPLES, N_LINES)
+    examples = drawn(dense, [Path(path) for path in text], sampling, N_WINDOWS_COMPARED, N_LINES_COMPARED)
     padding = getattr(dense.tokenizer, "pad_token_id", None) or 0
     batches = [
         {"batch": batch, "attention_mask": batch.mask, "labels": running.labels_of(dense, batch)}

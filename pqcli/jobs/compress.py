@@ -56,7 +56,8 @@ from pqcli.container.naming import BaseName, Naming
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import open_container
 from pqcli.container.writer import About, Writer
-from pqcli.errors import CheckpointError, ContainerError, OutputError
+from pqcli.defaults import SHARD_BYTES
+from pqcli.errors import CheckpointError, ContainerError, OutputError, PQError, UsageError
 from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
@@ -73,6 +74,7 @@ from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import documents
+from pqcli.recipe.checks import show
 from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
 from pqcli.tensors.info import TensorInfo
@@ -92,10 +94,8 @@ COPIES = 2
 """What the disk holds of a file while it is written: the spool, and the file itself."""
 SAMPLED = 1 / 16
 """The fraction of the dense bytes that a finished file is decoded for, to check it."""
-SHARD_BYTES = 5 * 10**9
 MATCHING = 3.0
 """About the nanoseconds that comparing a weight with a base's takes."""
-"""A container in a folder that is larger is cut into files of this size."""
 Files = Mapping[str, bytes]
 NO_FILES: Files = {}
 """Small files that go into the container, by their paths."""
@@ -246,13 +246,29 @@ def save(
     Goes through a temporary `torch.save` beside `file`, so that what comes back is what `torch.load` would give. Where
     the process is killed meanwhile, the next one that writes `file` removes what is left of it.
     """
+    _check_state_dict(state_dict)
     target = Path(file)
     check_target(target, force=force)
     with temporary_beside(final_path(target), suffix=".pt") as (dense, descriptor):
         with output_errors(target), os.fdopen(os.dup(descriptor), "wb") as saved:
             _torch_save(state_dict, saved)
         # no journal: what it would go on from, the dense file, goes with the process
-        return replace(compress(dense, file, recipe, device=device, force=force, journal=False, base=base), source="")
+        try:
+            found = compress(dense, file, recipe, device=device, force=force, journal=False, base=base)
+        except PQError as error:  # which names a file that nobody but this process knows
+            raise type(error)(str(error).replace(f"'{dense}'", "what was given")) from None
+        return replace(found, source="")
+
+
+def _check_state_dict(given: object) -> None:
+    """Raise UsageError for what is no state dict, but often taken for one."""
+    kind = type(given).__name__
+    if isinstance(given, torch.nn.Module):
+        raise UsageError(f"what was given is a whole model ({kind}); give its weights: save(model.state_dict(), ...)")
+    if not isinstance(given, Mapping):
+        raise UsageError(
+            f"what was given is no state dict but {show(given)} ({kind}); give save(model.state_dict(), ...)"
+        )
 
 
 def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:

@@ -19,6 +19,7 @@ import torch
 from pqcli.codecs.base import Found, Run, Task, Weights
 from pqcli.core import progress
 from pqcli.core.lookahead import in_order
+from pqcli.defaults import BASE_MEMORY_BYTES, IN_FLIGHT_BYTES
 from pqcli.jobs.devices import at_work, workers
 from pqcli.jobs.events import Hook, Stage
 from pqcli.jobs.journal.journal import Journal
@@ -26,11 +27,6 @@ from pqcli.jobs.journal.journal import Journal
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Device = TypeVar("Device")
-
-IN_FLIGHT_BYTES = 128 << 20
-"""Dense bytes of the tensors being worked on at one time, unless a single tensor is larger."""
-BASE_MEMORY_BYTES = 400 << 20
-"""Memory of a process that has torch loaded."""
 
 
 Hear = Callable[[int, float], None]

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pqcli.notebook import MOST_ROWS, page
-from pqcli.readable import error, plural, shape, size, times, visible
+from pqcli.readable import about, error, plural, shape, size, times, visible
 
 if TYPE_CHECKING:
     from pqcli.jobs.compare import Comparison
@@ -31,7 +31,10 @@ def preview_page(preview: Preview) -> str:
     )  # fmt: skip
     columns = ("tensor", "shape", "dtype", "action", "size", "reason")
     title = f"{preview.source} -> {preview.output}"
-    return page(title, [_sizes(preview), _actions(preview)], columns, rows, len(ordered))
+    facts = [_sizes(preview), _actions(preview)]
+    if preview.prediction is not None:
+        facts.append(f"about {about(preview.prediction.seconds)}, {size(preview.prediction.memory_bytes)} of memory")
+    return page(title, facts, columns, rows, len(ordered))
 
 
 def comparison_line(found: Comparison) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from pqcli.defaults import IN_FLIGHT_BYTES
 from pqcli.errors import UsageError
 from pqcli.jobs.devices import resolve_device
-from pqcli.jobs.executors import IN_FLIGHT_BYTES, Executor, Threads
+from pqcli.jobs.executors import Executor, Threads
 
 MOST_WORKERS = 1024
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -14,13 +14,15 @@ from pqcli.checkpoint.hub import located
 from pqcli.codecs.base import record_of
 from pqcli.container.peek import SUFFIX
 from pqcli.container.shards import cut
+from pqcli.defaults import SHARD_BYTES
 from pqcli.jobs import compress as compressing
 from pqcli.jobs import notebook
-from pqcli.jobs.compress import NO_FILES, SHARD_BYTES, Files
+from pqcli.jobs.compress import NO_FILES, Files
 from pqcli.jobs.devices import resolve_device
 from pqcli.jobs.executors import Threads
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
+from pqcli.jobs.prediction import Prediction, predict
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
@@ -34,6 +36,13 @@ if TYPE_CHECKING:
     from pqcli.tensors.info import TensorInfo
 
 
+class Foretold(Protocol):
+    """Called with a prediction before the work that it is of, if previewing `is_long` too: as long as compressing."""
+
+    def __call__(self, found: Prediction, *, is_long: bool) -> None:
+        """Tell it."""
+
+
 @dataclass(frozen=True)
 class Preview:
     """What `compress` would do: the plan, and the size that the file would have.
@@ -41,6 +50,8 @@ class Preview:
     With plain PQ the size is exact unless the weights hold a surprise that headers do not show (NaN, fewer distinct
     blocks than centroids, weights that float16 cannot hold, zeros, tensors with the same bytes); with the other codecs
     it is exact. That of a folder counts the `n_carried` that lie beside its weights, which have `carried_bytes`.
+    `prediction` tells about how long it would take, and how much memory; None where that is not worth finding out, or
+    is up to a cluster.
     """
 
     source: Path
@@ -51,6 +62,7 @@ class Preview:
     dropped: tuple[str, ...]
     carried_bytes: int = 0
     n_carried: int = 0
+    prediction: Prediction | None = None
 
     def __repr__(self) -> str:
         return notebook.preview_line(self)
@@ -69,16 +81,30 @@ def preview(
     embed_files: bool = False,
     shard_bytes: int = SHARD_BYTES,
     base: str | Path | Sequence[str | Path] = (),
+    device: str = "auto",
+    ray: str | None = None,
+    workers: int | None = None,
+    foretold: Foretold | None = None,
     limits: Limits | None = None,
 ) -> Preview:
     """What `compress` with the same arguments would do.
 
     Plain PQ needs the headers alone. What codecs with streams will do, and what a base spares, depends on the weights:
-    they are rehearsed, which takes as long as compressing.
+    they are rehearsed, which takes as long as compressing. How long that is, and how much memory it takes, is found out
+    from something small (`pqcli.jobs.prediction`), and told to `foretold` before any long work.
     """
     recipe = recipe or Recipe()
     place = located(source)
     source, output = place.path, output or place.output()
+    on = resolve_device(device)
+
+    def predicted(plan: Plan) -> Prediction | None:
+        found = None if ray is not None else predict(plan, recipe, on, workers)
+        if found is not None and foretold is not None:
+            foretold(found, is_long=_is_rehearsed(plan, bool(bases)))
+        return found
+
+    bases = compressing.bases_of(base)
     if embed_files:
         check_embedding(source, output)
     if goes_to_folder(source, output):
@@ -86,11 +112,14 @@ def preview(
 
         where = Path(output) if output else None
         return preview_folder(
-            source, where, recipe, with_copies=with_copies, shard_bytes=shard_bytes, base=base, limits=limits
-        )
+            source, where, recipe, predicted, with_copies=with_copies, shard_bytes=shard_bytes, base=base,
+            limits=limits,
+        )  # fmt: skip
     files = small_files(source, limits) if embed_files else {}
     with compressing.opened(source, recipe, limits) as checkpoint:
-        return preview_opened(checkpoint, output, recipe, bases=compressing.bases_of(base), files=files)
+        prediction = predicted(plans.make(recipe, checkpoint.tensors))
+        seen = preview_opened(checkpoint, output, recipe, bases=bases, files=files)
+        return replace(seen, prediction=prediction)
 
 
 def preview_opened(
@@ -106,12 +135,17 @@ def preview_opened(
     """What compressing an open checkpoint would do; the arguments are those of `compress_opened`."""
     compressing.check_stats(recipe)
     seen = _from_headers(checkpoint, output, recipe, others, files, shard_bytes)
-    coded = [entry for entry in seen.plan.entries if entry.action not in compressing.NOT_CODED]
-    is_known = all(entry.scheme for entry in coded) and not bases
+    is_known = not _is_rehearsed(seen.plan, bool(bases))
     has_state = compressing.has_state(seen.plan) or any(entry.action == "moments" for entry in seen.plan.entries)
     if is_known and not has_state:
         return seen
     return _rehearsed(checkpoint, seen, recipe, bases, files, shard_bytes, of_state=is_known)
+
+
+def _is_rehearsed(plan: Plan, has_base: bool) -> bool:
+    """Whether headers alone do not tell what becomes of the tensors that are coded."""
+    coded = [entry for entry in plan.entries if entry.action not in compressing.NOT_CODED]
+    return has_base or not all(entry.scheme for entry in coded)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pqcli.errors import RecipeError
+from pqcli.readable import plural
 from pqcli.recipe.patterns import matches
 from pqcli.recipe.recipe import Recipe, Rule
 from pqcli.tensors.info import TensorInfo
@@ -74,8 +75,12 @@ def _wider(pattern: str, names: Sequence[str]) -> str:
         return ""
     wider = f"*{pattern.strip('*')}*"
     found = sum(matches(wider, name) for name in names)
-    what = "1 tensor" if found == 1 else f"{found:,} tensors"
-    return f"; a pattern must match the whole name: {wider!r} matches {what}" if found else ""
+    what = plural(found, "tensor")
+    if found:
+        return f"; a pattern must match the whole name: {wider!r} matches {what}"
+    lower = wider.lower()
+    found = 0 if lower == wider else sum(matches(lower, name) for name in names)
+    return f"; upper and lower case count: {lower!r} matches {plural(found, 'tensor')}" if found else ""
 
 
 def _names_like(pattern: str, names: Sequence[str]) -> list[str]:

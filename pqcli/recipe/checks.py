@@ -39,8 +39,22 @@ def whole(low: int, high: int | None = None, *words: str) -> Check:
 def positive(value: object) -> object:
     """Check for a finite number above 0, which becomes a float."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value <= 0:
-        raise RecipeError(f"must be a number above 0, such as 1e-6; got {show(value)}")
+        example = " (such as 0.5 or 1e-6)" if isinstance(value, str) else ""
+        raise RecipeError(f"must be a number above 0{example}; got {show(value)}")
     return float(value)
+
+
+def between(low: float, high: float, why: str) -> Check:
+    """A check for a number above 0 in a range; `why` tells those who asked for more what stands against it."""
+
+    def check(value: object) -> object:
+        found = positive(value)
+        if not isinstance(found, float) or not low <= found <= high:
+            bound = f"at most {high:g}" if low == 0 else f"at least {low:g}"
+            raise RecipeError(f"must be {bound}; got {show(value)}: {why}")
+        return found
+
+    return check
 
 
 def objective(value: object) -> object:
@@ -66,10 +80,17 @@ def choice(names: Callable[[], Sequence[str]]) -> Check:
         options = names()
         if not isinstance(value, str) or value not in options:
             close = close_names(value, options) if isinstance(value, str) else ""
-            raise RecipeError(f"must be {' or '.join(map(repr, options))}; got {show(value)}{close}")
+            got = repr(value) if isinstance(value, str) else show(value)
+            raise RecipeError(f"must be {_either(options)}; got {got}{close}")
         return value
 
     return check
+
+
+def _either(names: Sequence[str]) -> str:
+    """`'a'`, `'a' or 'b'`, `'a', 'b' or 'c'`."""
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def text(value: object) -> object:

@@ -42,9 +42,19 @@ def override(recipe: Recipe, **flags: Any) -> Recipe:
         changes["training_state"] = None
     for name in ("include", "exclude"):
         changes[name] = tuple(dict.fromkeys((*getattr(recipe, name), *changes.get(name, ()))))
+    _refuse_two_budgets(recipe, changes)
     settings = {name: changes[name] for name in rule_settings() if name in changes}
     rules = tuple(_with_settings(rule, settings) for rule in changes.pop("rules", recipe.rules))
     return replace(recipe, **changes, rules=rules)
+
+
+def _refuse_two_budgets(recipe: Recipe, changes: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for two ways to say how much to spend, one of which the recipe may have."""
+    known = settings_of(Recipe)
+    given = [flag_of(name) for name, made in known.items() if made.spends and changes.get(name) is not None]
+    given += [f"the {name} of recipe {recipe.name!r}" for name in recipe.spending if name not in changes]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: each says how much to spend; give one of them")
 
 
 def flag_of(name: str) -> str:

@@ -27,6 +27,8 @@ def load(source: str) -> Recipe:
         raise RecipeError(f"recipe {source!r}: {error.strerror or error}") from error
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         raise RecipeError(f"recipe {source!r}: {'is a folder' if path.is_dir() else 'no such file'}")
+    if source and path.is_dir():
+        raise RecipeError(f"recipe {source!r}: is a folder, and no preset is called so; name a YAML file")
     raise RecipeError(
         f"no preset is called {source!r}, and no file either{close_names(source, preset_names())}; "
         f"presets: {', '.join(preset_names())}"

@@ -15,14 +15,18 @@ command line. Options, checks and the reference in the docs are made from that.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from pqcli.codecs import registry
+from pqcli.defaults import BASE_MEMORY_BYTES, IN_FLIGHT_BYTES, STATES_BELOW
 from pqcli.errors import RecipeError
+from pqcli.readable import size as size_of
 from pqcli.recipe import notebook
 from pqcli.recipe.checks import (
     EFFORTS,
+    between,
     boolean,
     kinds,
     objective,
@@ -37,6 +41,7 @@ from pqcli.recipe.checks import (
 from pqcli.recipe.settings import (
     BUDGET,
     CODED,
+    KNOWN,
     MAIN,
     PLAIN,
     TENSORS,
@@ -51,6 +56,7 @@ STATES = ("keep", "drop", "8bit")
 MAX_CENTROIDS = 65_536
 """Assignments are at most 16 bits wide."""
 
+_PRECISION = "weights are coded as float32, whose own rounding is an error of about 150 dB"
 _BLOCK_SIZE = whole(1, None, "auto")
 _CENTROIDS = whole(1, MAX_CENTROIDS)
 
@@ -58,6 +64,12 @@ _CENTROIDS = whole(1, MAX_CENTROIDS)
 def codec_names() -> tuple[str, ...]:
     """The codecs that a recipe may name: the one place that checks, help and completion ask."""
     return registry.choosable()
+
+
+def _states_told() -> str:
+    """`2048 for fewer than 4 M weights, ..., else 256`."""
+    below = ", ".join(f"{states} for fewer than {n / 1e6:.0f} million weights" for n, states in STATES_BELOW[:-1])
+    return f"{below}, else {STATES_BELOW[-1][1]}"
 
 
 def _codebook_dtypes() -> tuple[str, ...]:
@@ -145,7 +157,7 @@ class Recipe:
     n_iter: int = setting(20, check=whole(1), metavar="I", panel=PLAIN, help="Most EM iterations.")
     seed: int = setting(
         0, check=whole(0, 2**63 - 1), metavar="N", panel=PLAIN, place=1,
-        help="Decides, with a tensor's name, its initial centroids; with another codec, its random samples.",
+        help="Decides, with a tensor's name, its initial centroids; with shared codebooks, its random samples.",
     )  # fmt: skip
     codebook_dtype: Literal["fp16", "fp32"] = setting(
         "fp16", choices=_codebook_dtypes, metavar="fp16|fp32", panel=PLAIN,
@@ -166,10 +178,10 @@ class Recipe:
     effort: int | None = setting(
         None, check=states, metavar="N", panel=CODED,
         help=f"States of the trellis, a power of two from {EFFORTS[0]} to {EFFORTS[-1]}: more find less error. "
-        "Without it, by the number of weights.",
+        f"Without it, {_states_told()}.",
     )  # fmt: skip
     stats: str | None = setting(
-        None, check=text, parse=str, metavar="FILE", panel=MAIN,
+        None, check=text, parse=str, metavar="FILE", panel=KNOWN,
         help="Statistics of the layers' inputs: bits are spent where the network's output feels them.",
     )  # fmt: skip
     rate_weight: float | None = setting(
@@ -191,10 +203,20 @@ class Recipe:
         None, check=positive, metavar="B", panel=BUDGET, spends=True, help="Most bits per quantized weight."
     )
     max_relative_mse: float | None = setting(
-        None, check=positive, metavar="X", panel=BUDGET, spends=True, help="Largest relative MSE of all weights."
+        None,
+        check=between(1e-15, math.inf, _PRECISION),
+        metavar="X",
+        panel=BUDGET,
+        spends=True,
+        help="Largest relative MSE of all weights.",
     )
     min_sqnr: float | None = setting(
-        None, check=positive, metavar="DB", panel=BUDGET, spends=True, help="Least signal to noise ratio in dB."
+        None,
+        check=between(0, 150, _PRECISION),
+        metavar="DB",
+        panel=BUDGET,
+        spends=True,
+        help="Least signal to noise ratio in dB.",
     )
     sample: int | Literal["auto", "all"] = setting(
         "auto", check=whole(1, None, "auto", "all"), metavar="N|auto|all", panel=PLAIN,
@@ -206,7 +228,7 @@ class Recipe:
     max_memory: int | None = setting(
         None, check=whole(1), parse=size, metavar="SIZE", panel=PLAIN, place=1,
         help="Memory to stay within where a single tensor allows it: 4GB lets more tensors run side by side. "
-        "Without it, the largest tensor + 0.5GB.",
+        f"Without it, the largest tensor and about {size_of(BASE_MEMORY_BYTES + IN_FLIGHT_BYTES)}.",
     )  # fmt: skip
     training_state: Literal["keep", "drop", "8bit"] | None = setting(
         None, choices=lambda: STATES, metavar="keep|drop|8bit", panel=TENSORS,

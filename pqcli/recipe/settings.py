@@ -20,10 +20,11 @@ from pqcli.recipe.checks import Check, choice, show
 
 MAIN = "Options"
 BUDGET = "How much to spend (one of these, --quality or --target-size)"
+KNOWN = "What is known of the network"
 TENSORS = "Which tensors"
 PLAIN = "For experts: plain PQ"
 CODED = "For experts: codecs for whole checkpoints"
-PANELS = (MAIN, BUDGET, TENSORS, PLAIN, CODED)
+PANELS = (MAIN, BUDGET, KNOWN, TENSORS, PLAIN, CODED)
 """Panels of the help, in this order; a field without a panel is no option of the command line."""
 
 Parse = Callable[[str], object]
@@ -135,9 +136,10 @@ def number(text: str) -> object:
 
 def size(text: str) -> object:
     """Bytes of a size such as 6MB, 512kB, 1.5MiB or 53152; raises `RecipeError` for anything else."""
-    digits = text.strip().rstrip("bBiIkKmMgG")
+    digits = text.strip().rstrip("bBiIkKmMgGtT")
     unit = text.strip()[len(digits) :].strip().lower().removesuffix("b")
-    scales = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+    scales = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    scales |= {f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("kmgt", 1)}
     try:
         n_bytes = int(float(digits) * scales[unit])
     except (ValueError, KeyError, OverflowError):

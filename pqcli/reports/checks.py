@@ -22,6 +22,12 @@ NUMBER_KEYS = (
     "entropy_bytes", "output_mse", "damage",
 )  # fmt: skip
 SORT_KEYS = (*TEXT_KEYS, *NUMBER_KEYS)
+TITLES = {
+    "size": "bytes", "rel.mse": "relative_mse", "mse": "relative_mse", "error": "relative_mse", "sqnr db": "sqnr_db",
+    "max error": "max_abs_error", "bits/w": "bits_per_weight", "bits": "bits_per_weight", "gap db": "shannon_gap_db",
+    "used": "centroids_used", "entropy": "assignment_entropy", "weights": "n_weights", "tensor": "name",
+}  # fmt: skip
+"""What columns are called where they are shown, for those who take the title for the key."""
 SMALL_IS_BAD = ("sqnr_db", "cosine")
 
 
@@ -119,5 +125,7 @@ def _some(items: list[str]) -> str:
 
 
 def _close(key: str, keys: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(key, keys, n=2)
+    told = TITLES.get(key.lower())
+    close = [told] if told in keys else difflib.get_close_matches(key, keys, n=2)
+    close = [name for name in keys if len(key) > 2 and key.lower() in name][:3] or close if told is None else close
     return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch.overrides import TorchFunctionMode
 
+from pqcli.defaults import BLOCK_WIDTH, FULL_WIDTH
 from pqcli.errors import StatsError
 from pqcli.stats.patches import patches
 from pqcli.stats.renaming import stacked_name
-from pqcli.stats.sums import BLOCK_WIDTH, FULL_WIDTH, SiteSums, WeightSums
+from pqcli.stats.sums import SiteSums, WeightSums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -14,10 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-FULL_WIDTH = 4096
-"""Columns up to which the whole matrix is kept."""
-BLOCK_WIDTH = 512
-"""Width of the diagonal blocks kept beyond that."""
 N_WATCHED = 128
 """Columns of which both halves of the samples keep their own matrix, to measure the sampling error."""
 

@@ -1,8 +1,12 @@
 """The page stands alone, draws what the report says, and trusts no name."""
 
+import base64
+import hashlib
 import math
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -11,7 +15,7 @@ from hypothesis import strategies as st
 from pqcli.cli import html
 from tests.reports.minilm_report import minilm_report, quantized, report_of
 
-VOID = {"meta", "wbr"}
+VOID = {"meta", "wbr", "input"}
 EVIL = "<script>alert(1)</script>\"'&\u202e\x00\udc80 {{ 7 * 6 }}"
 
 
@@ -65,11 +69,15 @@ def test_the_page_compares_with_entropy_and_int4():
     assert "2.11 kB for the quantized tensors as int4 in groups of 128 (4.125 bits/weight, relative MSE 0.0123)" in text
 
 
-def test_the_page_asks_nobody_for_anything_and_runs_nothing(page, minilm):
-    assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
+def test_the_page_asks_nobody_for_anything_and_runs_nothing_but_its_own_script(page, minilm):
+    assert not {"link", "img", "iframe", "object", "base"} & set(page.tags)
+    assert page.tags.count("script") == 1
     assert not [name for name, _ in page.attributes if name in {"src", "href", "action"} or name.startswith("on")]
     assert "http" not in html.render(minilm).replace("http-equiv", "")
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    policy = next(value for name, value in page.attributes if name == "content" and "default-src" in value)
+    script = re.search(r"<script>(.*?)</script>", html.render(minilm), re.DOTALL)[1]
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
 
 
 def test_the_page_fits_a_phone_and_the_dark(page):
@@ -87,7 +95,7 @@ def test_hostile_texts_stay_texts(minilm):
     kept = replace(evil, action="keep")
     text = html.render(report_of(evil, kept, output=EVIL, source=EVIL, dropped=(EVIL,), recipe={EVIL: [EVIL]}))
     page = Page(text)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
     assert "\u202e" not in text
     assert "\x00" not in text
     assert "{{ 7 * 6 }}" in text
@@ -148,3 +156,49 @@ def test_axis_marks_are_few_even_and_inside(low, length):
     assert 1 <= len(marks) <= 7
     slack = 1e-6 * max(abs(low), abs(high), length)
     assert all(low - slack <= mark <= high + slack for mark in marks)
+
+
+def test_one_far_value_does_not_crush_the_bars_of_the_others():
+    tensors = [quantized(f"a{i}", relative_mse=0.1 + i / 1000) for i in range(20)]
+    plot = html.error_plot(report_of(*tensors, quantized("far", relative_mse=5.3)))
+    assert [one.label for one in plot.outliers] == ["5.30"]
+    assert min(bar.height for bar in plot.bars[:-1]) > 0.5 * (html.BOTTOM - html.TOP)
+    assert plot.bars[-1].height == html.BOTTOM - html.TOP
+    assert plot.bars[-1].is_clipped
+    assert "far 5.30" in plot.worst
+
+
+def test_errors_over_powers_of_ten_have_a_logarithmic_scale():
+    plot = html.error_plot(report_of(*(quantized(f"a{i}", relative_mse=10.0**-i) for i in range(8))))
+    assert plot.is_log
+    heights = [bar.height for bar in plot.bars]
+    steps = [before - after for before, after in pairwise(heights)]
+    assert max(steps) == pytest.approx(min(steps))
+    assert plot.ticks[0].label == "1"
+
+
+def test_a_point_far_from_all_others_is_marked_at_the_edge_with_its_figures():
+    tensors = [quantized(f"a{i}", relative_mse=0.1 + i / 1000, bits_per_weight=2 + i / 100) for i in range(20)]
+    plot = html.rate_plot(report_of(*tensors, quantized("far", relative_mse=1e-9, bits_per_weight=32.0)))
+    assert len(plot.points) == 20
+    assert [mark.text for mark in plot.outside] == ["32 bits, 90 dB"]
+    assert html.LEFT <= plot.outside[0].x <= html.RIGHT
+    assert html.TOP <= plot.outside[0].y <= html.BOTTOM
+    xs = [point.x for point in plot.points]
+    assert max(xs) - min(xs) > 0.5 * (html.RIGHT - html.LEFT)
+
+
+def test_a_size_far_above_all_others_is_drawn_with_a_gap():
+    plot = html.size_plot(report_of(quantized("a"), quantized("b", bytes=10_000_000)))
+    assert plot.is_clipped
+    assert [bar.is_clipped for bar in plot.bars] == [True, False, False]
+    assert plot.bars[1].width > 0.5 * html.WIDTH
+
+
+@given(st.lists(st.floats(1e-12, 1e12), min_size=1, max_size=60))
+def test_every_bar_and_point_lies_inside_the_picture(values):
+    report = report_of(*(quantized(f"a{i}", relative_mse=value) for i, value in enumerate(values)))
+    for bar in html.error_plot(report).bars:
+        assert 0 <= bar.height <= html.BOTTOM - html.TOP + 1e-6
+    plot = html.rate_plot(report)
+    assert len(plot.points) + len(plot.outside) == len(values)

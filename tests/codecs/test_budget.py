@@ -101,7 +101,7 @@ def test_noise_between_trials_does_not_exceed_the_target():
 def test_a_size_below_what_is_kept_exactly_is_an_error_that_says_how_small_it_gets():
     with pytest.raises(
         BudgetError,
-        match=r"a file of 4,000 bytes or less cannot be reached.* gives a file of 5,000 bytes; what is kept",
+        match=r"a file of 4.00 kB \(4,000 bytes\) or less cannot be reached.* file of 5.00 kB \(5,000 bytes\); what is",
     ):
         find(Goal("bytes", 4_000, budget.TOLERANCE), Curve(gaussian_bytes(fixed=5_000)), UNIT)
 

@@ -203,9 +203,7 @@ def test_a_bound_on_the_error_is_kept_and_used(bound, tmp_path):
 
 def test_a_size_that_cannot_be_reached_leaves_no_file(tmp_path):
     source, file = saved(tmp_path, network()), tmp_path / "model.pq.safetensors"
-    with pytest.raises(
-        BudgetError, match=r"a file of 500 bytes or less cannot be reached.* B of tensors are kept exactly"
-    ):
+    with pytest.raises(BudgetError, match=r"a file of 500 B or less cannot be reached.* B of tensors are kept exactly"):
         pqcli.compress(source, file, recipe("trellis", target_bytes=500))
     assert not file.exists()
 

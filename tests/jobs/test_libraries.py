@@ -16,6 +16,8 @@ import pqcli
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("pqcli.integrations.transformers")  # from here on from_pretrained takes containers
 
+pytestmark = pytest.mark.integrations
+
 RECIPE = pqcli.Recipe(block_size=4, n_centroids=16, n_iter=2)
 
 
@@ -159,7 +161,6 @@ def test_a_folder_of_diffusers_comes_back_as_from_pretrained_wants_it(tmp_path):
             assert torch.equal(tensor, loaded[f"text_encoder/{name}"])
 
 
-@pytest.mark.slow
 def test_minilm_gives_the_embeddings_of_its_decoded_tensors(tmp_path, minilm):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     source = minilm.parent

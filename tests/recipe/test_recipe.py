@@ -92,7 +92,7 @@ def test_every_field_has_a_check() -> None:
         ({"eps": float("nan")}, "eps: must be a number above 0"),
         (
             {"codebook_dtype": "fp61"},
-            "codebook_dtype: must be 'fp16' or 'fp32'; got the text 'fp61' .did you mean 'fp16'",
+            "codebook_dtype: must be 'fp16' or 'fp32'; got 'fp61' .did you mean 'fp16'",
         ),
         ({"clamp": 3}, "clamp: must be 'dense' or 'quarter'; got 3"),
         ({"include": ["re:("]}, r"include: 're:\(' is no regular expression"),

@@ -108,5 +108,5 @@ def preview(report: Report) -> SimpleNamespace:
     return SimpleNamespace(
         source=Path(report.source), output=Path(report.output), original_bytes=report.original_bytes,
         predicted_bytes=report.compressed_bytes, plan=SimpleNamespace(entries=entries), dropped=report.dropped,
-        carried_bytes=report.carried_bytes, n_carried=report.n_carried,
+        carried_bytes=report.carried_bytes, n_carried=report.n_carried, prediction=None,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from pqcli.errors import PQError
+from pqcli.readable import size
 from pqcli.recipe.recipe import Recipe
 
 Result = TypeVar("Result")
@@ -71,7 +72,7 @@ class Goal:
     def described(self, value: float) -> str:
         """An amount of the quantity, as a message says it."""
         if self.quantity == "bytes":
-            return f"a file of {value:,.0f} bytes"
+            return f"a file of {size(value)}" + (f" ({value:,.0f} bytes)" if value >= 1000 else "")
         return f"{value:.4g} bits per weight" if self.quantity == "bits" else f"a relative MSE of {value:.4g}"
 
     def is_met(self, measured: float) -> bool:

@@ -12,12 +12,15 @@ from pqcli.codecs.base import Session, Streams, Survey
 from pqcli.codecs.rate.budget import LARGEST, MOST_DRAFTS, QUALITY_STEPS, SMALLEST, BudgetError, Goal, Trial, search
 from pqcli.codecs.rate.measuring import with_shares
 from pqcli.codecs.rate.steps import RATE_WEIGHT, steps_of
+from pqcli.readable import size
 from pqcli.tensors.records import Moments
 
 if TYPE_CHECKING:
     from pqcli.recipe.recipe import Recipe
     from pqcli.tensors.records import Record
 
+LEAST_FILE: Final = 1000
+"""A budget of fewer bytes is no budget, but a number without its unit."""
 DEFAULT_QUALITY: Final = "balanced"
 
 
@@ -95,7 +98,15 @@ def reach(
     try:
         return search(goal, draft, attempt, start, survey.unit).result
     except BudgetError as error:
-        raise BudgetError(f"{error}{_of_kept(frame)}") from None
+        raise BudgetError(f"{error}{_of_kept(frame)}{_of_units(recipe)}") from None
+
+
+def _of_units(recipe: Recipe) -> str:
+    """What a message says to those who wrote 6 and meant 6MB."""
+    n_bytes = recipe.target_bytes
+    if n_bytes is None or n_bytes >= LEAST_FILE:
+        return ""
+    return f"; --target-size {n_bytes} means {n_bytes} bytes, {n_bytes}MB that many megabytes"
 
 
 def _of_kept(frame: Frame) -> str:
@@ -103,12 +114,12 @@ def _of_kept(frame: Frame) -> str:
     total = sum(record.payload_bytes for record in frame.kept)
     state = [record for record in frame.kept if record.info.role != "model"]
     if not state:
-        return f" ({total:,} B of tensors are kept exactly)"
+        return f" ({size(total)} of tensors are kept exactly)"
     is_8bit = any(isinstance(record.coding, Moments) for record in state)
     quarter = "" if is_8bit else "--training-state 8bit makes optimizer moments a quarter, "
     return (
-        f" ({total:,} B of tensors are kept, {sum(record.payload_bytes for record in state):,} B of which are training "
-        f"state: {quarter}--training-state drop leaves it out)"
+        f" ({size(total)} of tensors are kept, {size(sum(record.payload_bytes for record in state))} of which are "
+        f"training state: {quarter}--training-state drop leaves it out)"
     )
 
 

@@ -24,6 +24,7 @@ from pqcli.core.trellis.side import Side, make_side, write_side
 from pqcli.core.trellis.stream import EncodedStream, encode_split, encode_stream
 from pqcli.core.trellis.streams import Segment, stream_layout
 from pqcli.core.trellis.trellis import encode, in_steps, segment_importance, streams_together, turned
+from pqcli.defaults import STATES_BELOW
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,6 @@ ROWS: Final = "trellis-rows"
 """The feature of files of which rows have steps of their own."""
 COLUMNS: Final = "trellis-columns"
 """The feature of files of which columns have, too."""
-STATES_BELOW: Final = ((4e6, 2048), (64e6, 1024), (math.inf, 256))
-"""Trellis states by the number of weights: doubling them finds 0.03 dB, and the time of the search doubles."""
 DRAFT_STATES: Final = 64
 DRAFT_WEIGHTS: Final = 1 << 22
 DRAFT_WEIGHTS_EACH: Final = 1 << 17

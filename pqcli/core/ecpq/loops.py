@@ -54,6 +54,7 @@ def settle(
     importance, (n, d), (1, d) or (1, 1).
     """
     totals = np.empty(2)
+    magnitudes = np.ascontiguousarray(magnitudes)  # those that were read from a file lie the other way round
     _settle(
         *vectors.shape, bits.shape[1], vectors, *importance.shape, importance, classes, magnitudes, bits, rate_weight,
         step, symbols, totals,
@@ -84,6 +85,7 @@ def write_side(
 ) -> int:
     """Write the side bits of the vectors `start ...` of `matrix` (unscaled) to zeroed `out`; how many bits they are."""
     sizes = symbols.size, magnitudes.shape[1], matrix.shape[1]
+    magnitudes = np.ascontiguousarray(magnitudes)
     found: int = _write_side(*sizes, matrix, first_column, start, symbols, magnitudes, per_row, step, out)
     return found
 
@@ -106,6 +108,7 @@ def read_side(
     values (k, d) are the orbits' magnitudes times grid, in float32.
     """
     sizes = symbols.size, values.shape[1], matrix.shape[1]
+    values = np.ascontiguousarray(values)
     found: int = _read_side(
         *sizes, side, n_bits, first_column, start, symbols, values, grid, scale, step, per_row, matrix
     )

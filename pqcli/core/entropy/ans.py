@@ -86,7 +86,7 @@ def frequencies(levels: NDArray[np.integer], essential: int = 0) -> NDArray[np.i
         while (excess := int(row.sum()) - TOTAL) != 0:
             top = int(row.argmax())
             row[top] -= min(excess, int(row[top]) // 2)
-    return np.asarray(rounded, np.int32)
+    return np.ascontiguousarray(rounded, np.int32)
 
 
 def encode(symbols: NDArray[np.uint16], classes: NDArray[np.uint8], tables: Tables) -> bytes:

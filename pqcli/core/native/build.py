@@ -18,9 +18,8 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -38,8 +37,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):  # hatchling runs this file as no module, which dataclasses need
     """A platform: as zig calls it, as wheels call it, and how its shared libraries end."""
 
     zig: str

@@ -103,10 +103,10 @@ class Layer:
 
         What is left to do once the codebook is rounded is `descended`.
         """
-        learned = self.learned(codebook)
-        progress.tell(0.3)
-        found = self.fed_forward(learned)
-        progress.tell(0.6)
+        with progress.within(0.0, 0.3):
+            learned = self.learned(codebook)
+        with progress.within(0.3, 0.6):
+            found = self.fed_forward(learned)
         found = self.descended(self.fitted(found))
         progress.tell(0.9)
         return self.fitted(found)

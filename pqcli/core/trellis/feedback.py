@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.core import progress
 from pqcli.core.trellis.cholesky import factor
 from pqcli.core.trellis.row_search import RowSearch, Searched
 from pqcli.core.trellis.rows import RowKind, exponents_of
@@ -157,8 +158,9 @@ def fill(
     sees to it that BLAS has one thread, or results depend on how many.
     """
     row_search = RowSearch(costs, next_state, column_scale)
-    for part in feedback:
-        _fill_part(weights, steps, part, row_search, found)
+    for i, part in enumerate(feedback):
+        with progress.within(i / len(feedback), (i + 1) / len(feedback)):
+            _fill_part(weights, steps, part, row_search, found)
 
 
 def _fill_part(weights: Matrix, steps: Matrix, part: Feeding, row_search: RowSearch, found: Searched) -> None:
@@ -172,6 +174,7 @@ def _fill_part(weights: Matrix, steps: Matrix, part: Feeding, row_search: RowSea
         for start in range(last, n_rows, _PRODUCT_ROWS):
             later = slice(start, start + _PRODUCT_ROWS)
             fed[later] += part.factor[first:last, later].T @ errors[: last - first]
+        progress.tell(last / n_rows)
 
 
 def triangle(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.core import progress
 from pqcli.core.importance import Importance
 from pqcli.core.trellis.feedback import Feeding, fill
 from pqcli.core.trellis.loops import N_CLASSES, N_POINTS, RUN_LENGTH
@@ -126,6 +127,7 @@ def search(blocks: Sequence[Block], params: TrellisParams) -> Matrix:
     costs = Costs(bits_of(prior), slope, points, params.rate_weight)
     trial = [_sample(block) for block in blocks] if sum(b.weights.size for b in blocks) > _TRIAL_ALL_BELOW else blocks
     schedule = [(trial, _TRIAL_STATES)] * _TRIAL_PASSES + [(blocks, params.n_states)]
+    done, whole = 0, sum(block.weights.size * n_states for some, n_states in schedule for block in some)
     for some, n_states in schedule:
         used = points
         next_state = next_states(n_states)
@@ -134,10 +136,12 @@ def search(blocks: Sequence[Block], params: TrellisParams) -> Matrix:
         sums = np.zeros((3, N_POINTS, 2))
         for block in some:
             scales = block.row_scale, block.column_scale
-            if block.feedback:
-                _fill_feeding(block, block.feedback, costs, next_state)
-            else:
-                viterbi.fill(block.weights, *scales, block.labels, block.levels, block.importance)
+            before, done = done, done + block.weights.size * n_states
+            with progress.within(before / whole, done / whole):
+                if block.feedback:
+                    _fill_feeding(block, block.feedback, costs, next_state)
+                else:
+                    viterbi.fill(block.weights, *scales, block.labels, block.levels, block.importance)
             run = block.rows.run_rows(block.weights.shape[1])
             labels = block.labels, block.rows.labels
             gather(block.weights, *scales, block.levels, *labels, run, next_state, counts, sums)

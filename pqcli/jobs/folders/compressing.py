@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +32,10 @@ from pqcli.jobs.executors import Executor
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder
 from pqcli.jobs.journal.keeping import Keeping, told
+from pqcli.jobs.prediction import Prediction
 from pqcli.jobs.preview import Preview, preview_opened
 from pqcli.limits import Limits
+from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan, PlanEntry
 from pqcli.recipe import documents
 from pqcli.recipe.recipe import Recipe
@@ -138,16 +140,25 @@ def preview_folder(
     source: Path,
     output: Path | None,
     recipe: Recipe,
+    predicted: Callable[[Plan], Prediction | None],
     *,
     with_copies: bool = False,
     shard_bytes: int | None = None,
     base: str | Path | Sequence[str | Path] = (),
     limits: Limits | None = None,
 ) -> Preview:
-    """What `compress_folder` with the same arguments would do; see `preview`."""
+    """What `compress_folder` with the same arguments would do; see `preview`.
+
+    `predicted` is asked, of the plan of all containers, before any of them is looked at closely.
+    """
     with opened_folder(source, recipe, with_copies=with_copies, limits=limits) as folder:
         recipes = shared_recipes(folder, recipe)
         names = labels(folder.checkpoints)
+        planned = [
+            plans.make(recipes[path], checkpoint.tensors, folder.tensors_beside(path))
+            for path, checkpoint in folder.checkpoints.items()
+        ]
+        prediction = predicted(Plan(tuple(entry for plan in planned for entry in plan.entries), recipe))
         seen = {
             path: preview_opened(
                 checkpoint,
@@ -168,6 +179,7 @@ def preview_folder(
             dropped=tuple(what for one in seen.values() for what in one.dropped),
             carried_bytes=folder.parts.side_bytes,
             n_carried=len(folder.parts.side),
+            prediction=prediction,
         )
 
 
