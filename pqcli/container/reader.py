@@ -93,6 +93,11 @@ class Container:
         """Eight bytes that differ between files: a hash of the header, the manifest, and every tensor's hash."""
         return self._entries.checksum_of_head()
 
+    @property
+    def largest_file_bytes(self) -> int:
+        """Size of its file, or of the largest of its files."""
+        return self._entries.largest_file_bytes
+
     def coded(self, start: int, stop: int) -> bytes:
         """Some bytes of `pqcli.coded`."""
         return bytes(self._entries.read(CODED, start, stop))

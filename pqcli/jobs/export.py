@@ -38,7 +38,7 @@ from pqcli.errors import ContainerError, UsageError
 from pqcli.integrations.assignments import AttachedWeight, attached_in
 from pqcli.jobs.attach import owner_of
 from pqcli.jobs.bars import Progress, hook_of, showing
-from pqcli.jobs.compress import COPIES, SHARD_BYTES, check_written
+from pqcli.jobs.compress import COPIES, check_written
 from pqcli.jobs.course import at_the_end
 from pqcli.jobs.events import Hook, Stage
 from pqcli.jobs.folders.copying import copy_files, make_folders
@@ -126,7 +126,7 @@ def _write(
         predicts=DAMAGE_FEATURE in manifest.features,
     )
     check_space(target, COPIES * container.n_bytes)
-    shard_bytes = None if manifest.shards is None else SHARD_BYTES
+    shard_bytes = None if manifest.shards is None else container.largest_file_bytes
     done = Stage(hook, "writing", sum(record.info.numel for record in container.records))
     with Writer(target, about, force, compact=KEPT_CODED in manifest.features, shard_bytes=shard_bytes) as writer:
         for record in container.records:

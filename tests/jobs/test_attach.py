@@ -436,6 +436,7 @@ def test_every_kind_of_file_comes_out_as_it_went_in(tmp_path, name):
         assert digests(pqcli.load(source)) == digests(pqcli.load(tmp_path / "out"))
     elif name == "shards":
         assert pqcli.verify(tmp_path / "out") == []
+        assert len(list((tmp_path / "out").glob("*-of-*"))) == len(list(source.glob("*-of-*"))) > 1
     else:
         files = [sorted(folder.iterdir()) for folder in (source, tmp_path / "out")]
         assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
