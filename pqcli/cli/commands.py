@@ -546,9 +546,9 @@ def _check_comparison(
 
 def _check_source(path: Path) -> None:
     """Raise what opening this checkpoint would raise, as far as its first bytes tell: torch takes seconds to import."""
-    from pqcli import checkpoint
+    from pqcli.checkpoint.sniff import sniff
 
-    checkpoint.sniff(path)
+    sniff(path)
 
 
 def _check_bases(bases: Sequence[Path] | None) -> None:

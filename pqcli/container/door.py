@@ -20,6 +20,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from pqcli.codecs import difference, registry, zeros
 from pqcli.container import checksum, files
 from pqcli.container.checksum import CHECKSUM, DAMAGE, ENTROPIES, ERRORS, HASHES
@@ -278,7 +280,7 @@ def _figures(
     errors = {}
     quantized = [record.name for record in manifest.tensors if record.quantized]
     trained = {record.name for record in manifest.tensors if record.trained}
-    for name, row in zip(quantized, entries.tensor(ERRORS).tolist(), strict=True):
+    for name, row in zip(quantized, _rows(entries, ERRORS), strict=True):
         if name in trained:
             if not all(math.isnan(value) for value in row):
                 raise ValueError(f"the error of tensor {name!r} is stored as {row}, and it was trained since")
@@ -287,15 +289,20 @@ def _figures(
         if math.isnan(sum(row)) or min(row[0], row[1], row[3]) < 0 or abs(row[2]) > 1.001:
             raise ValueError(f"the error of tensor {name!r} is stored as {row}, which none can be")
     coded = [record.name for record in manifest.tensors if isinstance(record.coding, Coded)]
-    entropies = dict(zip(coded, entries.tensor(ENTROPIES).tolist(), strict=True)) if ENTROPIES in entries else {}
+    entropies = dict(zip(coded, _rows(entries, ENTROPIES), strict=True)) if ENTROPIES in entries else {}
     for name, bits in entropies.items():
         if not (math.isfinite(bits) and bits >= 0):
             raise ValueError(f"tensor {name!r}: an entropy is no number of bits")
-    predicted = entries.tensor(DAMAGE).tolist() if DAMAGE in entries else []
+    predicted = _rows(entries, DAMAGE) if DAMAGE in entries else []
     damages = {name: _damage(name, *row) for name, row in zip(quantized, predicted, strict=False)}
     if any(damages.get(name) is not None for name in trained):
         raise ValueError("damage is told of a tensor that was trained since")
     return hashes, errors, entropies, {name: damage for name, damage in damages.items() if damage is not None}
+
+
+def _rows(entries: Entries, key: str) -> Any:
+    """The numbers of an entry, as nested lists."""
+    return entries.array(key).astype(np.float64).tolist()
 
 
 def _damage(name: str, output_mse: float, damage: float) -> Damage | None:

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import IO, Any, BinaryIO, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pqcli.atomic import atomic_writer, output_errors, run_check
@@ -259,6 +258,8 @@ def _damage_rows(pieces: Sequence[Piece]) -> bytes:
     rows = [
         (math.nan if d is None else d.output_mse, math.nan if d is None or d.damage is None else d.damage) for d in told
     ]
+    import torch  # whose NaN files have held so far
+
     largest = torch.finfo(torch.bfloat16).max
     numbers = torch.tensor(rows, dtype=torch.float64).clamp(max=largest).to(torch.bfloat16)
     return numbers.view(torch.int16).numpy().astype("<i2").tobytes()

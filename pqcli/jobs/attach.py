@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from pqcli.container.reader import Container, open_container
+from pqcli.core.arrays import as_tensor
 from pqcli.core.pq import packing
 from pqcli.core.pq.lookup import Lookup
 from pqcli.errors import ContainerError, UsageError
@@ -178,8 +179,8 @@ def assignments_of(container: Container, name: str, dtype: torch.dtype) -> Assig
     mask = container.zeros(name)
     return Assignments(
         lookup,
-        container.packed_assignments(name),
-        None if mask is None else zeros_of(mask, columns),
+        as_tensor(container.packed_assignments(name)),
+        None if mask is None else zeros_of(as_tensor(mask), columns),
         record.info.shape,
         dtype,
         name=name,

@@ -32,6 +32,7 @@ from pqcli.container.layout import DAMAGE_FEATURE
 from pqcli.container.manifest import KEPT_CODED
 from pqcli.container.reader import Container, open_container
 from pqcli.container.writer import About, Writer
+from pqcli.core.arrays import as_tensor
 from pqcli.core.digests import HASH_BYTES, tensor_bytes, tensor_hash
 from pqcli.core.pq import pq
 from pqcli.errors import ContainerError, UsageError
@@ -170,7 +171,7 @@ def _state(model: torch.nn.Module, attached: Mapping[str, AttachedWeight], conta
                     f"{container.path}: {theirs!r} comes back as {owner!r}, and in the model it does not"
                 )
     for owner, one in codebooks.items():
-        if not torch.equal(container.packed_assignments(owner), one.assignments.packed.cpu()):
+        if not torch.equal(as_tensor(container.packed_assignments(owner)), one.assignments.packed.cpu()):
             raise ContainerError(f"{container.path}: the assignments of {owner!r} in the model are others")
     return _State(container, codebooks, {theirs: dense[ours] for theirs, ours in places.items() if ours in dense})
 
@@ -202,7 +203,7 @@ def _plain(state: _State, record: Record, one: AttachedWeight) -> Piece:
     mask = container.zeros(record.name)
     decoded = pq.decode(replace(before, codebook=codebook))
     if mask is not None:
-        decoded.view(record.matrix_shape)[mask] = 0
+        decoded.view(record.matrix_shape)[as_tensor(mask)] = 0
     key = f"pq/{record.name}/codebook"
     entries = tuple(
         (name, tensor_bytes(codebook).tobytes() if name == key else data)

@@ -6,23 +6,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import atomic_writer
 from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import registry
 from pqcli.codecs.base import Use
-from pqcli.codecs.plain import use_of
 from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.protection import warnings_of_tensors
-from pqcli.codecs.statistics import Reading, opened
 from pqcli.container.manifest import StoredRecord
 from pqcli.container.naming import BaseName
 from pqcli.container.reader import Container, open_container
-from pqcli.core import metrics, rtn
 from pqcli.errors import CheckpointError, RecipeError, UsageError
 from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.events import Stage
@@ -44,6 +39,11 @@ from pqcli.tensors.records import (
     StoredError,
     with_bundle_shares,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from pqcli.codecs.statistics import Reading
 
 
 @showing
@@ -77,9 +77,9 @@ def report(
         if against is None:
             tensors = tuple(_stored_report(container, record) for record in records)
         else:
-            stage = Stage(hook_of(progress), "measuring", n_weights(container))
+            stage = Stage(hook_of(progress), "measuring", container.n_weights)
             with original_of(container, against, limits, weights) as original:
-                known = None if stats is None else opened(str(stats), records)
+                known = None if stats is None else _opened(stats, records)
                 tensors = tuple(_measured_reports(container, records, original, stage, known))
         source = container.manifest.source
         return Report(
@@ -156,11 +156,6 @@ def original_of(
     """The checkpoint that a container is compared with, read as it was read when it was compressed."""
     from_module = container.manifest.recipe.get("from_module") is True
     return checkpoints.open(against, limits=limits, from_module=from_module, weights=weights)
-
-
-def n_weights(container: Container) -> int:
-    """Weights that decoding a container has to rebuild."""
-    return sum(record.info.numel for record in container.records if not isinstance(record.coding, Alias))
 
 
 def describe(info: TensorInfo) -> str:
@@ -278,6 +273,8 @@ def _error_fields(error: StoredError, record: Record) -> dict[str, Any]:
 def _stored_report(container: Container, record: Record) -> TensorReport:
     use = None
     if isinstance(record.coding, Plain):
+        from pqcli.codecs.plain import use_of  # with torch, which `inspect` does without
+
         use = use_of(container.pq_tensor(record.name))
     elif isinstance(record.coding, Coded):
         use = Use(None, None, container.entropy(record.name))
@@ -291,6 +288,8 @@ def _measured_reports(
     done: Stage,
     stats: Reading | None,
 ) -> Iterator[TensorReport]:
+    from pqcli.core import metrics
+
     known = {info.name: info for info in original.tensors}
     for record in records:
         info = known.get(record.name)
@@ -317,7 +316,16 @@ def _measured_reports(
 
 def _int4_error(record: Record, weight: torch.Tensor) -> float | None:
     """What int4 would do to weights; nobody holds moments so."""
+    from pqcli.core import rtn
+
     return None if isinstance(record.coding, Moments) else rtn.error(weight, INT4_GROUP).relative_mse
+
+
+def _opened(stats: str | Path, records: Sequence[Record]) -> Reading:
+    """Statistics of the layers whose weights these are."""
+    from pqcli.codecs.statistics import opened
+
+    return opened(str(stats), records)
 
 
 def _damage_fields(damage: Damage | None) -> dict[str, Any]:

@@ -6,23 +6,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from pqcli import checkpoint as checkpoints
 from pqcli.checkpoint import Checkpoint
 from pqcli.container.folder import open_compressed
 from pqcli.container.reader import Container, open_container
-from pqcli.core import metrics
+from pqcli.core.arrays import as_tensor
 from pqcli.core.digests import tensor_hash
+from pqcli.core.dtypes import Array
 from pqcli.errors import BaseError, ContainerError, DamagedError
 from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.events import Stage
-from pqcli.jobs.report import describe, n_weights, original_of
+from pqcli.jobs.report import describe, original_of
 from pqcli.limits import Limits
 from pqcli.tensors.records import Alias, Record, StoredError
 
 REPORTED_WITHIN = 1e-4
-SMALLEST_REPORTED = torch.finfo(torch.float32).tiny
+SMALLEST_REPORTED = float(np.finfo(np.float32).tiny)
 """Errors are stored in float32: `verify` accepts this relative and this absolute difference."""
 
 
@@ -69,7 +70,7 @@ def verify(
     with container:
         if container.needs_base:
             container.base()
-        stage = Stage(hook_of(progress), "verifying", n_weights(container))
+        stage = Stage(hook_of(progress), "verifying", container.n_weights)
         if against is None:
             found = [finding for record in container.records for finding in _checked(container, record, None, stage)]
         else:
@@ -144,7 +145,7 @@ def _checked(container: Container, record: Record, original: Checkpoint | None, 
     if isinstance(record.coding, Alias):
         return
     try:
-        decoded = container.decode(record.name, check=False)
+        decoded = container.numpy(record.name, check=False)
     except BaseError:
         raise  # of the base; nothing can be said of this file
     except ContainerError as error:
@@ -158,17 +159,19 @@ def _checked(container: Container, record: Record, original: Checkpoint | None, 
     done(record.info.numel, record.name)
 
 
-def _compared(container: Container, record: Record, original: Checkpoint, decoded: torch.Tensor) -> Iterator[Finding]:
+def _compared(container: Container, record: Record, original: Checkpoint, decoded: Array) -> Iterator[Finding]:
     """What is wrong with a decoded tensor, given the one that was compressed; nothing is said of one trained since."""
     if container.is_trained(record.name):
         return
-    weight = original.read(record.name)
+    weight = original.numpy(record.name)
     stored = container.error(record.name)
     if stored is None:
         if tensor_hash(weight) != tensor_hash(decoded):
             yield Finding(record.name, f"is kept, but differs from {original.path}")
         return
-    measured = StoredError.of(metrics.compare(weight, decoded))
+    from pqcli.core import metrics  # with torch, which hashes alone do without
+
+    measured = StoredError.of(metrics.compare(as_tensor(weight), as_tensor(decoded)))
     for key, value in asdict(stored).items():
         actual = getattr(measured, key)
         within = REPORTED_WITHIN * max(abs(actual), abs(value)) + SMALLEST_REPORTED
