@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pqcli.core.arrays import as_array, as_tensor
-from pqcli.core.pq import lookup
-
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pqcli.core.importance import Importance
+
+_JOIN_ELEMENTS = 1 << 22
+"""Weights put together at a time: the padded blocks of a large tensor would be one more copy of it."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,27 @@ def _float32(part: Tensor) -> Tensor:
 
 
 def join(codebook: Tensor, assignments: Tensor, rows: int, columns: int) -> Tensor:
-    """The matrix (rows, columns) that `assignments` spell, in the codebook's dtype; all on the CPU (see `lookup`)."""
-    return as_tensor(lookup.join(as_array(codebook), as_array(assignments), rows, columns))
+    """The matrix (rows, columns) that `assignments` (rows * blocks_per_row,) spell, in the codebook's dtype.
+
+    On the codebook's device, for who trains there; files are decoded by `decoding.join`, from arrays.
+    """
+    block_size = codebook.shape[1]
+    per_row = -(-columns // block_size)
+    grid = assignments.view(rows, per_row)
+    matrix = torch.empty(rows, columns, dtype=codebook.dtype, device=codebook.device)
+    step = max(1, _JOIN_ELEMENTS // max(1, per_row * block_size))
+    for start in range(0, rows, step):
+        part = grid[start : start + step]
+        matrix[start : start + step] = _looked_up(codebook, part)[:, :columns]
+    return matrix
+
+
+def _looked_up(codebook: Tensor, grid: Tensor) -> Tensor:
+    """The centroids that `grid` (rows, blocks) names, as (rows, blocks * block_size)."""
+    places = grid.reshape(-1)
+    if places.dtype == torch.uint8:
+        places = places.int()
+    return codebook.index_select(0, places).view(len(grid), grid.shape[1] * codebook.shape[1])
 
 
 def to_block_major(assignments: Tensor, rows: int) -> Tensor:
