@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pqcli.plan.plan import PlanEntry
     from pqcli.recipe.recipe import Recipe
     from pqcli.stats.damage import Damage
+    from pqcli.tensors.records import StoredError
 
 Matrix = NDArray[np.float32]
 
@@ -159,7 +160,7 @@ class Piece:
     """One finished tensor: its record, the bytes of its own entries by key, and what was measured.
 
     `bundled` are the bytes of a small kept tensor, which shares an entry with others. `damage` is what statistics
-    predict of the error.
+    predict of the error. `stored` is the error as another file tells it, where it was not measured anew.
     """
 
     record: Record
@@ -169,6 +170,7 @@ class Piece:
     error: Error | None = None
     use: Use | None = None
     damage: Damage | None = None
+    stored: StoredError | None = None
 
 
 @dataclass(frozen=True)

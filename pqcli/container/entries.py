@@ -86,6 +86,11 @@ class Entries:
         return len(self.header.raw) + sum(place.n_bytes for place in self.header.entries.values())
 
     @property
+    def largest_file_bytes(self) -> int:
+        """Size of the largest of the files."""
+        return self.n_bytes
+
+    @property
     def n_files(self) -> int:
         """How many files these are entries of."""
         return 1

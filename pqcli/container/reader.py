@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -11,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from pqcli.codecs import moments, zeros
+from pqcli.codecs import moments, registry, zeros
 from pqcli.codecs.base import Decoder, StreamCodec, Streams, load, source_of
 from pqcli.codecs.difference import as_base, exact_sum, restored
 from pqcli.container import checksum, notebook
 from pqcli.container.bases import Base, Given, Search, content_hash, find_base, message
 from pqcli.container.checksum import CHECKSUM
 from pqcli.container.door import admit
-from pqcli.container.files import FILES, unpack
-from pqcli.container.layout import CODED, KEPT
+from pqcli.container.files import FILES, Packed, unpack
+from pqcli.container.layout import CODED, KEPT, own_entries
 from pqcli.container.limits import Limits
 from pqcli.container.manifest import KEPT_CODED, CodedStreams
 from pqcli.container.shards import open_any
@@ -99,6 +100,16 @@ class Container:
         """Size of the container: its file, or its files and their index."""
         return self._entries.n_bytes
 
+    @property
+    def identity(self) -> bytes:
+        """Eight bytes that differ between files: a hash of the header, the manifest, and every tensor's hash."""
+        return self._entries.checksum_of_head()
+
+    @property
+    def largest_file_bytes(self) -> int:
+        """Size of its file, or of the largest of its files."""
+        return self._entries.largest_file_bytes
+
     def coded(self, start: int, stop: int) -> bytes:
         """Some bytes of `pqcli.coded`."""
         return bytes(self._entries.read(CODED, start, stop))
@@ -128,8 +139,12 @@ class Container:
         return self.records[self._said.index[name]]
 
     def error(self, name: str) -> StoredError | None:
-        """The error that compression measured; None for a tensor that is not quantized."""
+        """The error that compression measured; None for a tensor that is not quantized, or was trained since."""
         return self._said.errors.get(self.record(name).held_by)
+
+    def is_trained(self, name: str) -> bool:
+        """Whether the tensor, or the one that it is a copy of, was trained after it had been compressed."""
+        return self.record(self.record(name).held_by).trained
 
     def damage(self, name: str) -> Damage | None:
         """What compression predicted of the tensor's error, from statistics; None where it knew nothing."""
@@ -161,6 +176,44 @@ class Container:
         if assignments.size and int(assignments.max()) >= len(codebook):
             raise self._entries.damaged(f"tensor {name!r} refers to centroid {assignments.max()} of {len(codebook)}")
         return codebook, assignments
+
+    def digest(self, name: str) -> bytes:
+        """As much of the hash of the decoded tensor as the file has."""
+        return self._said.hashes[self._said.index[name]]
+
+    def payloads(self, name: str) -> tuple[tuple[str, bytes], ...]:
+        """The entries that a tensor has for itself, as they lie in the file."""
+        record = self.record(name)
+        keys = [entry.key for entry in own_entries(record, self.manifest.features)]
+        keys += [] if record.zero_bytes is None else [zeros.key(name)]
+        return tuple((key, bytes(self._entries.read(key))) for key in keys)
+
+    def streams(self) -> Streams | None:
+        """What tensors share, as it lies in the file; None where they share nothing."""
+        coded = self.manifest.coded
+        if coded is None:
+            return None
+        of_codec = registry.row(coded.codec).features
+        return replace(self._streams(coded), features=tuple(f for f in of_codec if f in self.manifest.features))
+
+    def packed_files(self) -> Packed | None:
+        """The small files inside, as they lie in the file; None where there are none."""
+        about = self.manifest.files
+        return None if about is None else Packed(about, bytes(self._entries.read(FILES)))
+
+    def packed_assignments(self, name: str) -> NDArray[np.uint8]:
+        """The assignments of a tensor that plain PQ quantized, as they lie in the file: (bytes,) uint8."""
+        return self._entries.array(f"pq/{name}/assignments")
+
+    def zeros(self, name: str) -> NDArray[np.bool_] | None:
+        """Which elements of a quantized tensor are exactly zero, as `zeros.mask` tells it; None where none are told."""
+        record = self.record(name)
+        if record.zero_bytes is None:
+            return None
+        try:
+            return zeros.mask(record, bytes(self._entries.read(zeros.key(name))))
+        except ValueError as error:
+            raise self._entries.damaged(f"zeros of {name!r}: {error}") from None
 
     def entropy(self, name: str) -> float:
         """Bits that the symbols of a whole-checkpoint codec would take at their order-0 entropy, a table a tensor.

@@ -190,6 +190,7 @@ def tensor_report(
         copy_of=coding.of if isinstance(coding, Copy) else None,
         kind=record.kind,
         difference=record.difference,
+        trained=record.trained,
         role=info.role,
         **(_error_fields(error, record) if error else {}),
         **_damage_fields(damage),
@@ -245,6 +246,7 @@ def _action(record: Record) -> str:
 def _scheme(record: Record) -> str:
     """What the tensor is coded as, as a person says it."""
     coding, to_base = record.coding, " to base" if record.difference else ""
+    to_base += ", trained" if record.trained else ""
     if isinstance(coding, Plain):
         return f"PQ {coding.block_size}x{coding.n_centroids}" + to_base
     if isinstance(coding, Coded):

@@ -10,6 +10,7 @@ import numpy as np
 
 from pqcli import checkpoint as checkpoints
 from pqcli.checkpoint import Checkpoint
+from pqcli.container.folder import open_compressed
 from pqcli.container.reader import Container, open_container
 from pqcli.core.arrays import as_tensor
 from pqcli.core.digests import tensor_hash
@@ -50,7 +51,8 @@ def verify(
     """What is wrong with a container; an empty list if nothing is.
 
     Checks its structure, the checksum over every byte, and the hash of every decoded tensor. With `against`, also that
-    kept tensors are identical to the original's and that errors are as reported; training state that was left out on
+    kept tensors are identical to the original's and that errors are as reported (of tensors that were trained since,
+    see `export`, neither is claimed); training state that was left out on
     request is not missed (see `left_out`). `base` as for `decode`. Where the original is a folder, `weights` may name
     the files of it that are meant. Of a compressed folder all containers are checked, and against the original the
     files beside them. Raises ContainerError where the file is no container, or a newer pqcli's, and BaseError where its
@@ -95,6 +97,17 @@ def left_out(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ..
             return ()
         dropped = container.manifest.source.dropped
         return tuple(f"{path} ({reason})" for path, reason in dropped if reason.startswith(checkpoints.LEFT_OUT))
+
+
+def trained_in(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ...]:
+    """The tensors that were trained after they had been compressed; of a folder, those of all its containers."""
+    try:
+        opened = open_compressed(file, limits=limits)
+    except DamagedError:
+        return ()  # `verify` tells
+    with opened:
+        containers = [opened] if isinstance(opened, Container) else opened.containers.values()
+        return tuple(record.name for one in containers for record in one.records if record.trained)
 
 
 def _is_dropped(container: Container) -> bool:
@@ -147,7 +160,9 @@ def _checked(container: Container, record: Record, original: Checkpoint | None, 
 
 
 def _compared(container: Container, record: Record, original: Checkpoint, decoded: Array) -> Iterator[Finding]:
-    """What is wrong with a decoded tensor, given the one that was compressed."""
+    """What is wrong with a decoded tensor, given the one that was compressed; nothing is said of one trained since."""
+    if container.is_trained(record.name):
+        return
     weight = original.numpy(record.name)
     stored = container.error(record.name)
     if stored is None:
