@@ -6,6 +6,7 @@
     pqcli.decode("model.pq.safetensors")                # -> model.decoded.pt
     state_dict = pqcli.load("model.pq.safetensors")     # dense tensors, nothing written
     pqcli.load_into(model, "model.pq.safetensors")      # the same, one by one into a model
+    pqcli.attach(model, "model.pq.safetensors")         # or compressed in it, to train the codebooks
     pqcli.save(model.state_dict(), "model.pq.safetensors")
 
 Names are loaded when first used: `import pqcli` does not import torch.
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from pqcli.container.folder import open_compressed as open  # noqa: A004 - `pqcli.open(file)` reads best
     from pqcli.container.reader import Container
     from pqcli.core.pq.pq import PQ
+    from pqcli.jobs.attach import attach
     from pqcli.jobs.calibrate import calibrate
     from pqcli.jobs.compare import compare
     from pqcli.jobs.compress import compress, save
     from pqcli.jobs.decode import decode, load
+    from pqcli.jobs.export import export
     from pqcli.jobs.loading import load_into
     from pqcli.jobs.preview import preview
     from pqcli.jobs.report import report
@@ -47,11 +50,13 @@ _LAZY = {
     "Report": ("pqcli.reports.figures", "Report"),
     "Rule": ("pqcli.recipe.recipe", "Rule"),
     "Statistics": ("pqcli.stats.moments", "Statistics"),
+    "attach": ("pqcli.jobs.attach", "attach"),
     "calibrate": ("pqcli.jobs.calibrate", "calibrate"),
     "collect": ("pqcli.stats.collecting", "collect"),
     "compare": ("pqcli.jobs.compare", "compare"),
     "compress": ("pqcli.jobs.compress", "compress"),
     "decode": ("pqcli.jobs.decode", "decode"),
+    "export": ("pqcli.jobs.export", "export"),
     "load": ("pqcli.jobs.decode", "load"),
     "load_into": ("pqcli.jobs.loading", "load_into"),
     "open": ("pqcli.container.folder", "open_compressed"),
@@ -63,8 +68,8 @@ _LAZY = {
 
 __all__ = [
     "PQ", "Container", "Containers", "Limits", "PQError", "Recipe", "Report", "Rule", "Statistics", "__version__",
-    "calibrate", "collect", "compare", "compress", "decode", "load", "load_into", "open", "preview", "report", "save",
-    "verify",
+    "attach", "calibrate", "collect", "compare", "compress", "decode", "export", "load", "load_into", "open", "preview",
+    "report", "save", "verify",
 ]  # fmt: skip
 
 

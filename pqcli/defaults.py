@@ -35,4 +35,4 @@ BLOCK_WIDTH: Final = 512
 IN_FLIGHT_BYTES: Final = 128 << 20
 """Dense bytes of the tensors being worked on at one time, unless a single tensor is larger."""
 BASE_MEMORY_BYTES: Final = 400 << 20
-"""Memory of a process that has torch loaded and kernels compiled."""
+"""Memory of a process that has torch loaded."""

@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    import torch
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pqcli.core.dtypes import Array
 
 _CHUNK = 8 << 20
-_MAX_RANK = 64  # what torch itself can hold
+_MAX_RANK = 64  # what numpy and torch can hold
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Strided:
 
 
 def check_fits(view: Strided, file_bytes: int, limits: Limits) -> None:
-    """Raise `CheckpointError` unless torch can hold the tensor and its bytes are in its region.
+    """Raise `CheckpointError` unless an array can hold the tensor and its bytes are in its region.
 
     The bare fact only; the caller adds the tensor's name. Guards the allocation too: an expanded tensor (stride 0)
     may claim terabytes from one stored element.
@@ -143,46 +146,46 @@ class ByteSource:
         self._fill(memoryview(buffer), start)
         return bytes(buffer)
 
-    def tensor(self, view: Strided) -> torch.Tensor:
+    def array(self, view: Strided) -> Array:
         """The tensor, contiguous, in memory of its own. `check_fits` must have passed.
 
         Where the archive has a checksum of the region it is verified: on the fly when the tensor is the whole region,
         else in one extra pass over the region, the first time it is touched.
         """
-        import torch
+        import numpy as np  # which headers do without
 
         item = ITEM_BYTES[view.dtype]
         if not view.numel:
-            return torch.empty(view.shape, dtype=getattr(torch, view.dtype))
-        raw = torch.empty(view.span * item, dtype=torch.uint8)
+            return _dense(np.empty(0, np.uint8), view)
+        raw = np.empty(view.span * item, np.uint8)
         whole = len(raw) == view.region.n_bytes
         if not whole:
             self.check_region(view.region)
-        crc = self._fetch(raw.numpy().data, view.region, view.offset * item)
+        crc = self._fetch(raw.data, view.region, view.offset * item)
         if whole:
             self._compare(view.region, crc)
         return _dense(raw, view)
 
-    def flat(self, view: Strided, start: int, stop: int) -> torch.Tensor:
+    def flat(self, view: Strided, start: int, stop: int) -> Array:
         """Elements [start, stop) of the tensor in row-major order, of shape (stop - start,), in memory of its own.
 
         Reads these elements alone where the tensor is contiguous, else the whole tensor. A checksum is verified as
-        `tensor` does it; pieces that follow each other from the region's first byte to its last need no extra pass.
+        `array` does it; pieces that follow each other from the region's first byte to its last need no extra pass.
         """
-        import torch
+        import numpy as np
 
         if not view.contiguous or (start, stop) == (0, view.numel):
-            return self.tensor(view).reshape(-1)[start:stop].clone()
+            return self.array(view).reshape(-1)[start:stop].copy()
         piece = replace(view, shape=(stop - start,), offset=view.offset + start, strides=None)
         if view.region.crc is None or view.region in self._checked:
-            return self.tensor(piece)
+            return self.array(piece)
         item = ITEM_BYTES[view.dtype]
         begin, end = piece.offset * item, (piece.offset + piece.numel) * item
         reached, crc = self._running.pop(view.region, (0, 0))
         if begin != reached:
-            return self.tensor(piece)  # which makes the pass over the whole region
-        raw = torch.empty(end - begin, dtype=torch.uint8)
-        crc = self._fetch(raw.numpy().data, view.region, begin, crc)
+            return self.array(piece)  # which makes the pass over the whole region
+        raw = np.empty(end - begin, np.uint8)
+        crc = self._fetch(raw.data, view.region, begin, crc)
         if end == view.region.n_bytes:
             self._compare(view.region, crc)
         else:
@@ -235,18 +238,25 @@ class ByteSource:
         return crc
 
 
-def _dense(raw: torch.Tensor, view: Strided) -> torch.Tensor:
+def _dense(raw: NDArray[np.uint8], view: Strided) -> Array:
     """The tensor whose span `raw` holds, as bytes."""
-    import torch
+    import numpy as np
 
-    flat = raw.view(getattr(torch, view.dtype))
+    from pqcli.core.dtypes import dtype_of
+
+    flat = raw.view(dtype_of(view.dtype))
     if view.contiguous:
-        dense = flat[: view.numel].view(view.shape)
+        dense = flat[: view.numel].reshape(view.shape)
     else:
-        dense = flat.as_strided(view.shape, view.strides or ()).contiguous()
-    if view.conj:
-        dense = dense.conj().resolve_conj()
-    return dense.neg() if view.neg else dense
+        strides = tuple(stride * flat.itemsize for stride in view.strides or ())
+        dense = np.array(np.lib.stride_tricks.as_strided(flat, view.shape, strides), order="C")
+    if view.conj and dense.dtype.kind == "c":
+        dense = dense.conj()
+    elif view.conj and dense.dtype.names:
+        dense["imag"] = -dense["imag"]
+    if view.neg:
+        dense = (-dense.view(np.float16)).view(dense.dtype) if dense.dtype.names else -dense
+    return dense
 
 
 class Window:

@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    import torch
-
     from pqcli.checkpoint.asked import Asked
     from pqcli.checkpoint.opened import Layout
     from pqcli.checkpoint.stamps import Stamp
+    from pqcli.core.dtypes import Array
 
 METADATA = ".metadata"
 ENDING = ".distcp"
@@ -69,7 +68,7 @@ class Assembled:
 
 
 class Pieces:
-    """The open files of a folder; gives tensors as `ByteSource` does, from `Assembled` in place of `Strided`."""
+    """The open files of a folder; gives arrays as `ByteSource` does, from `Assembled` in place of `Strided`."""
 
     def __init__(self, path: Path, files: Mapping[str, ByteSource], metadata: ByteSource) -> None:
         self.path = path
@@ -82,25 +81,27 @@ class Pieces:
         """The files, as they were when they were opened."""
         return tuple(stamp for file in (self._metadata, *self._files.values()) for stamp in file.stamps)
 
-    def tensor(self, view: Assembled) -> torch.Tensor:
+    def array(self, view: Assembled) -> Array:
         """The tensor, contiguous, in memory of its own; holds one piece beside it."""
-        import torch
+        import numpy as np
+
+        from pqcli.core.dtypes import dtype_of
 
         if len(view.pieces) == 1:
             (piece,) = view.pieces
-            return self._files[piece.file].tensor(piece.view)
-        whole = torch.empty(view.shape, dtype=getattr(torch, view.dtype))
+            return self._files[piece.file].array(piece.view)
+        whole = np.empty(view.shape, dtype_of(view.dtype))
         for piece in view.pieces:
             place = tuple(slice(at, at + n) for at, n in zip(piece.offsets, piece.view.shape, strict=True))
-            whole[place] = self._files[piece.file].tensor(piece.view)
+            whole[place] = self._files[piece.file].array(piece.view)
         return whole
 
-    def flat(self, view: Assembled, start: int, stop: int) -> torch.Tensor:
+    def flat(self, view: Assembled, start: int, stop: int) -> Array:
         """Elements [start, stop) in row-major order; reads them alone where the tensor is in one piece."""
         if len(view.pieces) == 1:
             (piece,) = view.pieces
             return self._files[piece.file].flat(piece.view, start, stop)
-        return self.tensor(view).reshape(-1)[start:stop].clone()
+        return self.array(view).reshape(-1)[start:stop].copy()
 
     def close(self) -> None:
         """Close the files; may be called twice."""

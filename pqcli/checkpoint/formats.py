@@ -19,14 +19,12 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-    import torch
-
     from pqcli.checkpoint.bytesource import ByteSource
     from pqcli.checkpoint.opened import Layout
     from pqcli.checkpoint.pt.tree import Json
+    from pqcli.checkpoint.rawbytes import Read
     from pqcli.tensors.info import TensorInfo
 
-    Read = Callable[[str], torch.Tensor]
     Write = Callable[[BinaryIO], int]
 
 FOLDER = "folder"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pqcli.checkpoint.pt.tree import Json
     from pqcli.checkpoint.stamps import Stamp
+    from pqcli.core.dtypes import Array
     from pqcli.tensors.info import TensorInfo
 
 LEFT_OUT = "training state, left out as asked"
@@ -47,10 +48,10 @@ class Source(Protocol):
     def stamps(self) -> tuple[Stamp, ...]:
         """The files, as they were when they were opened."""
 
-    def tensor(self, view: Any) -> torch.Tensor:
+    def array(self, view: Any) -> Array:
         """The tensor, contiguous, in memory of its own."""
 
-    def flat(self, view: Any, start: int, stop: int) -> torch.Tensor:
+    def flat(self, view: Any, start: int, stop: int) -> Array:
         """Elements [start, stop) of the tensor in row-major order."""
 
     def close(self) -> None:
@@ -129,13 +130,17 @@ class Checkpoint:
         return sum(self.side_sizes.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, contiguous, on the CPU, in memory of its own, with the dtype of the file.
+        """The tensor, contiguous, on the CPU, in memory of its own, with the dtype of the file; else as `numpy`."""
+        return _as_tensor(self.numpy(name))
+
+    def numpy(self, name: str) -> Array:
+        """The tensor as a numpy array, which takes no torch to read; see `pqcli.core.dtypes` for its dtype.
 
         Costs its own size in memory (a strided view: also the span it touches). Raises `CheckpointError` where the
         file is damaged or has shrunk.
         """
         with self._place(name) as (source, view):
-            return source.tensor(view)
+            return source.array(view)
 
     def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the tensor in row-major order, of shape (stop - start,); else as `read`.
@@ -148,7 +153,7 @@ class Checkpoint:
         with self._place(name) as (source, view):
             if not 0 <= start <= stop <= view.numel:
                 raise CheckpointError(f"elements {start:,} to {stop:,} are not among its {view.numel:,}")
-            return source.flat(view, start, stop)
+            return _as_tensor(source.flat(view, start, stop))
 
     @contextlib.contextmanager
     def _place(self, name: str) -> Iterator[tuple[Source, View]]:
@@ -214,6 +219,12 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _as_tensor(array: Array) -> torch.Tensor:
+    from pqcli.core.arrays import as_tensor  # with numpy, which headers do without
+
+    return as_tensor(array)
 
 
 def _own_bytes(tensors: Sequence[TensorInfo]) -> int:

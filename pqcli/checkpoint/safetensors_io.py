@@ -24,9 +24,8 @@ from pqcli.tensors.moments import is_moment_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import torch
-
     from pqcli.checkpoint.limits import Budget
+    from pqcli.checkpoint.rawbytes import Read
 
 DTYPE_OF_CODE = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
@@ -106,9 +105,7 @@ def begins(head: bytes, n_bytes: int) -> bool:
     return bool(header_bytes <= n_bytes or header_bytes < 1 << 32)
 
 
-def prepare(
-    tensors: Sequence[TensorInfo], read: Callable[[str], torch.Tensor], skeleton: dict[str, Any]
-) -> Callable[[BinaryIO], int]:
+def prepare(tensors: Sequence[TensorInfo], read: Read, skeleton: dict[str, Any]) -> Callable[[BinaryIO], int]:
     """Writes flat names, and the metadata of the skeleton where there is one; tied tensors become copies."""
     check_writable(tensors)
     metadata = skeleton.get("metadata") if skeleton else _FOR_TORCH
@@ -135,7 +132,7 @@ def check_writable(tensors: Sequence[TensorInfo]) -> None:
 def write_safetensors(
     file: BinaryIO,
     tensors: Sequence[TensorInfo],
-    read: Callable[[str], torch.Tensor],
+    read: Read,
     metadata: Mapping[str, str] | None,
 ) -> int:
     """Write the file; returns its size. Tied tensors become copies: the format knows no sharing.

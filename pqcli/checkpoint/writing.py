@@ -33,14 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    import torch
-
     from pqcli.atomic import Check
     from pqcli.checkpoint.pt.tree import Json
+    from pqcli.checkpoint.rawbytes import Read
     from pqcli.limits import Limits
     from pqcli.tensors.info import TensorInfo
-
-    Read = Callable[[str], torch.Tensor]
 
 
 def write(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcli.atomic import check_output
-from pqcli.cli import completion, statistics
+from pqcli.cli import completion, readable, statistics
 from pqcli.cli.options import (
     LONGEST_SHARD,
     NETWORK,
@@ -446,6 +446,7 @@ def verify(
         if against:
             _check_source(against)
         _check_bases(base)
+        from pqcli.cli import tables
         from pqcli.jobs import verify
 
         with console.progress(file.name) as hook:
@@ -453,6 +454,10 @@ def verify(
         left_out = verify.left_out(file, limits=limits) if against else ()
         if left_out:
             console.note(f"not compared, because --model-only left it out: {', '.join(left_out)}")
+        trained = verify.trained_in(file, limits=limits)
+        if trained and against:
+            names = readable.joined(trained, tables.N_NAMED)
+            console.note(f"not compared, because they were trained since they were compressed: {names}")
         if json:
             console.json({
                 "input": str(file),
@@ -463,7 +468,8 @@ def verify(
             raise CheckFailedError(f"{file}: {len(findings)} problems\n" + "\n".join(map(str, findings)))
         if not json:
             beside = ", and the files beside the weights are the same" if file.is_dir() and against else ""
-            console.note(f"{file}: every tensor decodes to the bytes that were compressed{beside}")
+            done = "written" if trained else "compressed"
+            console.note(f"{file}: every tensor decodes to the bytes that were {done}{beside}")
 
     run(work, json=json, quiet=quiet)
 
@@ -540,9 +546,9 @@ def _check_comparison(
 
 def _check_source(path: Path) -> None:
     """Raise what opening this checkpoint would raise, as far as its first bytes tell: torch takes seconds to import."""
-    from pqcli import checkpoint
+    from pqcli.checkpoint.sniff import sniff
 
-    checkpoint.sniff(path)
+    sniff(path)
 
 
 def _check_bases(bases: Sequence[Path] | None) -> None:

@@ -153,6 +153,7 @@ def render(report: Report) -> str:
         compared=[
             line
             for line in (
+                readable.trained_line(report),
                 readable.state_line(report),
                 readable.base_line(report),
                 readable.entropy_line(report),

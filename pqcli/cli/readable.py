@@ -91,6 +91,18 @@ def felt_line(report: Report) -> str | None:
     )
 
 
+def trained_line(report: Report) -> str | None:
+    """How much was trained after it had been compressed, and what that means for errors; None where nothing was."""
+    n_quantized = sum(tensor.trained for tensor in report.quantized)
+    n_kept = sum(tensor.trained and not tensor.quantized for tensor in report.tensors)
+    if not n_quantized + n_kept:
+        return None
+    said = f"{plural(n_quantized, 'quantized tensor')} and {plural(n_kept, 'kept one')} since they were compressed"
+    if report.source:
+        return f"{said}; errors are what they differ by now from {visible(elide(report.source, 60))}"
+    return f"{said}; how far they are from the original by now, `report --against ORIGINAL` measures"
+
+
 def state_line(report: Report) -> str | None:
     """What training state takes, and how it is held; None where there is none."""
     state = report.state

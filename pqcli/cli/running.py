@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from pqcli.cli import interrupts
-from pqcli.errors import OutputError, PQError
+from pqcli.errors import MissingExtraError, OutputError, PQError
 
 if TYPE_CHECKING:
     from pqcli.cli.console import Console
@@ -32,6 +32,11 @@ def run(work: Callable[[Console], None], *, json: bool = False, quiet: bool = Fa
         except PQError as error:
             console.error(error)
             _exit(error.exit_code)
+        except ModuleNotFoundError as error:  # decoding alone was installed
+            console.error(
+                MissingExtraError(f"this needs {error.name}, which decoding does without; pip install pqcli brings it")
+            )
+            _exit(MissingExtraError.exit_code)
         except KeyboardInterrupt as interrupt:
             console.error(OutputError(interrupts.message()))
             sys.stdout.flush()

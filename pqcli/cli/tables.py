@@ -215,6 +215,7 @@ def _notes(report: Report) -> list[Text]:
         f"{word:<10}{line}"
         for word, line in (
             ("felt", readable.felt_line(report)),
+            ("trained", readable.trained_line(report)),
             ("state", readable.state_line(report)),
             ("base", readable.base_line(report)),
             ("entropy", readable.entropy_line(report)),

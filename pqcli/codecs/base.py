@@ -26,21 +26,24 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pqcli.codecs import registry
-from pqcli.core.pq import pq
+from pqcli.core.dtypes import saturated
 from pqcli.core.trellis.sources import Source
 from pqcli.tensors.moments import form_of
 from pqcli.tensors.records import Alias, Coded, Coding, Kept, Moments, Plain, Record, Same
 
 if TYPE_CHECKING:
+    import torch
+
+    from pqcli.core.dtypes import Array
     from pqcli.core.importance import Importance
     from pqcli.core.metrics import Error
     from pqcli.plan.plan import PlanEntry
     from pqcli.recipe.recipe import Recipe
     from pqcli.stats.damage import Damage
+    from pqcli.tensors.records import StoredError
 
 Matrix = NDArray[np.float32]
 
@@ -92,14 +95,14 @@ class Weights:
         """What a kept tensor may be told from: the base's tensor of that name and shape; None where there is none."""
         return None
 
-    def restored(self, record: Record, decoded: torch.Tensor) -> torch.Tensor:
+    def restored(self, record: Record, decoded: Array) -> Array:
         """What the user gets of what was decoded (float32), in the original's shape and dtype."""
         return dense(decoded, record)
 
 
-def dense(decoded: torch.Tensor, record: Record) -> torch.Tensor:
+def dense(decoded: Array, record: Record) -> Array:
     """Decoded values in the tensor's own shape and dtype."""
-    return pq.saturated(decoded.reshape(record.info.shape), getattr(torch, record.info.dtype))
+    return saturated(decoded.reshape(record.info.shape), record.info.dtype)
 
 
 def record_of(entry: PlanEntry) -> Record:
@@ -157,7 +160,7 @@ class Piece:
     """One finished tensor: its record, the bytes of its own entries by key, and what was measured.
 
     `bundled` are the bytes of a small kept tensor, which shares an entry with others. `damage` is what statistics
-    predict of the error.
+    predict of the error. `stored` is the error as another file tells it, where it was not measured anew.
     """
 
     record: Record
@@ -167,6 +170,7 @@ class Piece:
     error: Error | None = None
     use: Use | None = None
     damage: Damage | None = None
+    stored: StoredError | None = None
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pqcli.codecs.base import Readable, Weights, dense
+from pqcli.core.arrays import as_array
 from pqcli.core.digests import tensor_bytes
-from pqcli.core.pq import pq
+from pqcli.core.dtypes import converted, name_of, saturated
 from pqcli.tensors.info import ITEM_BYTES
 
 if TYPE_CHECKING:
+    import torch
+
+    from pqcli.core.dtypes import Array
     from pqcli.tensors.records import Record
 
 FEATURE: Final = "base"
@@ -59,9 +62,9 @@ class Differences(Weights):
         """The base's tensor, where it has it in this shape."""
         return self.of_base.read(name) if name in self.shared else None
 
-    def restored(self, record: Record, decoded: torch.Tensor) -> torch.Tensor:
+    def restored(self, record: Record, decoded: Array) -> Array:
         """The sum, or what was decoded."""
-        return restored(record, decoded, self.of_base.read(record.name) if record.difference else None)
+        return restored(record, decoded, as_array(self.of_base.read(record.name)) if record.difference else None)
 
 
 def subtracted(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -69,22 +72,25 @@ def subtracted(tensor: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     return tensor.float() - base.float()
 
 
-def restored(record: Record, decoded: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+def restored(record: Record, decoded: Array, base: Array | None) -> Array:
     """A quantized tensor of what was decoded (float32), and of the base's if that was the difference to it."""
-    return dense(decoded if base is None else decoded.reshape(base.shape).float() + base.float(), record)
+    if base is None:
+        return dense(decoded, record)
+    with np.errstate(all="ignore"):
+        return dense(decoded.reshape(base.shape) + converted(base, "float32"), record)
 
 
-def as_base(record: Record, base: torch.Tensor) -> torch.Tensor:
-    """The base's tensor in the record's dtype. Raises ValueError for dtypes between which nothing is converted."""
-    dtype = getattr(torch, record.info.dtype)
-    if base.dtype == dtype:
+def as_base(dtype: str, base: Array) -> Array:
+    """The base's tensor in a record's dtype. Raises ValueError for dtypes between which nothing is converted."""
+    own = name_of(base.dtype)
+    if own == dtype:
         return base
-    if not {record.info.dtype, str(base.dtype).removeprefix("torch.")} <= FLOATING:
-        raise ValueError(f"{record.info.dtype} where the base has {str(base.dtype).removeprefix('torch.')}")
-    return pq.saturated(base, dtype)
+    if not {dtype, own} <= FLOATING:
+        raise ValueError(f"{dtype} where the base has {own}")
+    return saturated(base, dtype)
 
 
-def exact_difference(data: NDArray[np.uint8], base: torch.Tensor, dtype: str) -> NDArray[np.uint8]:
+def exact_difference(data: NDArray[np.uint8], base: Array | torch.Tensor, dtype: str) -> NDArray[np.uint8]:
     """What the bytes of a kept tensor of that dtype differ by from the base's: small words where the two are near.
 
     Raises ValueError for another number of bytes.
@@ -99,7 +105,7 @@ def exact_difference(data: NDArray[np.uint8], base: torch.Tensor, dtype: str) ->
     return found
 
 
-def exact_sum(difference: NDArray[np.uint8], base: torch.Tensor, dtype: str) -> NDArray[np.uint8]:
+def exact_sum(difference: NDArray[np.uint8], base: Array | torch.Tensor, dtype: str) -> NDArray[np.uint8]:
     """The bytes of the tensor; the inverse of `exact_difference`."""
     folded, other = _words(difference, dtype), _words(_bytes_like(difference, base), dtype)
     if folded.itemsize == _LARGEST_ITEM:
@@ -110,7 +116,7 @@ def exact_sum(difference: NDArray[np.uint8], base: torch.Tensor, dtype: str) -> 
     return found
 
 
-def _bytes_like(data: NDArray[np.uint8], base: torch.Tensor) -> NDArray[np.uint8]:
+def _bytes_like(data: NDArray[np.uint8], base: Array | torch.Tensor) -> NDArray[np.uint8]:
     other = tensor_bytes(base)
     if len(other) != len(data):
         raise ValueError(f"{len(data):,} bytes where the base has {len(other):,}")

@@ -13,13 +13,16 @@ import numpy as np
 
 from pqcli.codecs.base import Piece, TensorTask, Weights, dense
 from pqcli.codecs.kept import KeptJob
-from pqcli.core import metrics, moments
+from pqcli.core import moments
+from pqcli.core.arrays import as_tensor
 from pqcli.core.digests import tensor_hash
 from pqcli.core.entropy import lossless
 from pqcli.tensors.records import Moments, Record
 
 if TYPE_CHECKING:
     import torch
+
+    from pqcli.core.dtypes import Array
 
 FEATURE: Final = Moments.action
 _COPIES: Final = 4
@@ -46,6 +49,8 @@ class MomentsJob(TensorTask):
 
     def run(self, device: torch.device) -> Piece:
         """The tensor in eight bits a value."""
+        from pqcli.core import metrics  # with torch, which decoding does without
+
         record, coding = self.record, self.record.coding
         if not isinstance(coding, Moments):
             raise TypeError(f"a job on moments for a tensor that is {coding}")
@@ -58,14 +63,14 @@ class MomentsJob(TensorTask):
             return self._kept(f"would not get smaller: {len(data)} B in eight bits", device)
         record = replace(record, coding=replace(coding, n_bytes=len(data)))
         decoded = dense(moments.decode(coded, coding.form), record)
-        error = metrics.compare(tensor, decoded)
+        error = metrics.compare(tensor, as_tensor(decoded))
         return Piece(record, tensor_hash(decoded), ((key(record.name), data),), error=error)
 
     def _kept(self, reason: str, device: torch.device) -> Piece:
         return KeptJob(self.record.kept(reason), self.weights, self.is_compact, quick=True).run(device)
 
 
-def restored(record: Record, data: bytes) -> torch.Tensor:
+def restored(record: Record, data: bytes) -> Array:
     """The tensor of these bytes. Raises ValueError for bytes that `MomentsJob` does not write."""
     coding, n = record.coding, record.info.numel
     if not isinstance(coding, Moments):

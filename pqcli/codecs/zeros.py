@@ -12,12 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pqcli.core.entropy import lossless
 
 if TYPE_CHECKING:
+    import torch
+
+    from pqcli.core.dtypes import Array
     from pqcli.tensors.records import Record
 
 FEATURE: Final = "zeros"
@@ -50,21 +52,25 @@ def held_by_bits(packed: NDArray[np.uint8], n_zeros: int, record: Record) -> byt
     return bytes([_ELEMENTS]) + lossless.compress([packed])
 
 
-def restored(tensor: torch.Tensor, record: Record, data: bytes) -> torch.Tensor:
+def restored(tensor: Array, record: Record, data: bytes) -> Array:
     """The tensor with its zeros, in place. Raises ValueError for bytes that `held` did not give."""
+    tensor.reshape(record.matrix_shape)[mask(record, data)] = 0
+    return tensor
+
+
+def mask(record: Record, data: bytes) -> NDArray[np.bool_]:
+    """What is set to zero: (rows,) where that is whole rows, else (rows, columns).
+
+    Raises ValueError for bytes that `held` did not give.
+    """
     rows, columns = record.matrix_shape
     kind = data[0] if data else -1
     if kind not in (_ROWS, _ELEMENTS):
         raise ValueError(f"zeros of kind {kind}")
     n = rows if kind == _ROWS else rows * columns
     (packed,) = lossless.decompress(data[1:], [(1, -(-n // 8))])
-    mask = torch.from_numpy(np.unpackbits(packed, count=n, bitorder="little").view(bool))
-    matrix = tensor.view(rows, columns)
-    if kind == _ROWS:
-        matrix[mask] = 0
-    else:
-        matrix[mask.view(rows, columns)] = 0
-    return tensor
+    found = np.unpackbits(packed, count=n, bitorder="little").view(bool)
+    return found if kind == _ROWS else found.reshape(rows, columns)
 
 
 def _is_set(packed: NDArray[np.uint8], start: int, stop: int) -> bool:

@@ -18,14 +18,13 @@ from pqcli.codecs.difference import may_be_difference, may_be_exact
 from pqcli.container.naming import BaseName, BaseTensor, hash_of, hinted
 from pqcli.container.peek import is_container
 from pqcli.core.digests import tensor_hash
+from pqcli.core.dtypes import Array
 from pqcli.errors import BaseError, CheckpointError, ContainerError
 from pqcli.limits import Limits
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Record, Same
 
 if TYPE_CHECKING:
-    import torch
-
     from pqcli.container.reader import Container
 
 LONGEST_CHAIN: Final = 64
@@ -39,7 +38,7 @@ class Base:
 
     path: Path
     infos: Mapping[str, TensorInfo]
-    read: Callable[[str], torch.Tensor]
+    read: Callable[[str], Array]
     close: Callable[[], None]
     dense: checkpoints.Checkpoint | None = None
 
@@ -74,7 +73,7 @@ def open_base(path: Path, search: Search) -> Base:
     if not is_container(path, search.limits):
         checkpoint = checkpoints.open(path, limits=search.limits)
         infos = {info.name: info for info in checkpoint.tensors}
-        return Base(path, infos, checkpoint.read, checkpoint.close, checkpoint)
+        return Base(path, infos, checkpoint.numpy, checkpoint.close, checkpoint)
     for file in search.chain:
         if file.exists() and path.samefile(file):
             way = " -> ".join(str(one) for one in (*search.chain, path))
@@ -82,7 +81,7 @@ def open_base(path: Path, search: Search) -> Base:
     from pqcli.container.reader import Container  # which finds its base here
 
     container = Container(path, search.limits, search)
-    return Base(path, {info.name: info for info in container.infos}, container.decode, container.close)
+    return Base(path, {info.name: info for info in container.infos}, container.numpy, container.close)
 
 
 def find_base(container: Container, search: Search) -> Base:
@@ -192,6 +191,6 @@ def _missed(container: Container, base: Base) -> str:
     for record in used:
         smallest.setdefault((type(record.coding), record.info.dtype), record)
     for record in smallest.values():
-        if not container.is_intact(record.name, container.decode_with(record, base)):
+        if not container.is_intact(record.name, container.decoded(record, base)):
             return f"'{base.path}' has the hash {content_hash(container.records, base)}"
     return ""

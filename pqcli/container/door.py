@@ -20,6 +20,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from pqcli.codecs import difference, registry, zeros
 from pqcli.container import checksum, files
 from pqcli.container.checksum import CHECKSUM, DAMAGE, ENTROPIES, ERRORS, HASHES
@@ -27,7 +29,7 @@ from pqcli.container.entries import Entries
 from pqcli.container.header import MANIFEST
 from pqcli.container.layout import KEPT, SHARDS_FEATURE, entries_of, known_features, metadata_of
 from pqcli.container.limits import DENSE_BYTES_PER_BYTE, TENSOR_BYTES, TEXT_SHARE, Limits, inflate, parse_json
-from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, parse_manifest
+from pqcli.container.manifest import KEPT_CODED, TRAINED, VERSION, Manifest, parse_manifest
 from pqcli.core.digests import HASH_BYTES
 from pqcli.core.moments import FORMS
 from pqcli.core.pq import packing
@@ -171,6 +173,10 @@ def _problem(record: Record, manifest: Manifest) -> str:
         return "zeros told of what is not quantized, or in a file without that feature"
     if record.difference and isinstance(coding, Alias | Copy | Same | Moments):
         return f"a difference of what is coded as {record.action!r}"
+    if record.trained and not (TRAINED in manifest.features and isinstance(coding, Plain | Coded | Kept)):
+        return f"trained what is coded as {record.action!r:.40}, or in a file without that feature"
+    if record.trained and record.difference:
+        return "a difference to a base that was trained since"
     if isinstance(coding, Alias | Same):
         return ""
     if isinstance(coding, Copy):
@@ -273,18 +279,30 @@ def _figures(
     hashes = [bytes(told[i : i + width]) for i in range(0, len(told), width)]
     errors = {}
     quantized = [record.name for record in manifest.tensors if record.quantized]
-    for name, row in zip(quantized, entries.tensor(ERRORS).tolist(), strict=True):
+    trained = {record.name for record in manifest.tensors if record.trained}
+    for name, row in zip(quantized, _rows(entries, ERRORS), strict=True):
+        if name in trained:
+            if not all(math.isnan(value) for value in row):
+                raise ValueError(f"the error of tensor {name!r} is stored as {row}, and it was trained since")
+            continue
         errors[name] = StoredError(*row)
         if math.isnan(sum(row)) or min(row[0], row[1], row[3]) < 0 or abs(row[2]) > 1.001:
             raise ValueError(f"the error of tensor {name!r} is stored as {row}, which none can be")
     coded = [record.name for record in manifest.tensors if isinstance(record.coding, Coded)]
-    entropies = dict(zip(coded, entries.tensor(ENTROPIES).tolist(), strict=True)) if ENTROPIES in entries else {}
+    entropies = dict(zip(coded, _rows(entries, ENTROPIES), strict=True)) if ENTROPIES in entries else {}
     for name, bits in entropies.items():
         if not (math.isfinite(bits) and bits >= 0):
             raise ValueError(f"tensor {name!r}: an entropy is no number of bits")
-    predicted = entries.tensor(DAMAGE).tolist() if DAMAGE in entries else []
+    predicted = _rows(entries, DAMAGE) if DAMAGE in entries else []
     damages = {name: _damage(name, *row) for name, row in zip(quantized, predicted, strict=False)}
+    if any(damages.get(name) is not None for name in trained):
+        raise ValueError("damage is told of a tensor that was trained since")
     return hashes, errors, entropies, {name: damage for name, damage in damages.items() if damage is not None}
+
+
+def _rows(entries: Entries, key: str) -> Any:
+    """The numbers of an entry, as nested lists."""
+    return entries.array(key).astype(np.float64).tolist()
 
 
 def _damage(name: str, output_mse: float, damage: float) -> Damage | None:

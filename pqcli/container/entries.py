@@ -6,15 +6,15 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import BinaryIO, Final
+
+import numpy as np
 
 from pqcli.container.checksum import HEAD, Checksum
 from pqcli.container.header import Header, Place, open_file, read_header
 from pqcli.container.limits import Limits
+from pqcli.core.dtypes import Array, dtype_of
 from pqcli.errors import ContainerError, DamagedError
-
-if TYPE_CHECKING:
-    import torch
 
 _PIECE_BYTES: Final = 1 << 24
 
@@ -54,15 +54,10 @@ class Entries:
             raise self.damaged(f"entry {key!r} ends early")
         return data
 
-    def tensor(self, key: str) -> torch.Tensor:
-        """An entry as a tensor in memory of its own."""
-        import torch
-
+    def array(self, key: str) -> Array:
+        """An entry as an array in memory of its own."""
         place = self.place(key)
-        dtype = getattr(torch, place.dtype)
-        if not place.n_bytes:
-            return torch.empty(place.shape, dtype=dtype)
-        return torch.frombuffer(self.read(key), dtype=dtype).reshape(place.shape)
+        return np.frombuffer(self.read(key), dtype_of(place.dtype)).reshape(place.shape)
 
     def checksum_of_head(self) -> bytes:
         """The checksum's part over what is read to open the file; takes no time."""
@@ -89,6 +84,11 @@ class Entries:
     def n_bytes(self) -> int:
         """Size of the file."""
         return len(self.header.raw) + sum(place.n_bytes for place in self.header.entries.values())
+
+    @property
+    def largest_file_bytes(self) -> int:
+        """Size of the largest of the files."""
+        return self.n_bytes
 
     @property
     def n_files(self) -> int:

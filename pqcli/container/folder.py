@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from pqcli.container.reader import Container
+    from pqcli.core.dtypes import Array
     from pqcli.limits import Limits
     from pqcli.tensors.info import TensorInfo
     from pqcli.tensors.records import Record, StoredError
@@ -168,6 +169,11 @@ class Containers:
         """The dense tensor; see `Container.decode`."""
         container, record = self._place(name)
         return container.decode(record.name, check=check)
+
+    def numpy(self, name: str, *, check: bool = True) -> Array:
+        """The dense tensor as an array; see `Container.numpy`."""
+        container, record = self._place(name)
+        return container.numpy(record.name, check=check)
 
     def _place(self, name: str) -> tuple[Container, Record]:
         if name not in self._places:

@@ -15,7 +15,7 @@ from pqcli.codecs import difference, moments, registry, zeros
 from pqcli.container import checksum, files
 from pqcli.container.checksum import CHECKSUM, DAMAGE, ENTROPIES, ERRORS, HASHES
 from pqcli.container.header import MANIFEST, METADATA, SAFETENSORS_DTYPES
-from pqcli.container.manifest import KEPT_CODED, VERSION, Manifest, manifest_bytes
+from pqcli.container.manifest import KEPT_CODED, TRAINED, VERSION, Manifest, manifest_bytes
 from pqcli.core.digests import HASH_BYTES
 from pqcli.tensors.info import ITEM_BYTES
 from pqcli.tensors.records import Coded, Copy, Kept, Moments, Plain, Record
@@ -34,7 +34,7 @@ _ENTRY_BYTES: Final = 80
 def known_features() -> frozenset[str]:
     """What a file may need that this version knows."""
     of_tensors = {KEPT_CODED, zeros.FEATURE, difference.FEATURE, Copy.action, moments.FEATURE, DAMAGE_FEATURE}
-    return registry.features() | of_tensors | {checksum.FEATURE, files.FEATURE, SHARDS_FEATURE}
+    return registry.features() | of_tensors | {checksum.FEATURE, files.FEATURE, SHARDS_FEATURE, TRAINED}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 VERSION: Final = 1
 KEPT_CODED: Final = "kept-coded"
 """The feature of files whose kept tensors are coded without loss."""
+TRAINED: Final = "trained"
+"""The feature of files with tensors that were trained after they had been compressed."""
 MOST_SHARDS: Final = 99_999
 _STRICT: Final = {"strict": True, "extra": "forbid"}
 """How the reader has pydantic check what it reads (here it is not imported: that takes a tenth of a second)."""
@@ -124,6 +126,7 @@ class StoredRecord:
     zero_bytes: int | None = None
     difference: bool = False
     form: str | None = None
+    trained: bool = False
 
     @staticmethod
     def of(record: Record) -> StoredRecord:
@@ -145,7 +148,7 @@ class StoredRecord:
             given = {"copy_of": coding.of}
         return StoredRecord(
             info.name, info.shape, info.dtype, coding.action, record.reason, record.kind, info.role, info.alias_of,
-            zero_bytes=record.zero_bytes, difference=record.difference, **given,
+            zero_bytes=record.zero_bytes, difference=record.difference, trained=record.trained, **given,
         )  # fmt: skip
 
     def record(self) -> Record:
@@ -154,7 +157,7 @@ class StoredRecord:
         if not is_shape(self.shape) or not all(number is None or is_size(number) for number in numbers):
             raise ValueError("a size that no tensor has")
         info = TensorInfo(self.name, self.shape, self.dtype, self.alias_of, self.role)
-        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes, self.difference)
+        return Record(info, self._coding(), self.reason, self.kind, self.zero_bytes, self.difference, self.trained)
 
     def _coding(self) -> Coding:
         if (self.action == "alias") != (self.alias_of is not None):
@@ -242,6 +245,8 @@ def make_manifest(
     }
     if any(record.zero_bytes is not None for record in records):
         needed.add(zeros.FEATURE)
+    if any(record.trained for record in records):
+        needed.add(TRAINED)
     if files is not None:
         needed.add(FILES_FEATURE)
     base = naming.name_for(records) if naming else None

@@ -160,6 +160,11 @@ class Shards(Entries):
         return sum(one.n_bytes for one in (self.first, *self.others)) + self.index_bytes
 
     @property
+    def largest_file_bytes(self) -> int:
+        """Size of the largest of the files."""
+        return max(one.n_bytes for one in (self.first, *self.others))
+
+    @property
     def n_files(self) -> int:
         """How many files these are entries of."""
         return 1 + len(self.others)

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import IO, Any, BinaryIO, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pqcli.atomic import atomic_writer, output_errors, run_check
@@ -105,6 +104,7 @@ class Writer:
             error=piece.error,
             use=piece.use,
             damage=piece.damage,
+            stored=piece.stored,
         )
 
     @property
@@ -239,17 +239,27 @@ class Writer:
 
 
 def _error_rows(pieces: Sequence[Piece]) -> bytes:
-    errors = [StoredError.of(piece.error) for piece in pieces if piece.error is not None]
+    rows = [_error_row(piece) for piece in pieces if piece.record.quantized]
     with np.errstate(over="ignore"):
-        return np.array([[e.rms, e.relative_mse, e.cosine, e.max_abs_error] for e in errors], "<f4").tobytes()
+        return np.array(rows, "<f4").tobytes()
+
+
+def _error_row(piece: Piece) -> tuple[float, float, float, float]:
+    """The error of a quantized tensor; no number where it was trained since."""
+    error = piece.stored if piece.error is None else StoredError.of(piece.error)
+    if error is None:
+        return (math.nan,) * 4
+    return error.rms, error.relative_mse, error.cosine, error.max_abs_error
 
 
 def _damage_rows(pieces: Sequence[Piece]) -> bytes:
     """What is predicted of every quantized tensor; no number for what is not."""
-    told = [piece.damage for piece in pieces if piece.error is not None]
+    told = [piece.damage for piece in pieces if piece.record.quantized]
     rows = [
         (math.nan if d is None else d.output_mse, math.nan if d is None or d.damage is None else d.damage) for d in told
     ]
+    import torch  # whose NaN files have held so far
+
     largest = torch.finfo(torch.bfloat16).max
     numbers = torch.tensor(rows, dtype=torch.float64).clamp(max=largest).to(torch.bfloat16)
     return numbers.view(torch.int16).numpy().astype("<i2").tobytes()

@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pqcli.core.arrays import as_array
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pqcli.core.dtypes import Array
 
 HASH_BYTES: Final = 8
 
 
-def tensor_bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    """The little-endian bytes of a dense tensor, row by row."""
-    import torch
-
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy() if flat.numel() else np.zeros(0, np.uint8)
+def tensor_bytes(tensor: Array | Tensor) -> NDArray[np.uint8]:
+    """The little-endian bytes of a dense tensor, numpy's or torch's, row by row."""
+    return as_array(tensor).reshape(-1).view(np.uint8)
 
 
-def tensor_hash(tensor: Tensor) -> bytes:
+def tensor_hash(tensor: Array | Tensor) -> bytes:
     """BLAKE2b-64 of the tensor's bytes; shorter hashes are its beginning."""
     return hashlib.blake2b(tensor_bytes(tensor).data, digest_size=HASH_BYTES).digest()
 

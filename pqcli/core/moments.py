@@ -9,8 +9,6 @@ squares, and so is the square root of a second moment v, which then is spaced by
 That leaves a second moment 32 octaves below the largest one of its block. A second moment that is not zero never
 becomes zero, by which a step would be divided: what is smaller still takes the smallest step.
 
-torch is imported late, because plans, which tell sizes, do without it.
-
 Shapes: values (n,), codes (n,) uint8, scales (ceil(n / BLOCK),) uint16: the high half of a float32, rounded up.
 """
 
@@ -21,6 +19,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pqcli.core.dtypes import saturated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,10 +83,8 @@ def encode(moments: Tensor, form: str) -> Coded:
     return Coded(np.concatenate(codes or nothing[0]), np.concatenate(scales or nothing[1]))
 
 
-def decode(coded: Coded, form: str) -> Tensor:
-    """The values, float32 (n,). Raises ValueError for codes and scales that `encode` does not give."""
-    import torch
-
+def decode(coded: Coded, form: str) -> NDArray[np.float32]:
+    """The values (n,). Raises ValueError for codes and scales that `encode` does not give."""
     if coded.scales.size and int(coded.scales.max()) > _LARGEST_SCALE:
         raise ValueError("a scale of moments that is negative or not finite")
     if form == FIRST and coded.codes.size and not coded.codes.all():
@@ -96,7 +94,7 @@ def decode(coded: Coded, form: str) -> Tensor:
         stop = min(start + _CHUNK, values.size)
         scales = coded.scales[start // BLOCK : n_blocks(stop)]
         values[start:stop] = _values(coded.codes[start:stop], _spread(scales, stop - start), form)
-    return torch.from_numpy(values)
+    return values
 
 
 def _values(codes: NDArray[np.uint8], scales: NDArray[np.float32], form: str) -> NDArray[np.float32]:
@@ -134,16 +132,13 @@ def _nearest(values: NDArray[np.float32], scales: NDArray[np.uint16], form: str)
 
 def _raise_vanished(codes: NDArray[np.uint8], scales: NDArray[np.uint16], moments: Tensor) -> None:
     """Raise, in place, the codes of those that are not zero and would become zero in the tensor's dtype."""
-    import torch
-
-    from pqcli.core.pq import pq
-
+    dtype = str(moments.dtype).removeprefix("torch.")
     spread = _spread(scales, codes.size)
     is_something = (moments != 0).numpy()
     (at,) = np.nonzero(is_something)
     while at.size:
-        decoded = pq.saturated(torch.from_numpy(_values(codes[at], spread[at], SECOND)), moments.dtype)
-        at = at[(decoded == 0).numpy() & (codes[at] < 255)]
+        decoded = saturated(_values(codes[at], spread[at], SECOND), dtype)
+        at = at[(decoded == 0) & (codes[at] < 255)]
         codes[at] += 1
 
 

@@ -6,8 +6,10 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from threadpoolctl import threadpool_limits
+if TYPE_CHECKING:
+    from threadpoolctl import threadpool_limits
 
 _counting = threading.Lock()
 _limited: list[threadpool_limits] = []
@@ -31,6 +33,8 @@ def limit(most: int) -> None:
 def lone_blas() -> Iterator[None]:
     """BLAS has one thread while any thread is inside: its sums depend on how many it has."""
     global _users
+    from threadpoolctl import threadpool_limits  # which decoding does without
+
     with _counting:
         _users += 1
         if _users == 1:

@@ -147,7 +147,7 @@ class _Notebook:
         self._context = contextvars.copy_context()
         self._drawing = threading.Lock()
         self._drawn = clock()
-        self._handle = display(self._picture(), display_id=True)
+        self._handle: Any = display(self._picture(), display_id=True)  # type: ignore[no-untyped-call]
 
     def __call__(self, event: Event) -> None:
         """Draw, unless it was drawn just now."""
@@ -161,7 +161,7 @@ class _Notebook:
     def _picture(self) -> Any:
         words = [self._pace.event.stage, visible(self._label), f"{self._pace.fraction:.0%}"]
         said = " ".join(filter(None, [*words, speed(self._pace, self._clock())]))
-        return self._html(
+        return self._html(  # type: ignore[no-untyped-call]
             f'<progress value="{self._pace.fraction:.4f}" max="1" style="vertical-align:middle"></progress> '
             f"<span>{escape(said)}</span>"
         )

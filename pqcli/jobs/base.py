@@ -21,12 +21,14 @@ import torch
 
 from pqcli.atomic import output_errors
 from pqcli.claim import check_space
-from pqcli.codecs.difference import FLOATING, Differences, may_be_difference, subtracted
+from pqcli.codecs.difference import Differences, as_base, may_be_difference, subtracted
 from pqcli.codecs.rate.survey import spread
 from pqcli.codecs.values import few_values
 from pqcli.container.bases import Base, Search, open_base
 from pqcli.container.naming import BaseTensor, Naming, hint_to
+from pqcli.core.arrays import as_array, as_tensor
 from pqcli.core.digests import tensor_bytes, tensor_hash
+from pqcli.core.dtypes import Array, dtype_of
 from pqcli.core.pq import pq
 from pqcli.errors import CheckpointError
 from pqcli.jobs.events import Hook, Stage
@@ -81,7 +83,7 @@ def compared(
         else:
             spool = Spool.of(base, shared, target, Stage(hook, "decoding", sum(info.numel for info in shared)))
             stack.callback(spool.close)
-            readable, base = spool, replace(base, read=spool.read)
+            readable, base = spool, replace(base, read=spool.numpy)
         yield _compared(checkpoint, plan, base, readable, hint_to(path, output), shared, hook)
 
 
@@ -108,7 +110,7 @@ def _compared(
         if name in names:
             weight, other = checkpoint.read(name), base.read(name)
             known[name] = BaseTensor(base.infos[name].dtype, entry.info.shape, tensor_hash(other))
-            entry = _judged(entry, weight, other)
+            entry = _judged(entry, weight, as_tensor(other))
             if entry.action == "base":
                 digests[name] = tensor_hash(weight)
             done(entry.info.numel, name)
@@ -135,11 +137,11 @@ def _judged(entry: PlanEntry, weight: torch.Tensor, base: torch.Tensor) -> PlanE
 def _is_as(weight: torch.Tensor, base: torch.Tensor) -> bool:
     """Whether the base's tensor, in the dtype of `weight`, has its bytes."""
     dtype = str(weight.dtype).removeprefix("torch.")
-    if weight.dtype != base.dtype:
-        if not {dtype, str(base.dtype).removeprefix("torch.")} <= FLOATING:
-            return False
-        base = pq.saturated(base, weight.dtype)
-    return bool(np.array_equal(tensor_bytes(weight), tensor_bytes(base)))
+    try:
+        found = as_base(dtype, as_array(base))
+    except ValueError:
+        return False
+    return bool(np.array_equal(tensor_bytes(weight), tensor_bytes(found)))
 
 
 # --- what a container decodes to --------------------------------------------------------------------------------------
@@ -177,11 +179,18 @@ class Spool:
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor."""
+        return as_tensor(self.numpy(name))
+
+    def numpy(self, name: str) -> Array:
+        """The same as an array."""
         info = self._places[name][1]
-        return self.read_flat(name, 0, info.numel).reshape(info.shape)
+        return self._flat(name, 0, info.numel).reshape(info.shape)
 
     def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Some elements of a tensor, in row-major order."""
+        return as_tensor(self._flat(name, start, stop))
+
+    def _flat(self, name: str, start: int, stop: int) -> Array:
         at, info = self._places[name]
         size = info.n_bytes // info.numel
         data, done = bytearray((stop - start) * size), 0
@@ -190,7 +199,7 @@ class Spool:
             if not n_read:
                 raise CheckpointError(f"tensor {name!r} of the base: what was spooled of it is gone")
             done += n_read
-        return torch.frombuffer(data, dtype=getattr(torch, info.dtype))
+        return np.frombuffer(data, dtype_of(info.dtype))
 
     def close(self) -> None:
         """Give the disk its space back."""

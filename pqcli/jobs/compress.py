@@ -19,9 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from pqcli import checkpoint as checkpoints
-from pqcli import stats as statistics
-from pqcli.atomic import check_output, check_target, final_path, output_errors, temporary_beside
+from pqcli.atomic import check_target, final_path, output_errors, temporary_beside
 from pqcli.checkpoint import Checkpoint
 from pqcli.checkpoint.hub import located
 from pqcli.claim import check_space, claimed
@@ -49,15 +47,13 @@ from pqcli.codecs.rate.protection import Watch
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.codecs.statistics import Reading, warning_of
 from pqcli.codecs.statistics import opened as statistics_of
-from pqcli.container.bases import Base, Search
-from pqcli.container.files import pack
+from pqcli.container.bases import Base
 from pqcli.container.layout import lay_out
-from pqcli.container.naming import BaseName, Naming
-from pqcli.container.peek import SUFFIX
+from pqcli.container.naming import BaseName
 from pqcli.container.reader import open_container
-from pqcli.container.writer import About, Writer
+from pqcli.container.writer import Writer
 from pqcli.defaults import SHARD_BYTES
-from pqcli.errors import CheckpointError, ContainerError, OutputError, PQError, UsageError
+from pqcli.errors import CheckpointError, ContainerError, PQError, UsageError
 from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.base import Compared, compared
 from pqcli.jobs.copies import copies_of
@@ -68,6 +64,20 @@ from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import goes_to_folder
 from pqcli.jobs.journal.journal import Journal
 from pqcli.jobs.journal.keeping import Keeping, told
+from pqcli.jobs.opening import (
+    NO_FILES,
+    NOT_CODED,
+    Files,
+    about,
+    bases_of,
+    check_place,
+    check_stats,
+    default_output,
+    dropped,
+    has_state,
+    left_beside,
+    opened,
+)
 from pqcli.jobs.places import place_of_work
 from pqcli.jobs.report import base_report, paper_bytes_of, tensor_report
 from pqcli.limits import Limits
@@ -79,7 +89,6 @@ from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report, TensorReport
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import (
-    BUNDLED_BYTES,
     Alias,
     Coded,
     Copy,
@@ -96,11 +105,6 @@ SAMPLED = 1 / 16
 """The fraction of the dense bytes that a finished file is decoded for, to check it."""
 MATCHING = 3.0
 """About the nanoseconds that comparing a weight with a base's takes."""
-Files = Mapping[str, bytes]
-NO_FILES: Files = {}
-"""Small files that go into the container, by their paths."""
-NOT_CODED = frozenset({"keep", "moments", "alias", "base"})
-"""Actions of a plan that no codec takes part in."""
 
 
 @showing
@@ -280,82 +284,6 @@ def _torch_save(state_dict: Mapping[str, Any], file: BinaryIO) -> None:
         raise
 
 
-def opened(source: str | Path, recipe: Recipe, limits: Limits | None = None) -> Checkpoint:
-    """The checkpoint, or as much of it as the recipe asks for."""
-    return of_model(checkpoints.open(source, limits=limits, from_module=recipe.from_module), recipe)
-
-
-def of_model(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """The checkpoint, without training state where the recipe asks for that."""
-    if recipe.state != "drop":
-        return checkpoint
-    try:
-        return checkpoint.model_only()
-    except CheckpointError:
-        checkpoint.close()
-        raise
-
-
-def check_stats(recipe: Recipe) -> None:
-    """Raise StatsError for statistics that cannot be read, before any work is done."""
-    if recipe.stats is not None:
-        statistics.open(recipe.stats)
-
-
-def bases_of(base: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
-    """One base, or several, as paths."""
-    return Search.among(base).given
-
-
-def default_output(source: Path) -> Path:
-    """`STEM.pq.safetensors` beside a checkpoint file or folder."""
-    source = source.resolve() if source.name in {"", ".", ".."} else source
-    stem = source.name if source.is_dir() else source.stem
-    return source.with_name(stem + SUFFIX)
-
-
-def check_place(output: Path, source: Path, *, force: bool) -> None:
-    """Refuse what cannot be written before any work is done."""
-    check_output(output, source, force=force)
-    with output_errors(output):
-        is_inside = output.exists() and source.is_dir() and output.resolve().parent == source.resolve()
-    if is_inside and not output.name.endswith(SUFFIX):
-        raise OutputError(f"'{output}' is a part of the input; use -o to write elsewhere")
-
-
-def about(checkpoint: Checkpoint, recipe: Recipe, naming: Naming | None = None, files: Files = NO_FILES) -> About:
-    """What the file of this checkpoint says, and holds, beside its tensors."""
-    source = {
-        "format": checkpoint.format,
-        "n_bytes": checkpoint.n_bytes,
-        "skeleton": checkpoint.skeleton,
-        "dropped": _left_out(checkpoint, files),
-        "side_bytes": sum(_beside(checkpoint, files).values()),
-    }
-    names = tuple(info.name for info in checkpoint.tensors)
-    packed, predicts = pack(files) if files else None, recipe.stats is not None
-    return About(names, source, documents.to_json(recipe), naming, packed, predicts)
-
-
-def dropped(checkpoint: Checkpoint, files: Files = NO_FILES) -> tuple[str, ...]:
-    """What the source holds and the file does not, each with the reason."""
-    return tuple(f"{path} ({reason})" for path, reason in _left_out(checkpoint, files))
-
-
-def _left_out(checkpoint: Checkpoint, files: Files) -> list[list[str]]:
-    """What the container does not hold: entries that JSON cannot carry, and files of a folder that are no weights."""
-    entries = [[item.path, item.reason] for item in checkpoint.dropped]
-    return entries + [
-        [name, f"a file beside the weights, {n_bytes:,} B; copy it yourself"]
-        for name, n_bytes in _beside(checkpoint, files).items()
-    ]
-
-
-def _beside(checkpoint: Checkpoint, files: Files) -> dict[str, int]:
-    """The files beside the weights that the container does not hold, with their sizes."""
-    return {name: n_bytes for name, n_bytes in checkpoint.side_sizes.items() if name not in files}
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -416,7 +344,7 @@ def compress_opened(
         recipe=documents.to_json(recipe),
         paper_bytes=paper_bytes_of(records),
         warnings=warnings,
-        side_bytes=sum(_beside(checkpoint, files).values()),
+        side_bytes=sum(left_beside(checkpoint, files).values()),
         base=base,
     )
 
@@ -652,12 +580,6 @@ def costs(plan: Plan, recipe: Recipe, codec: Codec, *, has_base: bool = False) -
     found |= {stage: cost * n_weights for stage, cost in codec.costs(n_weights, recipe).items()}
     quick = has_state(plan)
     return found | {"keeping": kept_cost(kept, is_compact=codec.is_compact or quick, quick=quick)}
-
-
-def has_state(plan: Plan) -> bool:
-    """Whether so much training state is kept that coding it is worth a file whose kept tensors are all coded."""
-    kept = [entry.info for entry in plan.entries if entry.action == "keep" and entry.info.role != "model"]
-    return sum(info.n_bytes for info in kept) > BUNDLED_BYTES
 
 
 def _copy_of(entry: PlanEntry, name: str) -> Record:

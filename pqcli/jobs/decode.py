@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import atomic_folder, check_output, output_errors
@@ -19,15 +18,18 @@ from pqcli.container.header import INDEX_SUFFIX
 from pqcli.container.manifest import Source
 from pqcli.container.peek import SUFFIX
 from pqcli.container.reader import Container, open_container
+from pqcli.core import dtypes
 from pqcli.errors import ContainerError, OutputError, UsageError
 from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.events import Stage
 from pqcli.jobs.folders.embedding import write_files
-from pqcli.jobs.report import n_weights
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.tensors.info import TensorInfo
 from pqcli.tensors.records import Alias, Copy
+
+if TYPE_CHECKING:
+    import torch
 
 
 @showing
@@ -78,7 +80,7 @@ def decode(
         _check_place(target, Path(file), force=force)
         format_ = formats.by_suffix(target) if output else source.format
         infos = [converted(info, dtype) for info in container.infos]
-        read = dense_reader(container, dtype, Stage(hook, "decoding", n_weights(container)))
+        read = dense_reader(container, dtype, Stage(hook, "decoding", container.n_weights))
         with claimed(target):
             check_space(target, sum(info.n_bytes for info in infos if info.alias_of is None))
             if format_ == formats.FOLDER and container.manifest.files:
@@ -127,23 +129,22 @@ def _check_place(target: Path, file: Path, *, force: bool) -> None:
         raise OutputError(f"'{target}' holds the input, '{file.name}'; use -o to write elsewhere")
 
 
-def dense_reader(container: Container, dtype: str | None, done: Stage) -> Callable[[str], torch.Tensor]:
+def dense_reader(container: Container, dtype: str | None, done: Stage) -> Callable[[str], dtypes.Array]:
     """What gives the dense tensors of a container, floating ones as `dtype` where that is given, and tells `done`."""
 
-    def read(name: str) -> torch.Tensor:
-        tensor = container.decode(name)
-        if dtype and tensor.is_floating_point():
-            tensor = tensor.to(getattr(torch, dtype))
-        done(tensor.numel(), name)
-        return tensor
+    def read(name: str) -> dtypes.Array:
+        array = container.numpy(name)
+        if dtype and dtypes.is_floating(dtypes.name_of(array.dtype)):
+            array = dtypes.converted(array, dtype)
+        done(array.size, name)
+        return array
 
     return read
 
 
 def converted(info: TensorInfo, dtype: str | None) -> TensorInfo:
     """The tensor as it is written: as `dtype` where that is given and it is a floating one."""
-    floating = "float" in info.dtype
-    return replace(info, dtype=dtype) if dtype and floating else info
+    return replace(info, dtype=dtype) if dtype and dtypes.is_floating(info.dtype) else info
 
 
 def default_file_suffix(file: Path, source: Source) -> str:

@@ -13,6 +13,7 @@ encoding    weights quantized and coded                      compress; once for 
 checking    weights decoded, to see if a budget is met       compress, to a budget of error
 measuring   weights decoded and compared                     compress, report
 decoding    weights decoded                                  decode; compress, those of a base
+writing     weights of a trained model, written              export
 verifying   weights decoded and checked                      verify
 comparing   batches that have run through both networks      compare
 """

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 
 from pqcli.container.folder import compressed_folder
 from pqcli.container.reader import Container, open_container
 from pqcli.errors import ContainerError, UsageError
 from pqcli.jobs.bars import Progress, hook_of, showing
-from pqcli.jobs.events import Hook, Stage, ignore
+from pqcli.jobs.events import Hook, Stage
 from pqcli.tensors.prefixes import matched
 
 if TYPE_CHECKING:
@@ -53,27 +55,29 @@ def load_into(
     these and for other shapes, before any weight is touched; for a damaged tensor, when it is decoded: the model then
     holds some new weights and some old ones. `base` as for `decode`, `progress` as for `compress`.
     """
-    with open_container(_lone(file), limits=limits, base=base) as container:
-        own = model.state_dict(keep_vars=True)
-        places = _places(own, container)
-        missing, unexpected = _unmatched(own, places, container)
-        _check(own, places, container, (missing, unexpected) if strict else None)
-        _fill(
-            model,
-            own,
-            places,
-            container,
-            dtype,
-            torch.device(device) if device is not None else None,
-            hook_of(progress),
-        )
-    if dtype is not None or device is not None:
-        _move(model, dtype, device)
-    return Loaded(missing, unexpected)
+    with open_container(lone(file), limits=limits, base=base) as container:
+        fit = fit_of(model, container, strict=strict)
+        fill(model, fit, container, list(fit.places), dtype, device, hook_of(progress))
+    move(model, dtype, device)
+    return Loaded(fit.missing, fit.unexpected)
 
 
-def _lone(file: str | Path) -> Path:
-    """The container; of a compressed folder, the one in it."""
+@dataclass(frozen=True)
+class Fit:
+    """Which tensor of a model is which of a container.
+
+    `own` are the model's tensors by their names, `places` these names by the container's, for the tensors that both
+    have; `missing` and `unexpected` are as in `Loaded`.
+    """
+
+    own: Mapping[str, torch.Tensor]
+    places: Mapping[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def lone(file: str | Path) -> Path:
+    """The container; of a compressed folder, the one in it. Raises UsageError where there are several."""
     path = Path(file)
     if not path.is_dir():
         return path
@@ -85,72 +89,89 @@ def _lone(file: str | Path) -> Path:
     return path / next(iter(folder.containers.values()))
 
 
-def _places(own: Mapping[str, object], container: Container) -> dict[str, str]:
-    """The model's names by the container's, for the tensors of the model that the file holds."""
-    theirs = [record.name for record in container.records if record.info.role == "model"]
-    ours = matched(theirs, list(own))
-    found = {name: ours.get(name, name) for name in theirs}
-    return {name: other for name, other in found.items() if other in own}
+def fit_of(model: torch.nn.Module, container: Container, *, strict: bool) -> Fit:
+    """How a container fits a model.
 
-
-def _unmatched(
-    own: Mapping[str, torch.Tensor], places: Mapping[str, str], container: Container
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    filled = {id(own[name]) for name in places.values()}
+    Raises ContainerError where shapes differ, and with `strict` where one side lacks a name.
+    """
+    own = model.state_dict(keep_vars=True)
+    places = places_of(own, container)
+    filled = {id(own[name]) for name in places.values()} | {id(counter) for _, counter in _counters(model)}
     missing = tuple(
         name for name, tensor in own.items() if isinstance(tensor, torch.Tensor) and id(tensor) not in filled
     )
     unexpected = tuple(r.name for r in container.records if r.info.role == "model" and r.name not in places)
-    return missing, unexpected
+    fit = Fit(own, places, missing, unexpected)
+    _check_shapes(fit, container)
+    if strict:
+        _check_names(fit, container)
+    return fit
 
 
-def _check(
-    own: Mapping[str, torch.Tensor],
-    places: Mapping[str, str],
-    container: Container,
-    unmatched: tuple[tuple[str, ...], tuple[str, ...]] | None,
-) -> None:
-    shapes = {name: (tuple(own[ours].shape), container.record(name).info.shape) for name, ours in places.items()}
+def _counters(model: torch.nn.Module) -> Iterator[tuple[_NormBase, torch.Tensor]]:
+    """How many batches a batch norm has seen: checkpoints of before torch 0.4.1 lack it, and torch does not miss it."""
+    for module in model.modules():
+        if isinstance(module, _NormBase) and isinstance(module.num_batches_tracked, torch.Tensor):
+            yield module, module.num_batches_tracked
+
+
+def places_of(names: Iterable[str], container: Container) -> dict[str, str]:
+    """The names of a model's tensors by the container's, for those that both have."""
+    known = set(names)
+    theirs = [record.name for record in container.records if record.info.role == "model"]
+    ours = matched(theirs, list(names))
+    found = {name: ours.get(name, name) for name in theirs}
+    return {name: other for name, other in found.items() if other in known}
+
+
+def _check_shapes(fit: Fit, container: Container) -> None:
+    shapes = {
+        name: (tuple(fit.own[ours].shape), container.record(name).info.shape) for name, ours in fit.places.items()
+    }
     others = [f"{name} is {theirs}, the model's {ours}" for name, (ours, theirs) in shapes.items() if ours != theirs]
     if others:
         raise ContainerError(
-            f"{container.path}: {len(others)} tensors have other shapes: {_some(others)}; is it this model's?"
+            f"{container.path}: {len(others)} tensors have other shapes: {some(others)}; is it this model's?"
         )
-    if unmatched is None or unmatched == ((), ()):
+
+
+def _check_names(fit: Fit, container: Container) -> None:
+    missing, unexpected = fit.missing, fit.unexpected
+    if not missing and not unexpected:
         return
-    missing, unexpected = unmatched
-    said = [f"it lacks {len(missing)} of the model's tensors ({_some(missing)})"] * bool(missing)
-    said += [f"the model has no place for {len(unexpected)} of its tensors ({_some(unexpected)})"] * bool(unexpected)
+    said = [f"it lacks {len(missing)} of the model's tensors ({some(missing)})"] * bool(missing)
+    said += [f"the model has no place for {len(unexpected)} of its tensors ({some(unexpected)})"] * bool(unexpected)
     raise ContainerError(f"{container.path}: {' and '.join(said)}; strict=False loads what fits")
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few of these, as a message tells them."""
     return ", ".join(names[:N_NAMED]) + (", ..." if len(names) > N_NAMED else "")
 
 
-def _fill(
+def fill(
     model: torch.nn.Module,
-    own: Mapping[str, torch.Tensor],
-    places: Mapping[str, str],
+    fit: Fit,
     container: Container,
+    chosen: Sequence[str],
     dtype: torch.dtype | None,
-    device: torch.device | None,
-    hook: Hook | None,
+    device: str | torch.device | None,
+    hook: Hook,
 ) -> None:
-    """Decode in the file's order, which is the quickest."""
-    done = Stage(hook or ignore, "decoding", sum(own[name].numel() for name in places.values()))
+    """Decode the chosen tensors, in the container's names and order, which is the quickest, into their places."""
+    done = Stage(hook, "decoding", sum(fit.own[fit.places[theirs]].numel() for theirs in chosen))
     names: dict[int, list[str]] = {}
-    for name, tensor in own.items():
+    for name, tensor in fit.own.items():
         names.setdefault(id(tensor), []).append(name)
     filled: set[int] = set()
-    for theirs, ours in places.items():
-        place = own[ours]
+    for theirs in chosen:
+        place = fit.own[fit.places[theirs]]
         if id(place) not in filled:  # tied parameters are one
             filled.add(id(place))
             decoded = container.decode(theirs)
             if place.is_meta:
                 wanted = (dtype or place.dtype) if place.is_floating_point() else place.dtype
-                made = decoded.to(device=device or torch.device("cpu"), dtype=wanted)
+                made = decoded.to(device=device or "cpu", dtype=wanted)
                 if isinstance(place, torch.nn.Parameter):
                     made = torch.nn.Parameter(made, requires_grad=place.requires_grad)
                 for name in names[id(place)]:
@@ -160,11 +181,22 @@ def _fill(
                 with torch.no_grad():
                     place.copy_(decoded)
         done(place.numel(), theirs)
+    for norm, counter in list(_counters(model)):
+        if counter.is_meta:
+            norm.num_batches_tracked = torch.zeros_like(counter, device=device or "cpu")
 
 
-def _move(model: torch.nn.Module, dtype: torch.dtype | None, device: str | torch.device | None) -> None:
-    """What the file did not hold goes along, unless it has no memory at all."""
+def move(
+    model: torch.nn.Module,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    but: Sequence[torch.Tensor] = (),
+) -> None:
+    """What the file did not hold goes along, unless it has no memory at all; `but` some tensors stay."""
+    stay = {id(tensor) for tensor in but}
+    if dtype is None and device is None:
+        return
     for tensor in [*model.parameters(), *model.buffers()]:
-        if not tensor.is_meta:
+        if not tensor.is_meta and id(tensor) not in stay:
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             tensor.data = tensor.data.to(device=device, dtype=wanted)

@@ -40,6 +40,7 @@ from pqcli.core.threads import n_threads
 from pqcli.errors import PQError
 from pqcli.jobs import compress as compressing
 from pqcli.jobs.executors import Threads
+from pqcli.jobs.opening import NOT_CODED
 from pqcli.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def predict(plan: Plan, recipe: Recipe, device: torch.device, workers: int | Non
 
     `workers` is the number of processes that do the work, where not threads do.
     """
-    coded = [entry for entry in plan.entries if entry.action not in compressing.NOT_CODED]
+    coded = [entry for entry in plan.entries if entry.action not in NOT_CODED]
     n_weights = sum(entry.info.numel for entry in coded)
     if n_weights < LEAST:
         return None
@@ -257,7 +258,7 @@ def _base_bytes() -> int:
 
 def _result_bytes(plan: Plan, recipe: Recipe, n_weights: int) -> int:
     """About the size of the file: what is kept, and the budget or else as many bits as most want."""
-    kept = sum(entry.predicted_bytes for entry in plan.entries if entry.action in compressing.NOT_CODED)
+    kept = sum(entry.predicted_bytes for entry in plan.entries if entry.action in NOT_CODED)
     return kept + (recipe.target_bytes or int((recipe.target_bits or USUAL_BITS) * n_weights / 8))
 
 

@@ -8,21 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 from pqcli.checkpoint.hub import located
 from pqcli.codecs.base import record_of
 from pqcli.container.peek import SUFFIX
 from pqcli.container.shards import cut
 from pqcli.defaults import SHARD_BYTES
-from pqcli.jobs import compress as compressing
-from pqcli.jobs import notebook
-from pqcli.jobs.compress import NO_FILES, Files
-from pqcli.jobs.devices import resolve_device
-from pqcli.jobs.executors import Threads
+from pqcli.jobs import notebook, opening
 from pqcli.jobs.folders.embedding import check_embedding, small_files
 from pqcli.jobs.folders.outputs import check_folder_output, goes_to_folder
-from pqcli.jobs.prediction import Prediction, predict
+from pqcli.jobs.opening import NO_FILES, Files
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
 from pqcli.plan.plan import Plan
@@ -33,6 +27,8 @@ if TYPE_CHECKING:
 
     from pqcli.checkpoint import Checkpoint
     from pqcli.codecs.auto.choosing import Choice
+    from pqcli.jobs.executors import Threads
+    from pqcli.jobs.prediction import Prediction
     from pqcli.tensors.info import TensorInfo
 
 
@@ -96,15 +92,17 @@ def preview(
     recipe = recipe or Recipe()
     place = located(source)
     source, output = place.path, output or place.output()
-    on = resolve_device(device)
 
     def predicted(plan: Plan) -> Prediction | None:
-        found = None if ray is not None else predict(plan, recipe, on, workers)
+        from pqcli.jobs.devices import resolve_device  # with torch, which plans do without
+        from pqcli.jobs.prediction import predict
+
+        found = None if ray is not None else predict(plan, recipe, resolve_device(device), workers)
         if found is not None and foretold is not None:
             foretold(found, is_long=_is_rehearsed(plan, bool(bases)))
         return found
 
-    bases = compressing.bases_of(base)
+    bases = opening.bases_of(base)
     if embed_files:
         check_embedding(source, output)
     if goes_to_folder(source, output):
@@ -116,7 +114,7 @@ def preview(
             limits=limits,
         )  # fmt: skip
     files = small_files(source, limits) if embed_files else {}
-    with compressing.opened(source, recipe, limits) as checkpoint:
+    with opening.opened(source, recipe, limits) as checkpoint:
         prediction = predicted(plans.make(recipe, checkpoint.tensors))
         seen = preview_opened(checkpoint, output, recipe, bases=bases, files=files)
         return replace(seen, prediction=prediction)
@@ -133,10 +131,10 @@ def preview_opened(
     shard_bytes: int | None = None,
 ) -> Preview:
     """What compressing an open checkpoint would do; the arguments are those of `compress_opened`."""
-    compressing.check_stats(recipe)
+    opening.check_stats(recipe)
     seen = _from_headers(checkpoint, output, recipe, others, files, shard_bytes)
     is_known = not _is_rehearsed(seen.plan, bool(bases))
-    has_state = compressing.has_state(seen.plan) or any(entry.action == "moments" for entry in seen.plan.entries)
+    has_state = opening.has_state(seen.plan) or any(entry.action == "moments" for entry in seen.plan.entries)
     if is_known and not has_state:
         return seen
     return _rehearsed(checkpoint, seen, recipe, bases, files, shard_bytes, of_state=is_known)
@@ -144,17 +142,20 @@ def preview_opened(
 
 def _is_rehearsed(plan: Plan, has_base: bool) -> bool:
     """Whether headers alone do not tell what becomes of the tensors that are coded."""
-    coded = [entry for entry in plan.entries if entry.action not in compressing.NOT_CODED]
+    coded = [entry for entry in plan.entries if entry.action not in opening.NOT_CODED]
     return has_base or not all(entry.scheme for entry in coded)
 
 
 def check_possible(seen: Preview, device: str, *, force: bool = False) -> None:
     """Raise what `compress` would raise before it does any work: no such device, or an output that may not be."""
-    resolve_device(device)
+    if device != "auto":
+        from pqcli.jobs.devices import resolve_device  # with torch, which plans do without
+
+        resolve_device(device)
     if goes_to_folder(seen.source, seen.output):
         check_folder_output(seen.output, seen.source, force=force)
     else:
-        compressing.check_place(seen.output, seen.source, force=force)
+        opening.check_place(seen.output, seen.source, force=force)
 
 
 def explain(
@@ -166,12 +167,13 @@ def explain(
 ) -> list[Choice]:
     """How `--codec auto` decides: for every tensor the candidates with their measured bits, error and cost."""
     from pqcli.codecs.auto.choosing import choose
+    from pqcli.jobs.compress import compression
 
     recipe = replace(recipe or Recipe(), codec="auto")
-    with compressing.opened(located(source).path, recipe, limits) as checkpoint:
+    with opening.opened(located(source).path, recipe, limits) as checkpoint:
         plan = plans.make(recipe, checkpoint.tensors)
-        bases = compressing.bases_of(base)
-        with compressing.compression(checkpoint, plan, recipe, _here(recipe), _nowhere(), bases=bases) as work:
+        bases = opening.bases_of(base)
+        with compression(checkpoint, plan, recipe, _here(recipe), _nowhere(), bases=bases) as work:
             survey = work.prepared()
             return choose(survey, work.weights, recipe.objective, work.first_level(survey))
 
@@ -185,16 +187,16 @@ def _from_headers(
     shard_bytes: int | None,
 ) -> Preview:
     plan = plans.make(recipe, checkpoint.tensors, others)
-    about = compressing.about(checkpoint, recipe, files=files)
+    about = opening.about(checkpoint, recipe, files=files)
     manifest = about.manifest([record_of(entry) for entry in plan.entries])
-    target = Path(output) if output else compressing.default_output(checkpoint.path)
+    target = Path(output) if output else opening.default_output(checkpoint.path)
     return Preview(
         source=checkpoint.path,
         output=target,
         original_bytes=checkpoint.n_bytes,
         predicted_bytes=cut(manifest, None, shard_bytes, target.name.removesuffix(SUFFIX)).n_bytes,
         plan=plan,
-        dropped=compressing.dropped(checkpoint, files),
+        dropped=opening.dropped(checkpoint, files),
     )
 
 
@@ -209,8 +211,10 @@ def _rehearsed(
     of_state: bool,
 ) -> Preview:
     """What comes of compressing, without a file; `of_state`: of training state alone, headers tell of the rest."""
+    from pqcli.jobs.compress import compression  # with torch, as weights are read here
+
     target = _nowhere(seen.output.name)
-    with compressing.compression(
+    with compression(
         checkpoint,
         seen.plan,
         recipe,
@@ -234,6 +238,10 @@ def _rehearsed(
 
 
 def _here(recipe: Recipe) -> Threads:
+    import torch
+
+    from pqcli.jobs.executors import Threads
+
     return Threads.within(torch.device("cpu"), recipe.max_memory)
 
 

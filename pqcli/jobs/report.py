@@ -6,23 +6,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import atomic_writer
 from pqcli.checkpoint import Checkpoint
 from pqcli.codecs import registry
 from pqcli.codecs.base import Use
-from pqcli.codecs.plain import use_of
 from pqcli.codecs.rate.budget import error_bound
 from pqcli.codecs.rate.protection import warnings_of_tensors
-from pqcli.codecs.statistics import Reading, opened
 from pqcli.container.manifest import StoredRecord
 from pqcli.container.naming import BaseName
 from pqcli.container.reader import Container, open_container
-from pqcli.core import metrics, rtn
 from pqcli.errors import CheckpointError, RecipeError, UsageError
 from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.events import Stage
@@ -44,6 +39,11 @@ from pqcli.tensors.records import (
     StoredError,
     with_bundle_shares,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from pqcli.codecs.statistics import Reading
 
 
 @showing
@@ -77,9 +77,9 @@ def report(
         if against is None:
             tensors = tuple(_stored_report(container, record) for record in records)
         else:
-            stage = Stage(hook_of(progress), "measuring", n_weights(container))
+            stage = Stage(hook_of(progress), "measuring", container.n_weights)
             with original_of(container, against, limits, weights) as original:
-                known = None if stats is None else opened(str(stats), records)
+                known = None if stats is None else _opened(stats, records)
                 tensors = tuple(_measured_reports(container, records, original, stage, known))
         source = container.manifest.source
         return Report(
@@ -158,11 +158,6 @@ def original_of(
     return checkpoints.open(against, limits=limits, from_module=from_module, weights=weights)
 
 
-def n_weights(container: Container) -> int:
-    """Weights that decoding a container has to rebuild."""
-    return sum(record.info.numel for record in container.records if not isinstance(record.coding, Alias))
-
-
 def describe(info: TensorInfo) -> str:
     """A tensor's dtype and shape, as messages say it."""
     return f"{info.dtype} {'x'.join(map(str, info.shape)) or 'scalar'}"
@@ -195,6 +190,7 @@ def tensor_report(
         copy_of=coding.of if isinstance(coding, Copy) else None,
         kind=record.kind,
         difference=record.difference,
+        trained=record.trained,
         role=info.role,
         **(_error_fields(error, record) if error else {}),
         **_damage_fields(damage),
@@ -250,6 +246,7 @@ def _action(record: Record) -> str:
 def _scheme(record: Record) -> str:
     """What the tensor is coded as, as a person says it."""
     coding, to_base = record.coding, " to base" if record.difference else ""
+    to_base += ", trained" if record.trained else ""
     if isinstance(coding, Plain):
         return f"PQ {coding.block_size}x{coding.n_centroids}" + to_base
     if isinstance(coding, Coded):
@@ -276,6 +273,8 @@ def _error_fields(error: StoredError, record: Record) -> dict[str, Any]:
 def _stored_report(container: Container, record: Record) -> TensorReport:
     use = None
     if isinstance(record.coding, Plain):
+        from pqcli.codecs.plain import use_of  # with torch, which `inspect` does without
+
         use = use_of(container.pq_tensor(record.name))
     elif isinstance(record.coding, Coded):
         use = Use(None, None, container.entropy(record.name))
@@ -289,6 +288,8 @@ def _measured_reports(
     done: Stage,
     stats: Reading | None,
 ) -> Iterator[TensorReport]:
+    from pqcli.core import metrics
+
     known = {info.name: info for info in original.tensors}
     for record in records:
         info = known.get(record.name)
@@ -315,7 +316,16 @@ def _measured_reports(
 
 def _int4_error(record: Record, weight: torch.Tensor) -> float | None:
     """What int4 would do to weights; nobody holds moments so."""
+    from pqcli.core import rtn
+
     return None if isinstance(record.coding, Moments) else rtn.error(weight, INT4_GROUP).relative_mse
+
+
+def _opened(stats: str | Path, records: Sequence[Record]) -> Reading:
+    """Statistics of the layers whose weights these are."""
+    from pqcli.codecs.statistics import opened
+
+    return opened(str(stats), records)
 
 
 def _damage_fields(damage: Damage | None) -> dict[str, Any]:

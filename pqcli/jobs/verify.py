@@ -6,22 +6,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from pqcli import checkpoint as checkpoints
 from pqcli.checkpoint import Checkpoint
+from pqcli.container.folder import open_compressed
 from pqcli.container.reader import Container, open_container
-from pqcli.core import metrics
+from pqcli.core.arrays import as_tensor
 from pqcli.core.digests import tensor_hash
+from pqcli.core.dtypes import Array
 from pqcli.errors import BaseError, ContainerError, DamagedError
 from pqcli.jobs.bars import Progress, hook_of, showing
 from pqcli.jobs.events import Stage
-from pqcli.jobs.report import describe, n_weights, original_of
+from pqcli.jobs.report import describe, original_of
 from pqcli.limits import Limits
 from pqcli.tensors.records import Alias, Record, StoredError
 
 REPORTED_WITHIN = 1e-4
-SMALLEST_REPORTED = torch.finfo(torch.float32).tiny
+SMALLEST_REPORTED = float(np.finfo(np.float32).tiny)
 """Errors are stored in float32: `verify` accepts this relative and this absolute difference."""
 
 
@@ -49,7 +51,8 @@ def verify(
     """What is wrong with a container; an empty list if nothing is.
 
     Checks its structure, the checksum over every byte, and the hash of every decoded tensor. With `against`, also that
-    kept tensors are identical to the original's and that errors are as reported; training state that was left out on
+    kept tensors are identical to the original's and that errors are as reported (of tensors that were trained since,
+    see `export`, neither is claimed); training state that was left out on
     request is not missed (see `left_out`). `base` as for `decode`. Where the original is a folder, `weights` may name
     the files of it that are meant. Of a compressed folder all containers are checked, and against the original the
     files beside them. Raises ContainerError where the file is no container, or a newer pqcli's, and BaseError where its
@@ -67,7 +70,7 @@ def verify(
     with container:
         if container.needs_base:
             container.base()
-        stage = Stage(hook_of(progress), "verifying", n_weights(container))
+        stage = Stage(hook_of(progress), "verifying", container.n_weights)
         if against is None:
             found = [finding for record in container.records for finding in _checked(container, record, None, stage)]
         else:
@@ -94,6 +97,17 @@ def left_out(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ..
             return ()
         dropped = container.manifest.source.dropped
         return tuple(f"{path} ({reason})" for path, reason in dropped if reason.startswith(checkpoints.LEFT_OUT))
+
+
+def trained_in(file: str | Path, *, limits: Limits | None = None) -> tuple[str, ...]:
+    """The tensors that were trained after they had been compressed; of a folder, those of all its containers."""
+    try:
+        opened = open_compressed(file, limits=limits)
+    except DamagedError:
+        return ()  # `verify` tells
+    with opened:
+        containers = [opened] if isinstance(opened, Container) else opened.containers.values()
+        return tuple(record.name for one in containers for record in one.records if record.trained)
 
 
 def _is_dropped(container: Container) -> bool:
@@ -131,7 +145,7 @@ def _checked(container: Container, record: Record, original: Checkpoint | None, 
     if isinstance(record.coding, Alias):
         return
     try:
-        decoded = container.decode(record.name, check=False)
+        decoded = container.numpy(record.name, check=False)
     except BaseError:
         raise  # of the base; nothing can be said of this file
     except ContainerError as error:
@@ -145,15 +159,19 @@ def _checked(container: Container, record: Record, original: Checkpoint | None, 
     done(record.info.numel, record.name)
 
 
-def _compared(container: Container, record: Record, original: Checkpoint, decoded: torch.Tensor) -> Iterator[Finding]:
-    """What is wrong with a decoded tensor, given the one that was compressed."""
-    weight = original.read(record.name)
+def _compared(container: Container, record: Record, original: Checkpoint, decoded: Array) -> Iterator[Finding]:
+    """What is wrong with a decoded tensor, given the one that was compressed; nothing is said of one trained since."""
+    if container.is_trained(record.name):
+        return
+    weight = original.numpy(record.name)
     stored = container.error(record.name)
     if stored is None:
         if tensor_hash(weight) != tensor_hash(decoded):
             yield Finding(record.name, f"is kept, but differs from {original.path}")
         return
-    measured = StoredError.of(metrics.compare(weight, decoded))
+    from pqcli.core import metrics  # with torch, which hashes alone do without
+
+    measured = StoredError.of(metrics.compare(as_tensor(weight), as_tensor(decoded)))
     for key, value in asdict(stored).items():
         actual = getattr(measured, key)
         within = REPORTED_WITHIN * max(abs(actual), abs(value)) + SMALLEST_REPORTED

@@ -40,13 +40,13 @@ class TensorReport:
     no weights, and count in no figure of weights), "alias" (another name of `alias_of`, stores nothing), "copy" (a
     tensor of its own with the bytes of `copy_of`, stores nothing and has its error), "base" (as the base has it, stores
     nothing), or the codec that quantized it ("pq"). `difference` says that what is stored is the difference to the
-    base's. `scheme`
-    says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk. `energy` is the sum of squares of
-    the original weights. `assignment_entropy` is in bits per assignment; `assignment_bytes` is what the assignments
-    (with a codec for whole checkpoints, all that is coded for the tensor) take, `entropy_bytes` what they would take at
-    their entropy. `output_mse` is the squared error of the layer's output over the output's own square, and `damage`
-    the mean squared error at the network's output that comes of it, both predicted from statistics. What was not
-    measured, or has no meaning for the action, is None.
+    base's, `trained` that it was trained after it had been compressed: its error is known only where the original was
+    at hand. `scheme` says the same to a person ("PQ 8x256"). `bytes` is this tensor's payload on disk. `energy` is the
+    sum of squares of the original weights. `assignment_entropy` is in bits per assignment; `assignment_bytes` is what
+    the assignments (with a codec for whole checkpoints, all that is coded for the tensor) take, `entropy_bytes` what
+    they would take at their entropy. `output_mse` is the squared error of the layer's output over the output's own
+    square, and `damage` the mean squared error at the network's output that comes of it, both predicted from
+    statistics. What was not measured, or has no meaning for the action, is None.
     """
 
     name: str
@@ -74,6 +74,7 @@ class TensorReport:
     int4_relative_mse: float | None = None
     copy_of: str | None = None
     difference: bool = False
+    trained: bool = False
     output_mse: float | None = None
     damage: float | None = None
     role: str = "model"

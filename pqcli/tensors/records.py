@@ -114,7 +114,8 @@ class Record:
     """One tensor: its header, what it is coded as, why (`reason`), and the kind of layer it belongs to.
 
     `zero_bytes` is the length of what tells its exact zeros (`pqcli.codecs.zeros`); None where that is nothing.
-    `difference` says that what is coded is the difference to the base's tensor (`pqcli.codecs.difference`).
+    `difference` says that what is coded is the difference to the base's tensor (`pqcli.codecs.difference`), `trained`
+    that the tensor has been trained since it was compressed: how far it is from anything is not known any more.
     """
 
     info: TensorInfo
@@ -123,6 +124,7 @@ class Record:
     kind: str = ""
     zero_bytes: int | None = None
     difference: bool = False
+    trained: bool = False
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from pqcli import checkpoint
 from pqcli.checkpoint import formats
+from pqcli.checkpoint.sniff import sniff
 from pqcli.errors import CheckpointError, OutputError
 from pqcli.tensors.info import ITEM_BYTES, TensorInfo
 from tests.checkpoint.checkpoint_cases import bits
@@ -94,7 +95,7 @@ def check_suffixes(name: str, path: Path) -> None:
     assert checkpoint.default_suffix(name, {}) == row.suffixes[0]
     renamed = path.with_suffix(".weights")
     path.rename(renamed)
-    assert checkpoint.sniff(renamed) == name
+    assert sniff(renamed) == name
     with checkpoint.open(renamed) as opened:
         assert checkpoint.default_suffix(name, opened.skeleton) == ".weights"
 

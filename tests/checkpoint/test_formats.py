@@ -14,6 +14,7 @@ from pqcli.checkpoint import formats
 from pqcli.checkpoint.bytesource import Region, Strided
 from pqcli.checkpoint.opened import Layout
 from pqcli.checkpoint.rawbytes import write_bytes
+from pqcli.checkpoint.sniff import sniff
 from pqcli.errors import CheckpointError, OutputError, UsageError
 from pqcli.tensors.info import TensorInfo
 from tests.checkpoint.common import check_format, infos_of
@@ -77,7 +78,7 @@ def test_a_format_does_what_every_format_does(tmp_path, name):
 def test_a_new_format_is_one_module_and_one_row(tmp_path):
     values = {"a": torch.randn(3, 5), "b": torch.randn(7).half()}
     checkpoint.write(tmp_path / "x.toy", infos_of(values), values.__getitem__, None, format="toy")
-    assert checkpoint.sniff(tmp_path / "x.toy") == "toy"
+    assert sniff(tmp_path / "x.toy") == "toy"
     assert checkpoint.by_suffix(tmp_path / "x.TY") == "toy"
     with checkpoint.open(tmp_path / "x.toy") as opened:
         assert opened.format == "toy"

@@ -151,18 +151,6 @@ def test_every_command_has_help_that_ends_with_an_example(pqcli_command, command
     assert f"Example: pqcli {command}" in done.stdout.strip().splitlines()[-1]
 
 
-def test_help_and_version_answer_without_importing_torch(pqcli_command):
-    for arguments in (["--help"], ["--version"], ["compress", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "pqcli", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=REPOSITORY,
-        )
-        assert done.returncode == 0
-        assert " torch" not in done.stderr
-
-
 def test_what_is_wrong_with_names_is_told_without_importing_torch(tmp_path):
     """Missing and foreign inputs, outputs in the way, keys and settings that are not there."""
     (tmp_path / "page.pt").write_text("<html>")

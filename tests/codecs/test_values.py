@@ -225,7 +225,7 @@ def test_rows_of_zeros_cost_next_to_nothing():
 def test_damaged_zeros_are_a_value_error(damage):
     record = Record(TensorInfo("e.weight", (2000, 64), "float32"), Plain(8, 256))
     with pytest.raises(ValueError, match=r"zeros of kind|bytes left|method|frame|are needed|hold|too many"):
-        zeros.restored(padded_embedding(), record, damage)
+        zeros.restored(padded_embedding().numpy(), record, damage)
 
 
 # --- not finite -------------------------------------------------------------------------------------------------------

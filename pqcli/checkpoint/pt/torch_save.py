@@ -12,11 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import BinaryIO
 
-    import torch
-
     from pqcli.checkpoint.bytesource import ByteSource
     from pqcli.checkpoint.opened import Layout
     from pqcli.checkpoint.pt.tree import Json
+    from pqcli.checkpoint.rawbytes import Read
     from pqcli.tensors.info import TensorInfo
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -37,9 +36,7 @@ def read(source: ByteSource) -> Layout:
     return read_zip(source) if zipped else read_legacy(source)
 
 
-def prepare(
-    tensors: Sequence[TensorInfo], read: Callable[[str], torch.Tensor], skeleton: dict[str, Json]
-) -> Callable[[BinaryIO], int]:
+def prepare(tensors: Sequence[TensorInfo], read: Read, skeleton: dict[str, Json]) -> Callable[[BinaryIO], int]:
     """Writes a zip: with the nesting of the skeleton where there is one, else a flat dict. Tied tensors stay tied."""
     value: Any = {info.name: TensorSlot(info) for info in tensors}
     if "tree" in skeleton:

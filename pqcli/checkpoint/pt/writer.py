@@ -18,15 +18,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pqcli.checkpoint.pt.rebuilding import TensorSlot
 from pqcli.checkpoint.pt.torch_objects import DTYPE_OF_STORAGE
-from pqcli.checkpoint.rawbytes import check_announced, write_bytes
+from pqcli.checkpoint.rawbytes import as_announced, write_bytes
 from pqcli.errors import OutputError
 from pqcli.tensors.info import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
-
+    from pqcli.checkpoint.rawbytes import Read
     from pqcli.tensors.info import TensorInfo
 
 _STORAGE_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_STORAGE.items()}
@@ -40,7 +39,7 @@ _ZIP64_EXTRA_BYTES = 20
 _PROTOCOL = 2  # the one that torch uses, and that every version reads
 
 
-def write_pt(file: BinaryIO, value: Any, tensors: Sequence[TensorInfo], read: Callable[[str], torch.Tensor]) -> int:
+def write_pt(file: BinaryIO, value: Any, tensors: Sequence[TensorInfo], read: Read) -> int:
     """Write `value`, whose tensors are `TensorSlot`s, as a `.pt`; returns the size.
 
     `read` is called once per tensor that is no alias, and one tensor is held at a time; but numpy arrays, which
@@ -70,9 +69,7 @@ def write_pt(file: BinaryIO, value: Any, tensors: Sequence[TensorInfo], read: Ca
     return file.tell()
 
 
-def _write_tensor(
-    archive: zipfile.ZipFile, file: BinaryIO, name: str, info: TensorInfo, read: Callable[[str], torch.Tensor]
-) -> None:
+def _write_tensor(archive: zipfile.ZipFile, file: BinaryIO, name: str, info: TensorInfo, read: Read) -> None:
     _write_record(archive, file, name, info.n_bytes, lambda record: write_bytes(record, read(info.name), info))
 
 
@@ -105,7 +102,7 @@ class _StorageSlot:
 class _SlotPickler(pickle.Pickler):
     """Pickles `TensorSlot`s exactly as torch pickles the tensors they stand for."""
 
-    def __init__(self, file: BinaryIO, keys: dict[str, str], read: Callable[[str], torch.Tensor]) -> None:
+    def __init__(self, file: BinaryIO, keys: dict[str, str], read: Read) -> None:
         super().__init__(file, protocol=_PROTOCOL)
         self.arrays: dict[str, Any] = {}
         self._keys = keys
@@ -139,9 +136,7 @@ class _SlotPickler(pickle.Pickler):
         """The array itself: it stands in the pickle."""
         name = info.alias_of or info.name
         if name not in self.arrays:
-            tensor = self._read(name)
-            check_announced(tensor, info)
-            self.arrays[name] = tensor.detach().cpu().contiguous().numpy()
+            self.arrays[name] = as_announced(self._read(name), info)
         return self.arrays[name]
 
     def _storage(self, info: TensorInfo) -> _StorageSlot:

@@ -33,6 +33,7 @@ from pqcli.codecs.kept import KeptJob
 from pqcli.codecs.plain import large
 from pqcli.codecs.rate.survey import NOT_FINITE
 from pqcli.core import metrics
+from pqcli.core.arrays import as_array, as_tensor
 from pqcli.core.digests import seed_of, tensor_bytes, tensor_hash
 from pqcli.core.feeding import Inputs
 from pqcli.core.importance import Importance
@@ -96,12 +97,13 @@ class PlainJob(TensorTask):
         tensor, decoded, error = encoded.tensor, encoded.decoded, encoded.error
         record = replace(self.record, coding=_fitted(self.record, tensor))
         if record.difference:
-            weight, decoded = self.weights.original(record.name), self.weights.restored(record, decoded)
+            weight = self.weights.original(record.name)
+            decoded = as_tensor(self.weights.restored(record, as_array(decoded)))
             error = metrics.compare(weight, decoded)
         held = zeros.held(record, weight)
         if held is not None:
             record = replace(record, zero_bytes=len(held))
-            decoded = zeros.restored(decoded, record, held)
+            decoded = as_tensor(zeros.restored(as_array(decoded), record, held))
             error = metrics.compare(weight, decoded)
         if record.payload_bytes >= record.info.n_bytes:
             return self._kept(f"would not get smaller: {record.payload_bytes} B as PQ, {record.info.n_bytes} B dense")

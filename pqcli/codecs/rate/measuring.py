@@ -11,6 +11,7 @@ from pqcli.codecs import zeros
 from pqcli.codecs.base import Decoder, Piece, StreamCodec, Streams, Survey, Tell, Use, Weights, source_of
 from pqcli.codecs.rate.protection import Watch
 from pqcli.core import metrics
+from pqcli.core.arrays import as_tensor
 from pqcli.core.digests import tensor_hash
 from pqcli.stats.damage import Damage
 from pqcli.tensors.records import Coded, Record
@@ -60,9 +61,9 @@ def relative_mse(codec: StreamCodec, streams: Streams, survey: Survey, weights: 
 
 def _decoded(decoder: Decoder, record: Record, survey: Survey, weights: Weights) -> torch.Tensor:
     """What the reader will give: the decoded matrix in the tensor's shape and dtype, with its exact zeros."""
-    tensor = weights.restored(record, torch.from_numpy(decoder.matrix(record.name)))
+    array = weights.restored(record, decoder.matrix(record.name))
     held = survey.zeros.get(record.name)
-    return tensor if held is None else zeros.restored(tensor, record, held)
+    return as_tensor(array if held is None else zeros.restored(array, record, held))
 
 
 def with_shares(records: Sequence[Record], streams: Streams) -> tuple[Record, ...]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from pqcli.codecs.base import Run, StreamCodec, Streams, Survey, Tell, Weights
 from pqcli.codecs.rate.budget import trials
-from pqcli.codecs.rate.survey import survey_weights
 
 if TYPE_CHECKING:
     from pqcli.codecs.base import Decoder
@@ -44,6 +43,8 @@ class TrellisCodec(StreamCodec):
 
     def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:
         """Every tensor read once."""
+        from pqcli.codecs.rate.survey import survey_weights
+
         return survey_weights(entries, weights, run)
 
     def fit(self, survey: Survey, weights: Weights, recipe: Recipe, first_level: float, tell: Tell) -> TrellisSession:

@@ -20,23 +20,23 @@ Shapes: matrix (rows, columns) float32, any shape, zeros included.
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pqcli.core import metrics
+from pqcli.core.arrays import as_tensor
+from pqcli.core.ecpq import payload as payloads
 from pqcli.core.ecpq.feedback import Felt, code
 from pqcli.core.ecpq.fit import Vectors, fit_codebook
-from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, GRID_PER_RATE, Codebook, Model, is_grid
-from pqcli.core.ecpq.search import CHUNK, Moments, Scales, choose, in_grid_units, moments, scales
+from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, GRID_PER_RATE, Model, is_grid
+from pqcli.core.ecpq.payload import Part, Scales, entropy, head_of, mapped, parts_of
+from pqcli.core.ecpq.search import CHUNK, Moments, choose, in_grid_units, moments, scales
 from pqcli.core.entropy import ans, bitfields
-from pqcli.core.lookahead import in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,10 +70,6 @@ NEAR = 1.2
 """Grids within this factor (a quarter of a bit per weight) go with the same block sizes."""
 CHOOSE_FROM = 1 << 16
 """Weights of the sample that decide a tensor's block size."""
-STREAM_SYMBOLS = 1 << 20
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ def fed(
         rows, columns = np.arange(n_rows), (starts[:, None] + np.arange(PIECE)).reshape(-1)
         some = weights[:, columns]
         of = replace(plan.scales, blocks=plan.scales.blocks[columns[:: plan.block_size] // plan.block_size])
-    parts = _parts(some.shape[0], some.shape[1], plan.block_size, model)
+    parts = parts_of(some.shape[0], some.shape[1], plan.block_size, model)
     found = code(some, parts, of, model.grid, bit_price / model.grid**2, felt).targets
     at_rows = np.repeat(rows, len(columns) // PIECE)
     at_columns = np.tile(columns[::PIECE], len(rows))
@@ -253,7 +249,7 @@ def encode(
     sample = draw(torch.from_numpy(weights), seed=seed, fraction=0.0, least=CHOOSE_FROM, felt=felt)
     plan = _plan(sample, model, bit_price)
     rate_weight = bit_price / model.grid**2
-    parts = _parts(weights.shape[0], weights.shape[1], plan.block_size, model)
+    parts = parts_of(weights.shape[0], weights.shape[1], plan.block_size, model)
     if felt is not None and felt.inputs is not None:
         coded = code(weights, parts, plan.scales, model.grid, rate_weight, felt)
         weights, found = coded.targets, coded.symbols
@@ -268,46 +264,14 @@ def encode(
     streams: list[bytes] = []
     for part, symbols in zip(parts, found, strict=True):
         classes = part.classes(plan.scales)
-        streams += _mapped(_StreamWriter(weights, part, classes, symbols, model.grid), part.streams)
+        streams += mapped(_StreamWriter(weights, part, classes, symbols, model.grid), part.streams)
     payload = head + b"".join(streams)
     return Encoded(payload, decode(payload, model, *weights.shape))
 
 
 def decode(payload: bytes | memoryview, model: Model, rows: int, columns: int) -> Tensor:
-    """The matrix (rows, columns) float32 in `payload`. Bitwise the same on every machine.
-
-    Raises ValueError if `payload` is not intact. Allocates in proportion to rows * columns and the payload only.
-    """
-    if not rows * columns:
-        if len(payload):
-            raise ValueError(f"{len(payload)} bytes for an empty matrix")
-        return torch.zeros(rows, columns)
-    scale, of, jobs = _read_payload(payload, model, rows, columns)
-    out = np.empty((rows, columns), np.float32)
-    for part, streams in jobs:
-        _mapped(_StreamReader(part, part.classes(of), model.grid, scale, out), streams)
-    return torch.from_numpy(out)
-
-
-def entropy(payload: bytes | memoryview, model: Model, rows: int, columns: int) -> float:
-    """Bits that the payload's symbols would take at their order-0 entropy, one table for the tensor, and side bits.
-
-    Raises ValueError if `payload` is not intact.
-    """
-    if not rows * columns:
-        return 0.0
-    bits = 0.0
-    _, of, jobs = _read_payload(payload, model, rows, columns)
-    for part, streams in jobs:
-        classes = part.classes(of)
-        counts = np.zeros(len(part.codebook.n_signs), np.int64)
-        for stream in streams:
-            start, stop = stream.span
-            symbols = ans.decode(stream.coded, classes[start:stop], part.codebook.tables)
-            counts += np.bincount(symbols, minlength=len(counts))
-            bits += 8 * len(stream.side)
-        bits += int(counts.sum()) * metrics.entropy(counts.tolist())
-    return bits
+    """The matrix (rows, columns) float32 in `payload`, as a tensor; see `payload.decode`."""
+    return as_tensor(payloads.decode(payload, model, rows, columns))
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
@@ -415,64 +379,7 @@ def _thinned(model: Model, samples: Sequence[Sample]) -> Model:
     return Model(model.grid, tuple(codebook for codebook in model.codebooks if codebook.block_size in best))
 
 
-# --- payload ---------------------------------------------------------------------------------------------------------
-
-_HAS_ROWS, _HAS_BLOCKS, _HAS_SCALE = 4, 8, 16
-
-
-@dataclass(frozen=True)
-class Part:
-    """Equally long vectors of a matrix: `per_row` of them in each row, from `first_column` on."""
-
-    rows: int
-    first_column: int
-    per_row: int
-    codebook: Codebook
-
-    @property
-    def streams(self) -> list[tuple[int, int]]:
-        """The vectors (first, behind the last) of each stream."""
-        n = self.rows * self.per_row
-        n_streams = -(-n // STREAM_SYMBOLS)
-        return [(i * n // n_streams, (i + 1) * n // n_streams) for i in range(n_streams)]
-
-    def blocks(self, of: Scales) -> NDArray[np.int16]:
-        """The share of the scale that a vector has by its place in a row, (per_row,)."""
-        is_tail = self.codebook.block_size == 1 and self.first_column > 0
-        # The columns of the tail share the scale of the last, short block.
-        return np.repeat(of.blocks[-1:], self.per_row) if is_tail else of.blocks[: self.per_row]
-
-    def classes(self, of: Scales) -> NDArray[np.uint8]:
-        """The table of every vector, (rows * per_row,)."""
-        blocks = self.blocks(of)
-        step = max(1, CHUNK // max(self.per_row, 1))
-        out = np.empty((self.rows, self.per_row), np.uint8)
-        for start in range(0, self.rows, step):
-            rows = of.rows[start : start + step, None].astype(np.int32)
-            out[start : start + step] = self.codebook.classes(of.base + rows + blocks)
-        return out.reshape(-1)
-
-
-def _read_payload(
-    payload: bytes | memoryview, model: Model, rows: int, columns: int
-) -> tuple[np.float32, Scales, list[tuple[Part, list[_Stream]]]]:
-    """The scale, the scales of rows and blocks, and the parts with their streams."""
-    reader = bitfields.Reader(payload)
-    block_size, scale, of = _read_head(reader, rows, columns)
-    parts = _parts(rows, columns, block_size, model)
-    jobs = [(part, [_Stream.read(reader, span) for span in part.streams]) for part in parts]
-    if reader.remaining:
-        raise ValueError(f"{reader.remaining} bytes left over")
-    return scale, of, jobs
-
-
-def _parts(rows: int, columns: int, block_size: int, model: Model) -> list[Part]:
-    """The full blocks, then the columns left over as blocks of one."""
-    n_full, n_left = divmod(columns, block_size)
-    parts = [Part(rows, 0, n_full, model.codebook(block_size))] if n_full else []
-    if n_left:
-        parts.append(Part(rows, n_full * block_size, n_left, model.codebook(1)))
-    return parts
+# --- coding ---------------------------------------------------------------------------------------------------------
 
 
 def _symbols(
@@ -501,33 +408,7 @@ def _symbols(
 
 
 def _head(plan: _Plan, scale: float) -> bytes:
-    """Everything before the streams."""
-    flags = BLOCK_SIZES.index(plan.block_size)
-    flags |= _HAS_ROWS * plan.has_rows | _HAS_BLOCKS * plan.has_blocks | _HAS_SCALE * (scale != 1)
-    head = bytes([flags]) + bitfields.signed(plan.scales.base)
-    if scale != 1:
-        head += struct.pack("<f", scale)
-    if plan.has_rows:
-        head += bitfields.rice(plan.scales.rows)
-    if plan.has_blocks:
-        head += bitfields.rice(plan.scales.blocks)
-    return head
-
-
-def _read_head(reader: bitfields.Reader, rows: int, columns: int) -> tuple[int, np.float32, Scales]:
-    """Block size, scale and scales."""
-    flags = reader.take(1)[0]
-    if flags >> 5:
-        raise ValueError(f"a payload with unknown flags {flags:#04x}")
-    block_size = BLOCK_SIZES[flags & 3]
-    n_blocks = -(-columns // block_size)
-    base = max(-(1 << 20), min(1 << 20, reader.signed()))
-    scale = np.frombuffer(reader.take(4), "<f4")[0] if flags & _HAS_SCALE else np.float32(1)
-    if not (np.isfinite(scale) and scale > 0):
-        raise ValueError(f"a payload with scale {scale}")
-    of_rows = reader.rice(rows) if flags & _HAS_ROWS else np.zeros(rows, np.int16)
-    of_blocks = reader.rice(n_blocks) if flags & _HAS_BLOCKS else np.zeros(n_blocks, np.int16)
-    return block_size, np.float32(scale), Scales(base, of_rows, of_blocks)
+    return head_of(plan.block_size, plan.scales, scale, has_rows=plan.has_rows, has_blocks=plan.has_blocks)
 
 
 @dataclass(frozen=True)
@@ -563,62 +444,6 @@ class _StreamWriter:
         used = side[: -(-n_bits // 8)].tobytes()
         n_words = (len(coded) - ans.STATE_BYTES) // 4
         return bitfields.varint(n_words) + bitfields.varint(len(used)) + coded + used
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """One stream's bytes, checked for presence only."""
-
-    span: tuple[int, int]
-    coded: memoryview
-    side: memoryview
-
-    @classmethod
-    def read(cls, reader: bitfields.Reader, span: tuple[int, int]) -> _Stream:
-        n_words, n_side = reader.varint(), reader.varint()
-        return cls(span, reader.take(ans.STATE_BYTES + 4 * n_words), reader.take(n_side))
-
-
-@dataclass(frozen=True)
-class _StreamReader:
-    """Bytes -> weights, one stream at a time, into `out`."""
-
-    part: Part
-    classes: NDArray[np.uint8]
-    grid: float
-    scale: np.float32
-    out: NDArray[np.float32]
-
-    def __call__(self, stream: _Stream) -> None:
-        from pqcli.core.ecpq import loops
-
-        start, stop = stream.span
-        codebook = self.part.codebook
-        grid = np.float32(self.grid)
-        symbols = ans.decode(stream.coded, self.classes[start:stop], codebook.tables)
-        side = np.frombuffer(stream.side, np.uint8)
-        n_bits = loops.read_side(
-            side,
-            8 * side.size,
-            self.part.first_column,
-            start,
-            symbols,
-            codebook.magnitudes.astype(np.float32) * grid,
-            grid,
-            self.scale,
-            ESCAPE_STEP,
-            self.part.per_row,
-            self.out,
-        )
-        if n_bits < 0 or -(-n_bits // 8) != side.size:
-            raise ValueError("a damaged stream: its symbols and its side bits do not end together")
-
-
-def _mapped(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """`function` of every item, in threads where there is more than one."""
-    if len(items) < 2:
-        return [function(item) for item in items]
-    return list(in_order(items, function, torch.get_num_threads()))
 
 
 def _scaled(matrix: Tensor, scale: float) -> NDArray[np.float32]:

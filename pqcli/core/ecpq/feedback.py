@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pqcli.core.ecpq.model import BLOCK_SIZES, ESCAPE_STEP, Codebook
+from pqcli.core.ecpq.payload import Scales
 from pqcli.core.ecpq.search import (
     FARTHEST,
     HIGHEST_SCALE,
     LOWEST_SCALE,
-    Scales,
     in_grid_units,
     quarter_octaves,
 )
@@ -32,7 +32,7 @@ from pqcli.core.importance import Importance
 from pqcli.core.kernels.repeated import Repeated
 
 if TYPE_CHECKING:
-    from pqcli.core.ecpq.ecpq import Part
+    from pqcli.core.ecpq.payload import Part
 
 Matrix = NDArray[np.float32]
 

@@ -179,7 +179,7 @@ def _read_codebook(data: bytes, at: int) -> tuple[Codebook, int]:
         start += 2 * size
     magnitudes, slopes, escapes, levels, corrections = arrays
     codebook = Codebook(
-        magnitudes=magnitudes.T.astype(np.uint16),
+        magnitudes=np.ascontiguousarray(magnitudes.T, np.uint16),
         low=low,
         slopes=np.cumsum(slopes.T, axis=0).astype(np.int16),
         escapes=np.cumsum(escapes).astype(np.int16),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pqcli.core import kernels
 from pqcli.core.ecpq.model import ESCAPE_STEP, Codebook
+from pqcli.core.ecpq.payload import Scales
 
 CHUNK = 1 << 21
 """Elements looked at in one go: a few temporaries of 8 or 16 MiB."""
@@ -148,19 +149,6 @@ def moments(matrix: NDArray[np.float32]) -> Moments:
             spoilt = np.flatnonzero(squares.max(axis=1) > OUTLIER * n_columns * means[:, 0])
             rows[start + spoilt] = np.median(squares[spoilt], axis=1) / MEDIAN_OF_SQUARES
     return Moments(rows, columns / max(n_rows, 1))
-
-
-@dataclass(frozen=True)
-class Scales:
-    """The scales of a matrix in quarter-octaves: vector (r, b) has `base + rows[r] + blocks[b]`."""
-
-    base: int
-    rows: NDArray[np.int16]
-    blocks: NDArray[np.int16]
-
-    def flat(self, *, rows: bool, blocks: bool) -> Scales:
-        """These scales with the rows' or the blocks' share kept or left out."""
-        return Scales(self.base, self.rows if rows else self.rows * 0, self.blocks if blocks else self.blocks * 0)
 
 
 def scales(of: Moments, block_size: int, grid: float) -> Scales:

@@ -36,7 +36,8 @@ EXPORT void settle(
         if (s == 0 || error > rate_weight * 5 * (double)d) {
             double escape_error = 0;
             double escape_cost = bits_of[0];
-            for (int64_t t = 0; t < d; t++) {
+            double limit = s ? error + rate_weight * cost : INFINITY;
+            for (int64_t t = 0; t < d && escape_error + rate_weight * escape_cost < limit; t++) { /* both only rise */
                 double x = vector[t];
                 double whole = floor(x / step + 0.5);
                 if (whole >= 1 << MAX_LENGTH) {
@@ -50,7 +51,7 @@ EXPORT void settle(
                     for (; number > 1; number >>= 1) escape_cost += 1;
                 }
             }
-            if (s == 0 || escape_error + rate_weight * escape_cost < error + rate_weight * cost) {
+            if (s == 0 || escape_error + rate_weight * escape_cost < limit) {
                 symbols[i] = 0;
                 error = escape_error;
                 cost = escape_cost;

@@ -126,7 +126,10 @@ def _float32(part: Tensor) -> Tensor:
 
 
 def join(codebook: Tensor, assignments: Tensor, rows: int, columns: int) -> Tensor:
-    """The matrix (rows, columns) that `assignments` (rows * blocks_per_row,) spell, in the codebook's dtype."""
+    """The matrix (rows, columns) that `assignments` (rows * blocks_per_row,) spell, in the codebook's dtype.
+
+    On the codebook's device, for who trains there; files are decoded by `decoding.join`, from arrays.
+    """
     block_size = codebook.shape[1]
     per_row = -(-columns // block_size)
     grid = assignments.view(rows, per_row)

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from pqcli.core import metrics, progress
+from pqcli.core.arrays import as_array, as_tensor
 from pqcli.core.pq import blocks as block_layout
 from pqcli.core.pq import em
+from pqcli.core.pq.decoding import join
 from pqcli.core.pq.feedback import Layer, suits
 from pqcli.core.threads import lone_blas
 
@@ -130,8 +132,8 @@ def _begun(options: em.Options) -> em.Options:
 
 def decode(tensor: PQTensor, dtype: torch.dtype | None = None) -> Tensor:
     """The dense tensor, in its original dtype or in `dtype`. Bitwise the same on every machine: it only looks up."""
-    codebook = saturated(tensor.codebook, dtype or tensor.dtype)
-    return block_layout.join(codebook, tensor.assignments, *tensor.matrix_shape).view(tensor.shape)
+    codebook = as_array(saturated(tensor.codebook, dtype or tensor.dtype))
+    return as_tensor(join(codebook, as_array(tensor.assignments), *tensor.matrix_shape)).view(tensor.shape)
 
 
 def is_finite(weight: Tensor) -> bool:
@@ -173,7 +175,10 @@ def rounded(codebook: Tensor, exponent: int, dtype: torch.dtype) -> tuple[Tensor
 
 
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` in `dtype`; rounding must not turn a large finite value into infinity."""
+    """`values` in `dtype`; rounding must not turn a large finite value into infinity.
+
+    On any device; `dtypes.saturated` does the same to arrays.
+    """
     if torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
         return values.to(dtype)
     limit = torch.finfo(dtype).max

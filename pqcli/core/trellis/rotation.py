@@ -21,7 +21,6 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from pqcli.core.lookahead import in_order
 from pqcli.core.trellis.sources import Source
@@ -160,6 +159,8 @@ def _looked_at(
     A call of LAPACK gets one thread: its own threads wait for each other at every turn, which takes ten times as long
     as soon as something else runs on one of the cores.
     """
+    from threadpoolctl import threadpool_limits  # which decoding does without
+
     with threadpool_limits(1, user_api="blas"):
         found = in_order(
             sources, work, n_threads, ahead=n_threads + 1, cost=lambda source: int(source.n_weights > _LARGE)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pqcli import checkpoint as checkpoints
 from pqcli.atomic import atomic_folder
@@ -25,14 +26,11 @@ from pqcli.codecs.rate.budget import BudgetError
 from pqcli.container.folder import full_name, labels
 from pqcli.container.header import SUFFIX
 from pqcli.errors import CheckpointError, UsageError
-from pqcli.jobs.compress import bases_of, compress_opened, of_model
 from pqcli.jobs.course import at_the_end, parts
 from pqcli.jobs.events import Hook, ignore
-from pqcli.jobs.executors import Executor
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import check_folder_output, default_folder
-from pqcli.jobs.journal.keeping import Keeping, told
-from pqcli.jobs.prediction import Prediction
+from pqcli.jobs.opening import bases_of, of_model
 from pqcli.jobs.preview import Preview, preview_opened
 from pqcli.limits import Limits
 from pqcli.plan import plan as plans
@@ -42,6 +40,11 @@ from pqcli.recipe.recipe import Recipe
 from pqcli.reports.figures import Report
 from pqcli.reports.folders import folder_report
 from pqcli.tensors.info import TensorInfo
+
+if TYPE_CHECKING:
+    from pqcli.jobs.executors import Executor
+    from pqcli.jobs.journal.keeping import Keeping
+    from pqcli.jobs.prediction import Prediction
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ def compress_folder(
 
     Raises what `compress` raises.
     """
+    from pqcli.jobs.compress import compress_opened  # with torch, which plans do without
+    from pqcli.jobs.journal.keeping import told
+
     started = time.perf_counter()
     target = output or default_folder(source)
     check_folder_output(target, source, force=force)

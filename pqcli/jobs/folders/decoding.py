@@ -20,7 +20,6 @@ from pqcli.jobs.decode import converted, default_file_suffix, dense_reader
 from pqcli.jobs.events import Hook, Stage, ignore
 from pqcli.jobs.folders.copying import copy_files, make_folders
 from pqcli.jobs.folders.outputs import ENDING, check_folder_output
-from pqcli.jobs.report import n_weights
 from pqcli.limits import Limits
 
 
@@ -60,7 +59,7 @@ def decode_folder(
         check_space(target, folder.side_bytes + dense)
         with atomic_folder(target, force=force, may_go=is_weights_name) as temporary:
             make_folders(temporary, folder.folders, folder.links)
-            sizes = {label: n_weights(container) for label, container in opened.containers.items()}
+            sizes = {label: container.n_weights for label, container in opened.containers.items()}
             hooks = parts(hook or ignore, sizes)
             for label, container in opened.containers.items():
                 place = temporary / folder.place(label)
@@ -84,7 +83,7 @@ def _write(
     source = container.manifest.source
     path = folder.containers[label]
     name = posixpath.basename(stem_of(path)) + default_file_suffix(container.path, source)
-    done = Stage(hook, "decoding", n_weights(container))
+    done = Stage(hook, "decoding", container.n_weights)
     write_into(
         place,
         name,

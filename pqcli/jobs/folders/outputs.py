@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 
 from pqcli.atomic import check_folder_target
-from pqcli.checkpoint.dcp import is_distributed
-from pqcli.checkpoint.folder import names_in
 from pqcli.errors import OutputError
 
 ENDING = ".pq"
@@ -22,6 +20,9 @@ def goes_to_folder(source: str | Path, output: str | Path | None) -> bool:
     source = Path(source)
     if not source.is_dir() or (output is not None and Path(output).suffix == ".safetensors"):
         return False
+    from pqcli.checkpoint.dcp import is_distributed  # only of a folder must so much be known
+    from pqcli.checkpoint.folder import names_in
+
     return not is_distributed(names_in(source))
 
 
