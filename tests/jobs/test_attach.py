@@ -545,7 +545,7 @@ def test_a_model_of_transformers_is_attached_and_trained(tmp_path):
     assert torch.equal(model(ids).logits, dense(ids).logits)
 
 
-@pytest.mark.slow  # torch.compile takes seconds to import
+@pytest.mark.exhaustive  # torch.compile takes seconds to import
 def test_an_attached_model_is_compiled_without_a_break(attached):
     def run():
         return attached.fc(attached.own @ attached.fc.weight[:24])
