@@ -33,10 +33,15 @@ typedef Sums SumsAnywhere __attribute__((aligned(8)));
 
 /* for (t = 0; t < d; t++), where d - rest is a multiple of 8, or d is the rest */
 #define OVER_COORDINATES(...) \
-    for (int64_t eighth = 0; eighth < d - rest; eighth += 8) { \
-        UNROLL_PRODUCTS for (int64_t t = eighth; t < eighth + 8; t++) __VA_ARGS__ \
+    for (int64_t first_of_8 = 0; first_of_8 < d - rest; first_of_8 += 8) { \
+        SOME_COORDINATES(first_of_8, 8, __VA_ARGS__) \
     } \
-    UNROLL_PRODUCTS for (int64_t t = d - rest; t < d; t++) __VA_ARGS__
+    SOME_COORDINATES(d - rest, rest, __VA_ARGS__)
+#define SOME_COORDINATES(FIRST, N, ...) \
+    UNROLL_PRODUCTS for (int place = 0; place < (N); place++) { \
+        int64_t t = (FIRST) + place; \
+        __VA_ARGS__ \
+    }
 
 INLINE Floats load(const float *at) { return *(const FloatsAnywhere *)at; }
 
