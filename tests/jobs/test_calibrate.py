@@ -16,6 +16,8 @@ from pqcli.stats import open as open_stats
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.integrations
+
 WORDS = [f"w{i}" for i in range(60)]
 SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "max_position_embeddings": 64}

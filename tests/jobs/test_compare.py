@@ -19,6 +19,8 @@ from pqcli.jobs.compare import compare_models as compare_networks
 from pqcli.recipe.recipe import Recipe
 from tests.jobs.test_calibrate import SAMPLING, bert, llama, mixtral, t5, text  # noqa: F401 - `text` is a fixture
 
+pytestmark = pytest.mark.integrations
+
 PLAIN = Recipe(block_size=4, n_centroids=16)
 
 

@@ -8,9 +8,11 @@
 
 #include "trellis_costs.h"
 
-#define UNREACHED 65535     /* the path metric of a state that no path has come to */
-#define UNKNOWN_METRICS -1  /* what tables hold where nothing was looked up yet */
-#define UNKNOWN_LEVEL -128
+enum {
+    UNREACHED = 65535,    /* the path metric of a state that no path has come to */
+    UNKNOWN_METRICS = -1, /* what tables hold where nothing was looked up yet */
+    UNKNOWN_LEVEL = -128,
+};
 #define LARGEST_SQUARE 1e30
 #define LEAST_SQUARE 1e-30
 

@@ -1,7 +1,7 @@
 /* The hot loop of row_search.c for one trellis: included once for each, with N_STATES and its polynomials H0 and H1.
 
    Moves halve a state and cross it (xor) with constants, so the origins of consecutive states are consecutive but for a
-   crossing of lanes. It is made of shuffles that the compiler knows, which is why there is one loop for each trellis. */
+   crossing of lanes. Crossings are shuffles that the compiler must know: hence one loop for each trellis. */
 
 #define HALF (N_STATES / 2)
 #define FIRST ((H0 >> 1) - HALF) /* what the move from an odd state is crossed with */
@@ -54,7 +54,8 @@ WIDE static void JOINED(walk_, N_STATES)(
         }
         uint64_t four = (uint64_t)branch_metrics[step];
         Chunk metrics[4];
-        UNROLLED for (int subset = 0; subset < 4; subset++) metrics[subset] = (Chunk){0} + (uint16_t)(four >> 16 * subset);
+        UNROLLED for (int subset = 0; subset < 4; subset++)
+            metrics[subset] = (Chunk){0} + (uint16_t)(four >> 16 * subset);
         UNROLLED for (int to = 0; to < N_STATES; to += CHUNK) {
             int is_odd = to >= HALF; /* whether these states are reached from odd ones */
             const uint16_t *origins = here + (is_odd ? HALF : 0);

@@ -122,7 +122,8 @@ static inline int64_t packed_metrics(float weight, int64_t label, const ClassCos
         near[subset] = nearest_below(size, range);
         lower[subset] = max_int(near[subset] - 4, range.lowest);
     }
-    Four best = four_costs(size, near, set_of(1, label), costs), other = four_costs(size, lower, set_of(1, label), costs);
+    Four best = four_costs(size, near, set_of(1, label), costs);
+    Four other = four_costs(size, lower, set_of(1, label), costs);
     FourBits is_other = other < best;
     best = (Four)(((FourBits)other & is_other) | ((FourBits)best & ~is_other));
     best -= lesser(lesser(best[0], best[1]), lesser(best[2], best[3]));

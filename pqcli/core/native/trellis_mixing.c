@@ -177,7 +177,8 @@ static inline __attribute__((always_inline)) int8_t code_levels_one_way(
             int64_t coarse = min_int((log_scale - FIRST + 32) >> 7, N_CLASSES / 2 - 1);
             int64_t known_phase = period <= N_PHASES ? phase : 0;
             Model *a = models + plain_scale * PER_CLASS + which;
-            Model *b = models + BY_GUESS + which + (scale * N_GUESSES + within((sure >> 7) + 5, 0, N_GUESSES - 1)) * PER_CLASS;
+            int64_t how_sure = within((sure >> 7) + 5, 0, N_GUESSES - 1);
+            Model *b = models + BY_GUESS + which + (scale * N_GUESSES + how_sure) * PER_CLASS;
             Model *c = models + BY_PHASE + which + (coarse * N_PHASES + known_phase) * PER_CLASS;
             int64_t level = encoding ? levels[r * n_columns + j] : 0;
             int64_t index = encoding ? index_of(level, parity, label) : 0;

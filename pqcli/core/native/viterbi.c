@@ -68,7 +68,8 @@ EXPORT void look_up_branch_metrics(
 
 /* As look_up_branch_metrics, but squared errors count by importance, and nothing is looked up.
 
-   importance * error^2 + rate_weight * bits is importance times the cost at a rate weight of rate_weight / importance. */
+   importance * error^2 + rate_weight * bits is importance times the cost at a rate weight of rate_weight / importance.
+*/
 EXPORT void weigh_branch_metrics(
     const float *weights, const float *row_scale, const float *column_scale, const uint8_t *labels, int64_t n_rows,
     int64_t n_columns, int64_t row0, int64_t column0, int64_t width, int64_t n_steps, const float *bits,
