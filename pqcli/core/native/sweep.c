@@ -33,10 +33,15 @@ typedef Sums SumsAnywhere __attribute__((aligned(8)));
 
 /* for (t = 0; t < d; t++), where d - rest is a multiple of 8, or d is the rest */
 #define OVER_COORDINATES(...) \
-    for (int64_t eighth = 0; eighth < d - rest; eighth += 8) { \
-        UNROLL_PRODUCTS for (int64_t t = eighth; t < eighth + 8; t++) __VA_ARGS__ \
+    for (int64_t first_of_8 = 0; first_of_8 < d - rest; first_of_8 += 8) { \
+        SOME_COORDINATES(first_of_8, 8, __VA_ARGS__) \
     } \
-    UNROLL_PRODUCTS for (int64_t t = d - rest; t < d; t++) __VA_ARGS__
+    SOME_COORDINATES(d - rest, rest, __VA_ARGS__)
+#define SOME_COORDINATES(FIRST, N, ...) \
+    UNROLL_PRODUCTS for (int place = 0; place < (N); place++) { \
+        int64_t t = (FIRST) + place; \
+        __VA_ARGS__ \
+    }
 
 INLINE Floats load(const float *at) { return *(const FloatsAnywhere *)at; }
 
@@ -223,22 +228,23 @@ INLINE void add_up(
 
 /* --- one slab ------------------------------------------------------------------------------------------------------*/
 
-/* Rows of n vectors of one of three types as float32, one behind the other; the last one fills its group. */
-static WIDE void stage(
-    int64_t dtype, int64_t d, int64_t n, const char *vectors, int64_t stride, float *rows
-) {
-    for (int64_t i = 0; i < n; i++, rows += d) {
-        if (dtype == 0) {
-            memcpy(rows, vectors + i * stride * 4, (size_t)d * 4);
-        } else if (dtype == 1) {
-            const _Float16 *row = (const _Float16 *)(vectors + i * stride * 2);
-            for (int64_t t = 0; t < d; t++) rows[t] = (float)row[t];
-        } else { /* bfloat16 is the upper half of a float32 */
-            const uint16_t *row = (const uint16_t *)(vectors + i * stride * 2);
-            for (int64_t t = 0; t < d; t++) ((uint32_t *)rows)[t] = (uint32_t)row[t] << 16;
-        }
+/* n numbers of one of three types as float32. */
+static WIDE void widen(int64_t dtype, int64_t n, const char *restrict numbers, float *restrict wide) {
+    if (dtype == 0) {
+        memcpy(wide, numbers, (size_t)n * sizeof *wide);
+    } else if (dtype == 1) {
+        for (int64_t i = 0; i < n; i++) wide[i] = (float)((const _Float16 *)numbers)[i];
+    } else { /* bfloat16 is the upper half of a float32 */
+        for (int64_t i = 0; i < n; i++) ((uint32_t *)wide)[i] = (uint32_t)((const uint16_t *)numbers)[i] << 16;
     }
-    for (int64_t i = n; i % GROUP_VECTORS; i++, rows += d) memcpy(rows, rows - d, (size_t)d * 4);
+}
+
+/* Rows of n vectors as float32, one behind the other; the last one fills its group. */
+static WIDE void stage(int64_t dtype, int64_t d, int64_t n, const char *vectors, int64_t stride, float *rows) {
+    int64_t n_runs = stride == d ? 1 : n;
+    int64_t run = stride == d ? n * d : d;
+    for (int64_t i = 0; i < n_runs; i++) widen(dtype, run, vectors + i * stride * (dtype ? 2 : 4), rows + i * run);
+    for (int64_t i = n; i % GROUP_VECTORS; i++) memcpy(rows + i * d, rows + (n - 1) * d, (size_t)d * sizeof *rows);
 }
 
 typedef struct {

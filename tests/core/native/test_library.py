@@ -1,5 +1,6 @@
 """Loops in C: found, called with what they take, and giving the same bytes whatever the registers of the processor."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -141,6 +142,18 @@ def test_every_level_writes_the_same_file(tmp_path, codec, bits):
             pqcli.save(weights, tmp_path / level, pqcli.Recipe(codec=codec, target_bits=bits))
         files.append((tmp_path / level).read_bytes())
     assert len(set(files)) == 1
+
+
+def test_what_is_built_is_what_is_looked_for():
+    path = Path(library.__file__).with_name("build.py")
+    spec = importlib.util.spec_from_file_location("build", path)
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    for name, target in build.TARGETS.items():
+        machine = name.split("-")[0]
+        assert tuple(target.levels) == library._LEVELS.get(machine, ("native",))
+    here = build.chosen()
+    assert {f"loops-{level}{here.suffix}" for level in here.levels} <= {path.name for path in library.FOLDER.iterdir()}
 
 
 def test_no_compiler_is_loaded():
