@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pqcli.atomic import check_output
-from pqcli.cli import completion, readable, statistics
+from pqcli.cli import completion, statistics
 from pqcli.cli.options import (
     LONGEST_SHARD,
     NETWORK,
@@ -446,7 +446,7 @@ def verify(
         if against:
             _check_source(against)
         _check_bases(base)
-        from pqcli.cli import tables
+        from pqcli.cli import readable, tables
         from pqcli.jobs import verify
 
         with console.progress(file.name) as hook:

@@ -77,5 +77,5 @@ def test_a_reader_without_the_codec_refuses_its_files(tmp_path, monkeypatch):
     monkeypatch.delitem(registry._ROWS, "onebit")
     with pytest.raises(ContainerError, match="needs features onebit, which this pqcli does not know"):
         pqcli.load(file)
-    with pytest.raises(RecipeError, match="must be 'pq' or 'trellis' or 'auto'"):
+    with pytest.raises(RecipeError, match="must be 'pq', 'trellis' or 'auto'"):
         pqcli.Recipe(codec="onebit")
