@@ -32,6 +32,7 @@ FLAGS = (
     "-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-fPIC", "-g0",
     "-ffp-contract=off",  # a product and a sum are rounded twice, on every machine
     "-fwrapv", "-fno-strict-aliasing",  # whole numbers wrap, bits are looked at as another type: as in numpy
+    "-fno-strict-float-cast-overflow",  # a number too large for the integer gives what the processor makes of it
     "-fno-sanitize=all",  # zig's own default, which costs speed
     "-fno-omit-frame-pointer",  # so that spilled registers can be aligned to whole cache lines
 )  # fmt: skip
