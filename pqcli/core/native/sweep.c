@@ -63,10 +63,10 @@ INLINE Floats fma_of(Floats a, Floats b, Floats c) {
     Doubles share = sum - product;
     Doubles lost = (product - (sum - share)) + (added - share);
     Longs bits = (Longs)sum;
-    Longs is_inexact = (lost > 0) | (lost < 0); /* no: also of infinities, where it is NaN */
+    Longs is_inexact = (Longs)((lost > 0) | (lost < 0)); /* no: also of infinities, where it is NaN */
     Longs away = (Longs)((lost > 0) == (sum > 0));
     Longs odd = away ? bits | 1 : (bits - 1) | 1;
-    bits = (is_inexact & ((bits & 1) == 0)) ? odd : bits;
+    bits = (is_inexact & (Longs)((bits & 1) == 0)) ? odd : bits;
     return __builtin_convertvector((Doubles)bits, Floats);
 }
 #endif
