@@ -22,6 +22,7 @@ CELLS = {
     "tensors": "report.tensors[0]",
     "printed": "print(report, container)",
     "closed": "container.close()",
+    "bar": "_ = pqcli.compress('model.pt', 'bar.pq.safetensors', pqcli.Recipe(codec='trellis'), progress=True)",
 }
 
 
@@ -90,3 +91,11 @@ def test_other_values_are_short_too(shown):
     assert shown["findings"][0]["data"]["text/plain"] == "[]"
     assert len(shown["tensors"][0]["data"]["text/plain"]) < 200
     assert len(shown["printed"][0]["text"]) < 500
+
+
+def test_a_bar_stays_one_output_and_ends_full(shown):
+    (output,) = shown["bar"]
+    page = Text(output["data"]["text/html"])
+    assert page.tags == ["progress", "span"]
+    assert 'value="1.0000"' in output["data"]["text/html"]
+    assert "measuring model.pt 100% " in page.text

@@ -87,8 +87,8 @@ def kill(monkeypatch):
     run, results = [], executors.Threads.results
     left = [None]
 
-    def counted(self, tasks) -> Iterator:
-        for place, found in results(self, tasks):
+    def counted(self, tasks, hear) -> Iterator:
+        for place, found in results(self, tasks, hear):
             if left[0] == 0:
                 raise Killed
             if left[0] is not None:
@@ -327,7 +327,7 @@ def test_a_resumed_run_tells_of_what_was_done_at_once(kill, source, tmp_path):
     assert (events[0].stage, events[0].name) == ("resuming", "encoding, 4 of 6 tensors were done")
     first, *others = [event for event in events if event.stage == "encoding"]
     assert 0 < first.done == first.resumed < first.total == others[-1].done
-    assert len(others) == 2
+    assert len({event.name for event in others}) == 2
 
 
 def test_an_interrupt_says_how_much_is_kept(kill, source, tmp_path):

@@ -342,7 +342,7 @@ def test_a_flag_has_the_last_word_over_a_recipe():
     assert flags.override(Recipe(model_only=True), training_state="8bit").state == "8bit"
     assert flags.override(Recipe(training_state="8bit"), model_only=True).state == "drop"
     assert flags.override(Recipe(model_only=True), training_state="keep").state == "keep"
-    with pytest.raises(UsageError, match="'keep' or 'drop' or '8bit'"):
+    with pytest.raises(UsageError, match="'keep', 'drop' or '8bit'"):
         flags.override(Recipe(), training_state="4bit")
 
 

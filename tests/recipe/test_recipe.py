@@ -215,7 +215,7 @@ def test_a_yaml_file_becomes_a_recipe_named_after_the_file(tmp_path: Path) -> No
             "rules:\n- action: pq\n- {match: b, blocksize: 4}",
             "rule 2: blocksize: no such key .did you mean 'block_size'",
         ),
-        ("rules: [{action: kep}]", "rule 1: action: must be 'pq' or 'keep'; got the text 'kep' .did you mean 'keep'"),
+        ("rules: [{action: kep}]", "rule 1: action: must be 'pq' or 'keep'; got 'kep' .did you mean 'keep'"),
         ("rules: [{kind: lineal, block_size: 4}]", "rule 1: kind: there is no kind 'lineal' .did you mean 'linear'"),
         (
             "rules: [{match: no, optional: yes, action: pq}]",
