@@ -34,7 +34,9 @@ def run(work: Callable[[Console], None], *, json: bool = False, quiet: bool = Fa
             _exit(error.exit_code)
         except ModuleNotFoundError as error:  # decoding alone was installed
             console.error(
-                MissingExtraError(f"this needs {error.name}, which decoding does without; pip install pqcli brings it")
+                MissingExtraError(
+                    f"this needs {error.name}, which pqcli-decoder does without; install pqcli in its place"
+                )
             )
             _exit(MissingExtraError.exit_code)
         except KeyboardInterrupt as interrupt:

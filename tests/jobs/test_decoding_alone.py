@@ -23,7 +23,7 @@ GOLDEN = REPOSITORY / "tests" / "golden"
 FILES = [*sorted(GOLDEN.glob("*.pq.safetensors")), *sorted(GOLDEN.glob("shards-*/*.index.json"))]
 QUANTIZED = ("float64", "float32", "float16", "bfloat16")
 MODULES = {"PyYAML": "yaml", "jinja2": "jinja2"}
-TO_INSTALL = "error: this needs torch, which decoding does without; pip install pqcli brings it"
+TO_INSTALL = "error: this needs torch, which pqcli-decoder does without; install pqcli in its place"
 RECIPES = {
     "plain": pqcli.Recipe(n_centroids=8, n_iter=2),
     "ecpq": pqcli.Recipe(rate_weight=0.2),
@@ -39,7 +39,7 @@ def needed(project):
 
 
 BLOCKED = needed(REPOSITORY) - needed(REPOSITORY / ".decoder") | {"scipy", "ray", "transformers"}
-"""What `pip install pqcli` brings and `pqcli-decoder` does not."""
+"""What installing pqcli brings and `pqcli-decoder` does not."""
 
 
 def of_every_dtype():
