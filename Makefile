@@ -12,6 +12,8 @@ FUZZ_INPUTS := 1000000
 FUZZ_SECONDS := 225
 FUZZ_SEED := 0
 
+unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes, and each would compile the package
+
 .PHONY: help install demo test test-slow test-integrations test-all test-exhaustive fuzz fuzz-parsers check docs bench format clean
 
 help: ## Show this list
@@ -32,9 +34,9 @@ demo: $(STAMP) ## Compress a real sentence encoder (91 MB), decode it, verify it
 test: $(STAMP) ## Run the tests, but for those that take long
 	$(PYTHON) -m pytest -n 2 -m "not slow and not exhaustive and not integrations"
 
-# some faults are injected by strace (apt-get install strace); without it those tests are skipped
+# three at a time, since they often wait; some faults are injected by strace (apt-get install strace), or skipped
 test-slow: $(STAMP) ## Run the tests that take long: large files, real faults, many processes
-	$(PYTHON) -m pytest -n 2 -m "slow and not exhaustive and not integrations"
+	$(PYTHON) -m pytest -n 3 -m "slow and not exhaustive and not integrations"
 
 test-exhaustive: $(STAMP) ## Flip every bit of a 5 kB file of each codec, kill fifty runs (half an hour of CPU time)
 	$(PYTHON) -m pytest -n 2 -m exhaustive

@@ -410,6 +410,7 @@ class Codec(ABC):
         weights: Weights,  # noqa: ARG002 - for those who look at them
         recipe: Recipe,  # noqa: ARG002
         level: float,  # noqa: ARG002
+        tell: Tell,  # noqa: ARG002
     ) -> tuple[Sequence[Job], Survey]:
         """Jobs for tensors that are better coded by themselves, and the survey of the rest. Usually there are none."""
         return (), survey

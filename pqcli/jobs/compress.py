@@ -442,7 +442,8 @@ class Compression:
         if reading is not None:
             unused = warning_of(reading, survey.records)
             self.warnings = () if unused is None else (unused,)
-        apart, survey = self.codec.set_apart(survey, self.weights, self.recipe, self.first_level(survey))
+        choosing = self._stage("choosing", survey.records)
+        apart, survey = self.codec.set_apart(survey, self.weights, self.recipe, self.first_level(survey), choosing)
         self._write(apart, "encoding")
         if not survey.entries:
             return None

@@ -7,6 +7,7 @@ resuming    the journal of a killed run found              compress
 matching    weights compared with those of a base            compress
 reading     weights read, to find out about them             compress
 keeping     weights kept bit for bit                         compress
+choosing    ways tried to code weights                       compress, `--codec auto`
 learning    weights looked at for what tensors share         compress
 searching   drafts of levels, until a budget is nearly met   compress
 encoding    weights quantized and coded                      compress; once for each level tried

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import pqcli
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -17,12 +18,14 @@ pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"}
 
 
-@pytest.fixture
-def wide(tmp_path):
-    """A container whose report is longer than a pipe's buffer."""
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A folder with a checkpoint and its container, w.pq.safetensors, whose report is longer than a pipe's buffer."""
+    folder = tmp_path_factory.mktemp("wide")
     state = {f"layer.{i}.with.a.long.name.that.fills.a.pipe.{i:040}": torch.randn(4) for i in range(1500)}
-    torch.save({**state, "w": torch.randn(64, 64)}, tmp_path / "wide.pt")
-    return tmp_path / "wide.pt"
+    torch.save({**state, "w": torch.randn(64, 64)}, folder / "wide.pt")
+    pqcli.compress(folder / "wide.pt", folder / "w.pq.safetensors")
+    return folder
 
 
 def shell(script: str, cwd) -> subprocess.CompletedProcess:
@@ -33,23 +36,21 @@ def shell(script: str, cwd) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("format_", ["table", "json", "csv", "html"])
-def test_a_reader_that_leaves_early_is_no_failure(wide, tmp_path, format_):
-    assert shell("pqcli compress wide.pt -o w.pq.safetensors -q", tmp_path).returncode == 0
-    done = shell(f"pqcli report w.pq.safetensors --format {format_} | head -c 20; exit ${{PIPESTATUS[0]}}", tmp_path)
+def test_a_reader_that_leaves_early_is_no_failure(wide, format_):
+    done = shell(f"pqcli report w.pq.safetensors --format {format_} | head -c 20; exit ${{PIPESTATUS[0]}}", wide)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_closed_streams_are_no_failure(wide, tmp_path):
-    assert shell("pqcli compress wide.pt -o w.pq.safetensors >&- 2>&-", tmp_path).returncode == 0
-    done = shell("pqcli report w.pq.safetensors >&-", tmp_path)
+def test_closed_streams_are_no_failure(wide):
+    assert shell("pqcli compress wide.pt -o closed.pq.safetensors >&- 2>&-", wide).returncode == 0
+    done = shell("pqcli report w.pq.safetensors >&-", wide)
     assert (done.returncode, done.stderr) == (0, "")
-    assert shell("pqcli verify w.pq.safetensors </dev/null 2>&-", tmp_path).returncode == 0
+    assert shell("pqcli verify w.pq.safetensors </dev/null 2>&-", wide).returncode == 0
 
 
-def test_a_full_device_as_stdout_is_one_message(wide, tmp_path):
-    shell("pqcli compress wide.pt -o w.pq.safetensors -q", tmp_path)
+def test_a_full_device_as_stdout_is_one_message(wide):
     for command in ("pqcli report w.pq.safetensors", "pqcli inspect w.pq.safetensors --json", "pqcli --help"):
-        done = shell(f"{command} >/dev/full", tmp_path)
+        done = shell(f"{command} >/dev/full", wide)
         assert done.returncode == 1
         assert "Traceback" not in done.stderr, command
         assert "No space left" in done.stderr or "disk is full" in done.stderr

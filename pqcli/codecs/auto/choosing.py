@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pqcli.codecs.base import Matrix, Survey, Weights, as_matrix, source_of
+from pqcli.codecs.base import Matrix, Survey, Tell, Weights, as_matrix, source_of
 from pqcli.codecs.difference import exact_difference
 from pqcli.codecs.kept import KeptJob, as_words
 from pqcli.codecs.plain import PlainJob
@@ -65,10 +65,15 @@ class Choice:
         return self.candidates[0]
 
 
-def choose(survey: Survey, weights: Weights, objective: float, level: float) -> list[Choice]:
+def choose(survey: Survey, weights: Weights, objective: float, level: float, tell: Tell | None = None) -> list[Choice]:
     """The choice for every surveyed tensor at a level (in weight units)."""
     steps = steps_of(survey, objective).at(level)
-    return [_choice(record, weights, steps[record.name]) for record in survey.records]
+    choices = []
+    for record in survey.records:
+        choices.append(_choice(record, weights, steps[record.name]))
+        if tell is not None:
+            tell(record.info.numel, record.name)
+    return choices
 
 
 def job_of(record: Record, winner: Candidate, weights: Weights, seed: int) -> Job:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pqcli.codecs.base import Run, StreamCodec, Streams, Survey, Tell, Weights
-from pqcli.codecs.rate.budget import trials
+from pqcli.codecs.rate.budget import measurings, trials
 
 if TYPE_CHECKING:
     from pqcli.codecs.base import Decoder
@@ -34,9 +34,9 @@ class EcpqCodec(StreamCodec):
             "reading": 30.0,
             "keeping": 0.0,
             "learning": 1.0,
-            "searching": fed * 20000.0 * share,
+            "searching": fed * 7500.0 * share,
             "encoding": fed * 110.0 * n_trials,
-            "measuring": 80.0,
+            "measuring": 60.0 * measurings(recipe),
         }
 
     def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:

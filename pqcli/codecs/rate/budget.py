@@ -85,6 +85,11 @@ def trials(recipe: Recipe) -> int:
     return 1 if Goal.of(recipe, 0) is None else 2
 
 
+def measurings(recipe: Recipe) -> int:
+    """How often all weights are decoded: once, and where a budget is one of error after every trial, too."""
+    return 1 if error_bound(recipe) is None else 1 + trials(recipe)
+
+
 def error_bound(recipe: Recipe) -> float | None:
     """The relative MSE that the whole is to have; None where the recipe does not ask for one."""
     goal = Goal.of(recipe, 0)

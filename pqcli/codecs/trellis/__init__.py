@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pqcli.codecs.base import Run, StreamCodec, Streams, Survey, Tell, Weights
-from pqcli.codecs.rate.budget import trials
+from pqcli.codecs.rate.budget import measurings, trials
 
 if TYPE_CHECKING:
     from pqcli.codecs.base import Decoder
@@ -38,7 +38,7 @@ class TrellisCodec(StreamCodec):
             "learning": 150.0,
             "searching": fed * 1500.0 * n_drafted / max(n_weights, 1),
             "encoding": encoding * n_trials,
-            "measuring": 180.0,
+            "measuring": 140.0 * measurings(recipe),
         }
 
     def survey(self, entries: Sequence[PlanEntry], weights: Weights, run: Run) -> Survey:

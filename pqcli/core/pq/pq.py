@@ -36,7 +36,7 @@ FP16_LOSS = 1e-6
 FLOAT32 = torch.finfo(torch.float32)
 FED_SHARE = 3
 """Where feedback goes on with EM's codebook, EM has one in so many of its iterations: all gain 0.03 dB in the end."""
-FITTED, FED_FITTED = 0.9, 0.2
+FITTED, FED_FITTED = 0.6, 0.2
 """The share of the time of encoding a tensor that EM takes, without and with feedback; for progress alone."""
 SAFE_EXPONENT = 30
 """Weights beyond 2^-30 .. 2^30 are scaled by a power of two first, so that their squares stay finite."""
