@@ -34,14 +34,14 @@ JOBS = {
 PREDICT = """
 import json, sys, time
 from pqcli.cli.commands import app
-import pqcli.jobs.preview as preview
-from pqcli.jobs.prediction import predict
+import pqcli.jobs.prediction as prediction
+predict = prediction.predict
 def noted(plan, recipe, device, workers=None):
     before = time.perf_counter()
     told = predict(plan, recipe, device, workers)
     print(json.dumps([time.perf_counter() - before, told.seconds, told.memory_bytes]))
     raise SystemExit
-preview.predict = noted
+prediction.predict = noted
 app(["compress", *sys.argv[1:], "--dry-run", "--quiet"])
 """
 COMPRESS = """
