@@ -387,6 +387,8 @@ class Codec(ABC):
     """Whether its files code kept tensors without loss and have short hashes."""
     takes_blocks: bool = False
     """Whether it can use second moments of which only blocks along the diagonal are known."""
+    chooses: bool = False
+    """Whether it sets tensors apart."""
 
     def compacted(self) -> Codec:
         """The same codec, for a file that is compact."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class AutoCodec(TrellisCodec):
     """What serves each tensor best."""
 
+    chooses = True
+
     def costs(self, n_weights: int, recipe: Recipe) -> Mapping[str, float]:
         """What the trellis takes, after all candidates have been tried on a sample of each tensor."""
         costs = super().costs(n_weights, recipe)
