@@ -387,8 +387,6 @@ class Codec(ABC):
     """Whether its files code kept tensors without loss and have short hashes."""
     takes_blocks: bool = False
     """Whether it can use second moments of which only blocks along the diagonal are known."""
-    chooses: bool = False
-    """Whether it sets tensors apart."""
 
     def compacted(self) -> Codec:
         """The same codec, for a file that is compact."""
@@ -412,7 +410,7 @@ class Codec(ABC):
         weights: Weights,  # noqa: ARG002 - for those who look at them
         recipe: Recipe,  # noqa: ARG002
         level: float,  # noqa: ARG002
-        tell: Tell,  # noqa: ARG002
+        choosing: Callable[[], Tell],  # noqa: ARG002 - begins a stage, where there is something to choose
     ) -> tuple[Sequence[Job], Survey]:
         """Jobs for tensors that are better coded by themselves, and the survey of the rest. Usually there are none."""
         return (), survey

@@ -24,6 +24,7 @@ from pqcli.jobs.loading import Fit, fill, fit_of, lone, move
 from pqcli.tensors.records import Alias, Copy, Plain
 
 if TYPE_CHECKING:
+    from pqcli.core.pq.pq import PQTensor
     from pqcli.limits import Limits
 
 Home = tuple[torch.nn.Module, str]
@@ -160,20 +161,20 @@ def _put(
     places = {id(fit.own[fit.places[theirs]]): fit.own[fit.places[theirs]] for theirs in names}
     first = next(iter(places.values()))
     wanted = device or (torch.device("cpu") if first.is_meta else first.device)
-    assignments = assignments_of(container, owner, dtype or first.dtype)
+    container.decode(owner)  # raises where the hash is another
+    tensor = container.pq_tensor(owner)
+    assignments = _assignments(container, owner, tensor, dtype or first.dtype)
     needs_grad = any(place.requires_grad for place in places.values())
-    codebook = torch.nn.Parameter(container.pq_tensor(owner).codebook.float().to(wanted), requires_grad=needs_grad)
+    codebook = torch.nn.Parameter(tensor.codebook.float().to(wanted), requires_grad=needs_grad)
     assignments.to(wanted)
     for place in places:
         for module, leaf in homes[place]:
             put_in(module, leaf, codebook, assignments)
 
 
-def assignments_of(container: Container, name: str, dtype: torch.dtype) -> Assignments:
-    """What makes a weight in `dtype` of the codebook of a plain tensor. Raises ContainerError where it is damaged."""
+def _assignments(container: Container, name: str, tensor: PQTensor, dtype: torch.dtype) -> Assignments:
+    """What makes a weight in `dtype` of the codebook of a plain tensor."""
     record = container.record(name)
-    container.decode(name)  # raises where the hash is another
-    tensor = container.pq_tensor(name)
     rows, columns = record.matrix_shape
     lookup = Lookup(rows, columns, packing.n_bits(tensor.n_centroids), tensor.codebook.dtype, tensor.dtype)
     mask = container.zeros(name)

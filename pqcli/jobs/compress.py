@@ -442,10 +442,10 @@ class Compression:
         if reading is not None:
             unused = warning_of(reading, survey.records)
             self.warnings = () if unused is None else (unused,)
-        if self.codec.chooses:
-            choosing, level = self._stage("choosing", survey.records), self.first_level(survey)
-            apart, survey = self.codec.set_apart(survey, self.weights, self.recipe, level, choosing)
-            self._write(apart, "encoding")
+        choosing = partial(self._stage, "choosing", survey.records)
+        level = self.first_level(survey)
+        apart, survey = self.codec.set_apart(survey, self.weights, self.recipe, level, choosing)
+        self._write(apart, "encoding")
         if not survey.entries:
             return None
         learning = self._stage("learning", survey.records)

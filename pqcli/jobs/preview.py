@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from pqcli.codecs.auto.choosing import Choice
     from pqcli.jobs.executors import Threads
     from pqcli.jobs.prediction import Prediction
-    from pqcli.tensors.info import TensorInfo
 
 
 class Foretold(Protocol):
@@ -115,29 +114,28 @@ def preview(
         )  # fmt: skip
     files = small_files(source, limits) if embed_files else {}
     with opening.opened(source, recipe, limits) as checkpoint:
-        prediction = predicted(plans.make(recipe, checkpoint.tensors))
-        seen = preview_opened(checkpoint, output, recipe, bases=bases, files=files)
-        return replace(seen, prediction=prediction)
+        plan = plans.make(recipe, checkpoint.tensors)
+        prediction = predicted(plan)
+        return replace(preview_opened(checkpoint, output, plan, bases=bases, files=files), prediction=prediction)
 
 
 def preview_opened(
     checkpoint: Checkpoint,
     output: str | Path | None,
-    recipe: Recipe,
+    plan: Plan,
     *,
     bases: Sequence[Path] = (),
-    others: Sequence[TensorInfo] = (),
     files: Files = NO_FILES,
     shard_bytes: int | None = None,
 ) -> Preview:
-    """What compressing an open checkpoint would do; the arguments are those of `compress_opened`."""
-    opening.check_stats(recipe)
-    seen = _from_headers(checkpoint, output, recipe, others, files, shard_bytes)
+    """What compressing an open checkpoint by this plan would do; all else is as for `compress_opened`."""
+    opening.check_stats(plan.recipe)
+    seen = _from_headers(checkpoint, output, plan, files, shard_bytes)
     is_known = not _is_rehearsed(seen.plan, bool(bases))
     has_state = opening.has_state(seen.plan) or any(entry.action == "moments" for entry in seen.plan.entries)
     if is_known and not has_state:
         return seen
-    return _rehearsed(checkpoint, seen, recipe, bases, files, shard_bytes, of_state=is_known)
+    return _rehearsed(checkpoint, seen, bases, files, shard_bytes, of_state=is_known)
 
 
 def _is_rehearsed(plan: Plan, has_base: bool) -> bool:
@@ -181,13 +179,11 @@ def explain(
 def _from_headers(
     checkpoint: Checkpoint,
     output: str | Path | None,
-    recipe: Recipe,
-    others: Sequence[TensorInfo],
+    plan: Plan,
     files: Files,
     shard_bytes: int | None,
 ) -> Preview:
-    plan = plans.make(recipe, checkpoint.tensors, others)
-    about = opening.about(checkpoint, recipe, files=files)
+    about = opening.about(checkpoint, plan.recipe, files=files)
     manifest = about.manifest([record_of(entry) for entry in plan.entries])
     target = Path(output) if output else opening.default_output(checkpoint.path)
     return Preview(
@@ -203,7 +199,6 @@ def _from_headers(
 def _rehearsed(
     checkpoint: Checkpoint,
     seen: Preview,
-    recipe: Recipe,
     bases: Sequence[Path],
     files: Files,
     shard_bytes: int | None,
@@ -217,8 +212,8 @@ def _rehearsed(
     with compression(
         checkpoint,
         seen.plan,
-        recipe,
-        _here(recipe),
+        seen.plan.recipe,
+        _here(seen.plan.recipe),
         target,
         files=files,
         shard_bytes=shard_bytes,

@@ -160,17 +160,16 @@ def preview_folder(
     with opened_folder(source, recipe, with_copies=with_copies, limits=limits) as folder:
         recipes = shared_recipes(folder, recipe)
         names = labels(folder.checkpoints)
-        planned = [
-            plans.make(recipes[path], checkpoint.tensors, folder.tensors_beside(path))
+        planned = {
+            path: plans.make(recipes[path], checkpoint.tensors, folder.tensors_beside(path))
             for path, checkpoint in folder.checkpoints.items()
-        ]
-        prediction = predicted(Plan(tuple(entry for plan in planned for entry in plan.entries), recipe))
+        }
+        prediction = predicted(Plan(tuple(entry for plan in planned.values() for entry in plan.entries), recipe))
         seen = {
             path: preview_opened(
                 checkpoint,
                 source / path,
-                recipes[path],
-                others=folder.tensors_beside(path),
+                planned[path],
                 shard_bytes=shard_bytes,
                 bases=_bases_for(folder, checkpoint, base),
             )
@@ -227,7 +226,8 @@ def shared_recipes(folder: OpenFolder, recipe: Recipe) -> dict[str, Recipe]:
     for path, one in folder.checkpoints.items():
         if not _has_model(one):
             recipes[path] = replace(recipe, target_ratio=None, target_bytes=None)
-            left -= preview_opened(one, None, recipes[path], others=folder.tensors_beside(path)).predicted_bytes
+            plan = plans.make(recipes[path], one.tensors, folder.tensors_beside(path))
+            left -= preview_opened(one, None, plan).predicted_bytes
     if left <= 0:
         raise BudgetError(
             f"'{folder.path}' cannot come to {total:,} bytes: the {len(folder.parts.side):,} files beside its weights "
